@@ -1,0 +1,249 @@
+//! y = x · Wᵀ (+ bias) with W packed.
+//!
+//! ```text
+//!  x ──► q, s_x, Σq  (activations.rs)  ─┐
+//!                                       ├─► int8.rs ──► y
+//!  W ──► panels of 16 rows (panel.rs)  ─┤
+//!                                       ├─► float.rs ─► y
+//!  x as f32 ────────────────────────────┘
+//! ```
+//!
+//! Both ways give the same bits on every instruction set and for any number of threads.
+
+use crate::Shape;
+use crate::error::Error;
+use crate::parallel;
+use crate::planes::check_packed;
+use crate::quantize::{
+    Element, Rows, Scales, Source, Target, ZeroPoints, check_groups, load_tile, readable,
+};
+use crate::scheme::{Mode, Planes, Rounding, Scheme};
+use crate::simd::dot::dispatch_dot;
+use crate::simd::{Isa, Kernel, LANES, TILE, Token};
+
+mod activations;
+mod float;
+mod int8;
+mod layout;
+mod output;
+mod panel;
+#[cfg(test)]
+mod tests;
+
+use activations::Activations as Quantized;
+use layout::Layout;
+use output::Part;
+
+/// How activations meet the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activations {
+    /// Quantized to int8 on the fly, per row and group; integer products.
+    Int8,
+    /// As f32, against dequantized weights.
+    Float,
+}
+
+impl Activations {
+    /// The way of that name.
+    pub fn from_name(name: &str) -> Result<Self, Error> {
+        match name {
+            "int8" => Ok(Self::Int8),
+            "float" => Ok(Self::Float),
+            _ => Err(Error::Scheme(format!("unknown activations {name:?}; use \"int8\" or \"float\""))),
+        }
+    }
+}
+
+/// Multiplications worth waking a thread for.
+const MIN_WORK: usize = 1 << 18;
+/// Parts a thread, so that a slow one can be helped out.
+const PARTS_A_THREAD: usize = 4;
+/// Rows of x whose running results stay in the caches.
+const MAX_ROWS: usize = 512;
+
+/// y = x · Wᵀ (+ bias).
+///
+/// * `x`: m · k elements, row-major; `out`: m · n, rounded to its type.
+/// * `packed`, `scales`, `zero_points`, `scheme`, `rounding`, `planes`, `read_bits`: W of n rows and k columns,
+///   `shape`, as for [`crate::unpack`].
+/// * `bias`: n elements, added in f32.
+///
+/// With [`Activations::Int8`] a row of x with NaN or ±Inf gives a row of NaN. Errors: lengths and kinds of the
+/// buffers, prefixes that cannot be read, and weights without an integer form (`preserve="mean+var"`,
+/// subtractive dither) with [`Activations::Int8`].
+pub fn matmul(
+    x: Source<'_>,
+    m: usize,
+    packed: &[u8],
+    scales: Scales<'_>,
+    zero_points: ZeroPoints<'_>,
+    bias: Option<&[f32]>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    read_bits: u32,
+    activations: Activations,
+    out: Target<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    check_groups(shape, scheme, rounding, scales, zero_points)?;
+    let prefix = readable(scheme, rounding, planes, read_bits)?;
+    check_packed(packed, shape, planes, &prefix)?;
+    let weight = Rows {
+        packed,
+        scales,
+        zero_points,
+        shape,
+        scheme: *scheme,
+        rounding: *rounding,
+        prefix,
+        read_bits,
+    };
+    matmul_on(Token::active(), x, m, &weight, bias, activations, out, threads)
+}
+
+/// [`matmul`] on a given instruction set, the weight already checked.
+fn matmul_on(
+    isa: Token,
+    x: Source<'_>,
+    m: usize,
+    weight: &Rows<'_>,
+    bias: Option<&[f32]>,
+    activations: Activations,
+    out: Target<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    let Shape { rows: n, k } = weight.shape;
+    Shape { rows: m, k }.check("x", source_len(x), m * k)?;
+    Shape { rows: m, k: n }.check("out", target_len(&out), m * n)?;
+    if let Some(bias) = bias {
+        Shape { rows: 1, k: n }.check("bias", bias.len(), n)?;
+    }
+    if activations == Activations::Int8 {
+        check_integer_form(&weight.rounding)?;
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let widened;
+    let x = match x {
+        Source::F32(x) => x,
+        Source::F64(x) => {
+            widened = widen(isa, x, k, threads);
+            &widened
+        }
+        Source::Bf16(x) => {
+            widened = widen(isa, x, k, threads);
+            &widened
+        }
+        Source::F16(x) => {
+            widened = widen(isa, x, k, threads);
+            &widened
+        }
+    };
+    let parts = cut(out, m, n, k, threads);
+    match activations {
+        Activations::Int8 => int8(isa, x, m, weight, bias, parts, threads),
+        Activations::Float => parallel::for_each(threads, parts, |Part { rows, columns, out }| {
+            isa.run(float::Panels { weight, x, bias, rows, outputs: columns, out });
+        }),
+    }
+    Ok(())
+}
+
+/// Quantizes x, then multiplies part by part.
+fn int8(
+    isa: Token,
+    x: &[f32],
+    m: usize,
+    weight: &Rows<'_>,
+    bias: Option<&[f32]>,
+    parts: Vec<Part<'_>>,
+    threads: usize,
+) {
+    let k = weight.shape.k;
+    let layout = &Layout::new(k, weight.scheme.group_len(k));
+    let x = &Quantized::new(isa, x, m, k, layout, threads);
+    let affine = int8::Affine::new(&weight.scheme, weight.read_bits);
+    let max_code = match weight.scheme.table() {
+        Some(table) => table.padded()[LANES - 1],
+        None => (u32::MAX >> (32 - weight.prefix.bits())) as u8,
+    };
+    parallel::for_each(threads, parts, |Part { rows, columns, out }| {
+        let part = int8::Panels { weight, layout, affine, x, bias, rows, outputs: columns, out };
+        dispatch_dot(isa, max_code, part);
+    });
+}
+
+/// Refuses weights whose zero points or dither are not integers.
+fn check_integer_form(rounding: &Rounding) -> Result<(), Error> {
+    if rounding.preserve_variance() || rounding.mode() == Mode::Subtractive {
+        return Err(Error::Rounding(
+            "weights packed with preserve=\"mean+var\" or subtractive dither have no integer form; \
+             use activations=\"float\""
+                .to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// Cuts the result: columns first, so that each weight is unpacked once; rows where columns are too few.
+fn cut(out: Target<'_>, m: usize, n: usize, k: usize, threads: usize) -> Vec<Part<'_>> {
+    let threads = threads.clamp(1, (m * n * k.max(1)).div_ceil(MIN_WORK));
+    let wanted = if threads == 1 { 1 } else { threads * PARTS_A_THREAD };
+    let panels = n.div_ceil(LANES);
+    let column_parts = wanted.min(panels);
+    let column_step = panels.div_ceil(column_parts) * LANES;
+    let row_parts = (wanted / n.div_ceil(column_step)).max(1);
+    let row_step = m.div_ceil(row_parts).min(MAX_ROWS);
+    output::cut(out, n, row_step, column_step)
+}
+
+fn source_len(x: Source<'_>) -> usize {
+    match x {
+        Source::F32(x) => x.len(),
+        Source::F64(x) => x.len(),
+        Source::Bf16(x) => x.len(),
+        Source::F16(x) => x.len(),
+    }
+}
+
+fn target_len(out: &Target<'_>) -> usize {
+    match out {
+        Target::F32(out) => out.len(),
+        Target::F64(out) => out.len(),
+        Target::Bf16(out) => out.len(),
+        Target::F16(out) => out.len(),
+    }
+}
+
+/// x as f32; f64 rounds to nearest even.
+fn widen<E: Element>(isa: Token, x: &[E], k: usize, threads: usize) -> Vec<f32> {
+    let mut widened = vec![0.0; x.len()];
+    let step = k.max(MIN_WORK / 4);
+    let tasks = x.chunks(step).zip(widened.chunks_mut(step)).map(|(x, to)| Widen { x, to });
+    parallel::for_each(threads, tasks.collect(), |task| isa.run(task));
+    widened
+}
+
+struct Widen<'a, E> {
+    x: &'a [E],
+    to: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Widen<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (x, to) in self.x.chunks(TILE).zip(self.to.chunks_mut(TILE)) {
+            let mut tile = [0.0; TILE];
+            let (vectors, _) = tile.as_chunks_mut::<LANES>();
+            for (to, v) in vectors.iter_mut().zip(load_tile(isa, x)) {
+                isa.store::<false>(to, v);
+            }
+            to.copy_from_slice(&tile[..to.len()]);
+        }
+    }
+}

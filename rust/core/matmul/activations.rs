@@ -1,0 +1,155 @@
+//! Activations quantized on the fly: per row and per group of columns, symmetric, to nearest, −127 … 127.
+
+use crate::parallel::{self, take_mut};
+use crate::planes::padded;
+use crate::simd::{Isa, Kernel, TILE, Token};
+
+use super::layout::Layout;
+
+/// Quantized rows, cut like the weights they meet.
+pub(super) struct Activations {
+    /// Words of four codes: `layout.words` a row, zeros in the padding.
+    words: Vec<[u8; 4]>,
+    /// Sum of the codes of each segment.
+    sums: Vec<i32>,
+    /// Scale of each segment.
+    scales: Vec<f32>,
+    /// Whether the row holds neither NaN nor ±Inf.
+    finite: Vec<bool>,
+    words_a_row: usize,
+    segments: usize,
+}
+
+/// One row of [`Activations`].
+#[derive(Clone, Copy)]
+pub(super) struct Row<'a> {
+    pub(super) words: &'a [[u8; 4]],
+    pub(super) sums: &'a [i32],
+    pub(super) scales: &'a [f32],
+}
+
+impl Activations {
+    /// Quantizes `rows` rows of `x`: rows · k.
+    pub(super) fn new(token: Token, x: &[f32], rows: usize, k: usize, layout: &Layout, threads: usize) -> Self {
+        let (words_a_row, segments) = (layout.words, layout.segments.len());
+        let mut all = Self {
+            words: vec![[0; 4]; rows * words_a_row],
+            sums: vec![0; rows * segments],
+            scales: vec![0.0; rows * segments],
+            finite: vec![true; rows],
+            words_a_row,
+            segments,
+        };
+        let (mut words, mut sums, mut scales) = (&mut all.words[..], &mut all.sums[..], &mut all.scales[..]);
+        let tasks = all.finite.iter_mut().enumerate().map(|(row, finite)| QuantizeRow {
+            x: &x[row * k..][..k],
+            layout,
+            words: take_mut(&mut words, words_a_row).as_flattened_mut(),
+            sums: take_mut(&mut sums, segments),
+            scales: take_mut(&mut scales, segments),
+            finite,
+        });
+        parallel::for_each(threads, tasks.collect(), |task| token.run(task));
+        all
+    }
+
+    pub(super) fn row(&self, row: usize) -> Row<'_> {
+        Row {
+            words: &self.words[row * self.words_a_row..][..self.words_a_row],
+            sums: &self.sums[row * self.segments..][..self.segments],
+            scales: &self.scales[row * self.segments..][..self.segments],
+        }
+    }
+
+    pub(super) fn is_finite(&self, row: usize) -> bool {
+        self.finite[row]
+    }
+}
+
+struct QuantizeRow<'a> {
+    x: &'a [f32],
+    layout: &'a Layout,
+    words: &'a mut [u8],
+    sums: &'a mut [i32],
+    scales: &'a mut [f32],
+    finite: &'a mut bool,
+}
+
+impl Kernel for QuantizeRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        // The segments of a long group share its scale, so the scale is found group by group.
+        let mut number = 0;
+        for same_group in self.layout.segments.chunk_by(|a, b| a.group == b.group) {
+            let (first, last) = (same_group[0], same_group[same_group.len() - 1]);
+            let largest = largest_magnitude(isa, &self.x[first.begin..last.begin + last.len]);
+            if !largest.is_finite() {
+                *self.finite = false;
+                return;
+            }
+            let exact = largest / 127.0;
+            let scale = if exact < f32::MIN_POSITIVE { 0.0 } else { exact };
+            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+            for segment in same_group {
+                let x = &self.x[segment.begin..][..segment.len];
+                let codes = &mut self.words[4 * segment.word..][..4 * segment.words()];
+                self.sums[number] = quantize(isa, x, inverse, codes);
+                self.scales[number] = scale;
+                number += 1;
+            }
+        }
+    }
+}
+
+/// max|x|; infinite or NaN if an element is.
+#[inline(always)]
+fn largest_magnitude<I: Isa>(isa: I, x: &[f32]) -> f32 {
+    // Magnitudes order like their bits, NaN above infinity.
+    let magnitude = isa.splat_i32(i32::MAX);
+    let mut largest = isa.splat_i32(0);
+    let (whole, rest) = x.as_chunks::<16>();
+    for lanes in whole {
+        largest = isa.max_i32(largest, isa.and(isa.to_bits(isa.load(lanes)), magnitude));
+    }
+    let rest = isa.load(&padded(rest));
+    largest = isa.max_i32(largest, isa.and(isa.to_bits(rest), magnitude));
+    let mut lanes = [0; 16];
+    isa.store_i32(&mut lanes, largest);
+    f32::from_bits(lanes.into_iter().fold(0, u32::max))
+}
+
+/// codes = RNE(x · inverse) as signed bytes, zeros behind them; returns their sum.
+#[inline(always)]
+fn quantize<I: Isa>(isa: I, x: &[f32], inverse: f32, codes: &mut [u8]) -> i32 {
+    let mut sum = isa.splat_i32(0);
+    let (whole, rest) = x.as_chunks::<TILE>();
+    let (to, to_rest) = codes.split_at_mut(whole.len() * TILE);
+    for (to, x) in to.as_chunks_mut::<TILE>().0.iter_mut().zip(whole) {
+        quantize_tile(isa, x, inverse, to, &mut sum);
+    }
+    if !rest.is_empty() {
+        let mut last = [0; TILE];
+        quantize_tile(isa, &padded(rest), inverse, &mut last, &mut sum);
+        to_rest.copy_from_slice(&last[..to_rest.len()]);
+    }
+    let mut lanes = [0; 16];
+    isa.store_i32(&mut lanes, sum);
+    lanes.into_iter().fold(0, |sum, lane| sum.wrapping_add(lane as i32))
+}
+
+/// One tile of [`quantize`]; adds its codes to the lanes of `sum`.
+#[inline(always)]
+fn quantize_tile<I: Isa>(isa: I, x: &[f32; TILE], inverse: f32, to: &mut [u8; TILE], sum: &mut I::I32) {
+    let (quarters, _) = x.as_chunks::<16>();
+    let inverse = isa.splat(inverse);
+    let mut rounded = [isa.splat_i32(0); 4];
+    for j in 0..4 {
+        rounded[j] = isa.round(isa.mul(isa.load(&quarters[j]), inverse));
+        *sum = isa.add_i32(*sum, rounded[j]);
+    }
+    // Narrowing is unsigned: shifted by 128 and back.
+    let biased = isa.narrow(rounded, 128, 255);
+    isa.store_u8(to, isa.sub_u8(biased, isa.splat_u8(128)));
+}

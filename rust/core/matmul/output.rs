@@ -1,0 +1,91 @@
+//! The result, cut into bands of rows and columns that threads can own.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use crate::quantize::{Element, Target};
+use crate::simd::{Isa, LANES};
+
+/// Some columns of some rows of the result: a slice a row.
+pub(super) enum Columns<'a> {
+    F32(Vec<&'a mut [f32]>),
+    F64(Vec<&'a mut [f64]>),
+    Bf16(Vec<&'a mut [bf16]>),
+    F16(Vec<&'a mut [f16]>),
+}
+
+/// The part of the result that one task computes.
+pub(super) struct Part<'a> {
+    pub(super) rows: Range<usize>,
+    pub(super) columns: Range<usize>,
+    pub(super) out: Columns<'a>,
+}
+
+/// Cuts a result of rows of `n` columns into bands of `row_step` rows and `column_step` columns.
+pub(super) fn cut(out: Target<'_>, n: usize, row_step: usize, column_step: usize) -> Vec<Part<'_>> {
+    match out {
+        Target::F32(out) => cut_elements(out, n, row_step, column_step, Columns::F32),
+        Target::F64(out) => cut_elements(out, n, row_step, column_step, Columns::F64),
+        Target::Bf16(out) => cut_elements(out, n, row_step, column_step, Columns::Bf16),
+        Target::F16(out) => cut_elements(out, n, row_step, column_step, Columns::F16),
+    }
+}
+
+fn cut_elements<'a, E>(
+    out: &'a mut [E],
+    n: usize,
+    row_step: usize,
+    column_step: usize,
+    wrap: impl Fn(Vec<&'a mut [E]>) -> Columns<'a>,
+) -> Vec<Part<'a>> {
+    let mut parts = Vec::new();
+    for (band, lines) in out.chunks_mut(row_step * n).enumerate() {
+        let height = lines.len() / n;
+        let mut bands: Vec<Vec<&'a mut [E]>> = (0..n.div_ceil(column_step)).map(|_| Vec::new()).collect();
+        for line in lines.chunks_mut(n) {
+            for (band, piece) in bands.iter_mut().zip(line.chunks_mut(column_step)) {
+                band.push(piece);
+            }
+        }
+        let rows = band * row_step..band * row_step + height;
+        parts.extend(bands.into_iter().enumerate().map(|(i, pieces)| Part {
+            rows: rows.clone(),
+            columns: i * column_step..n.min((i + 1) * column_step),
+            out: wrap(pieces),
+        }));
+    }
+    parts
+}
+
+impl Columns<'_> {
+    /// Writes the first `count` lanes of `v` to columns `column …` of `row`, rounded to the type of the result.
+    #[inline(always)]
+    pub(super) fn write<I: Isa>(&mut self, isa: I, row: usize, column: usize, count: usize, v: I::F32) {
+        match self {
+            Self::F32(rows) => write(isa, &mut rows[row][column..][..count], v, |x| x),
+            Self::F64(rows) => write(isa, &mut rows[row][column..][..count], v, f64::from),
+            Self::Bf16(rows) => write(isa, &mut rows[row][column..][..count], v, bf16::from_f32),
+            Self::F16(rows) => write(isa, &mut rows[row][column..][..count], v, f16::from_f32),
+        }
+    }
+}
+
+#[inline(always)]
+fn write<I: Isa, E: Element>(isa: I, to: &mut [E], v: I::F32, convert: impl Fn(f32) -> E) {
+    let mut lanes = [0.0f32; LANES];
+    isa.store::<false>(&mut lanes, v);
+    let nans = lanes.iter().fold(0, |nans, x| nans + u32::from(x.is_nan()));
+    if nans > 0 {
+        // One NaN for all instruction sets, which differ in the sign of theirs.
+        for (to, x) in to.iter_mut().zip(lanes) {
+            *to = convert(if x.is_nan() { f32::NAN } else { x });
+        }
+    } else if let Some(to) = to.first_chunk_mut() {
+        E::store::<I, false>(isa, to, v);
+    } else {
+        let mut whole = [E::default(); LANES];
+        E::store::<I, false>(isa, &mut whole, v);
+        to.copy_from_slice(&whole[..to.len()]);
+    }
+}

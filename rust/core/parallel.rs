@@ -1,0 +1,182 @@
+//! Threads: a pool that grows on demand, survives `fork`, and has the caller as one of its workers.
+
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::Shape;
+use crate::scheme::Scheme;
+
+/// The workers besides the callers. Grown by replacement: running calls keep the pool they began with.
+static POOL: Mutex<Option<Arc<ThreadPool>>> = Mutex::new(None);
+
+/// Forgets the pool: to be called in the child after `fork`, where its threads do not exist.
+pub fn after_fork() {
+    if let Some(mut pool) = lock() {
+        // Dropping it would signal threads that the child does not have.
+        std::mem::forget(pool.take());
+    }
+}
+
+/// The pool's lock, or `None` if it stays taken: a fork may have copied it in the locked state.
+fn lock() -> Option<MutexGuard<'static, Option<Arc<ThreadPool>>>> {
+    for _ in 0..1000 {
+        match POOL.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+        }
+    }
+    None
+}
+
+/// A pool of at least `workers` threads, or `None` if the system grants no more.
+fn pool(workers: usize) -> Option<Arc<ThreadPool>> {
+    let mut pool = lock()?;
+    if let Some(pool) = pool.as_ref().filter(|pool| pool.current_num_threads() >= workers) {
+        return Some(Arc::clone(pool));
+    }
+    let name = |i| format!("turboquant-{i}");
+    let grown = Arc::new(ThreadPoolBuilder::new().num_threads(workers).thread_name(name).build().ok()?);
+    *pool = Some(Arc::clone(&grown));
+    Some(grown)
+}
+
+/// Calls `work` once for each task, on `threads` threads of which the caller is one.
+///
+/// Tasks are claimed in order. With one thread or one task nothing is spawned.
+pub(crate) fn for_each<T: Send>(threads: usize, tasks: Vec<T>, work: impl Fn(T) + Sync) {
+    let helpers = threads.min(tasks.len()).saturating_sub(1);
+    let pool = if helpers == 0 { None } else { pool(helpers) };
+    let Some(pool) = pool else {
+        tasks.into_iter().for_each(work);
+        return;
+    };
+    let queue = Mutex::new(tasks.into_iter());
+    let claim = || queue.lock().ok().and_then(|mut queue| queue.next());
+    let drain = || {
+        while let Some(task) = claim() {
+            work(task);
+        }
+    };
+    pool.in_place_scope(|scope| {
+        for _ in 0..helpers {
+            scope.spawn(|_| drain());
+        }
+        drain();
+    });
+}
+
+/// Groups `groups` of each row of `rows`: a run of whole rows, or a part of a single row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+    pub(crate) group: usize,
+    pub(crate) groups: usize,
+    /// Index within the row of the first element.
+    pub(crate) begin: usize,
+    /// Index within the row behind the last element.
+    pub(crate) end: usize,
+}
+
+impl Span {
+    /// Number of groups in all its rows.
+    pub(crate) fn total_groups(&self) -> usize {
+        self.rows * self.groups
+    }
+
+    /// Number of elements in all its rows.
+    pub(crate) fn len(&self) -> usize {
+        self.rows * (self.end - self.begin)
+    }
+
+    /// Bytes of its rows in a plane of that width.
+    pub(crate) fn plane_bytes(&self, width: u32) -> usize {
+        self.rows * crate::scheme::row_bytes(self.end - self.begin, width)
+    }
+}
+
+/// Elements worth waking a thread for.
+const MIN_SPAN: usize = 1 << 16;
+/// Spans a thread, so that a slow one can be helped out.
+const SPANS_A_THREAD: usize = 4;
+/// Parts of a row are cut at multiples of this many groups: whole bytes in every plane.
+const GROUPS_A_CUT: usize = 16;
+
+/// Cuts a tensor into spans for `threads` threads, in row-major order.
+pub(crate) fn spans(shape: Shape, group: usize, threads: usize) -> Vec<Span> {
+    let Shape { rows, k } = shape;
+    if shape.is_empty() {
+        return Vec::new();
+    }
+    let groups = k.div_ceil(group);
+    let target = if threads <= 1 { usize::MAX } else { shape.len().div_ceil(threads * SPANS_A_THREAD) };
+    let target = target.max(MIN_SPAN);
+    if k <= target || groups <= GROUPS_A_CUT {
+        let step = (target / k).clamp(1, rows);
+        let span = |row| Span { row, rows: step.min(rows - row), group: 0, groups, begin: 0, end: k };
+        return (0..rows).step_by(step).map(span).collect();
+    }
+    let step = (target / group).max(1).next_multiple_of(GROUPS_A_CUT);
+    let cut = |row, first: usize| {
+        let groups = step.min(groups - first);
+        let (begin, end) = (first * group, ((first + groups) * group).min(k));
+        Span { row, rows: 1, group: first, groups, begin, end }
+    };
+    (0..rows).flat_map(|row| (0..groups).step_by(step).map(move |first| cut(row, first))).collect()
+}
+
+/// Spans that follow the groups of a scheme.
+pub(crate) fn group_spans(shape: Shape, scheme: &Scheme, threads: usize) -> Vec<Span> {
+    spans(shape, scheme.group_len(shape.k), threads)
+}
+
+/// The first `len` elements of what is left of a buffer, which then begins behind them.
+pub(crate) fn take<'a, T>(rest: &mut &'a [T], len: usize) -> &'a [T] {
+    let (head, tail) = rest.split_at(len);
+    *rest = tail;
+    head
+}
+
+/// [`take`] for memory to write to.
+pub(crate) fn take_mut<'a, T>(rest: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    let (head, tail) = std::mem::take(rest).split_at_mut(len);
+    *rest = tail;
+    head
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_for_any_number_of_threads() {
+        for threads in [0, 1, 2, 7] {
+            let sum = AtomicUsize::new(0);
+            for_each(threads, (1..=100).collect(), |i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 5050, "{threads} threads");
+        }
+        after_fork();
+        for_each(3, vec![(), ()], |()| ());
+    }
+
+    #[test]
+    fn spans_cover_every_element_once_and_in_order() {
+        for (rows, k, group) in [(1, 1 << 20, 64), (3, 300_001, 9), (5000, 77, 64), (1, 1 << 19, 1 << 19), (0, 4, 8)] {
+            for threads in [1, 2, 7] {
+                let mut next = 0;
+                for span in spans(Shape { rows, k }, group, threads) {
+                    assert_eq!(next, span.row * k + span.begin);
+                    assert!(span.begin % 8 == 0 && span.begin == span.group * group);
+                    next += span.len();
+                }
+                assert_eq!(next, rows * k);
+            }
+        }
+    }
+}

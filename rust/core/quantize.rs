@@ -1,0 +1,975 @@
+//! Tensor to packed codes and back, each in one pass over memory.
+//!
+//! ```text
+//! pack:    for sixteen groups at a time          (16 · 64 elements stay in L1)
+//!            extremes ──fold──► scales, zero points of all sixteen
+//!            elements ──coder──► codes ──► planes
+//! unpack:  planes ──► codes ──► s · (v − z) ──► elements
+//! ```
+
+use std::sync::Mutex;
+
+use half::{bf16, f16};
+
+use crate::Shape;
+use crate::error::Error;
+use crate::parallel::{self, Span, group_spans, take, take_mut};
+use crate::planes::{PlaneReader, PlaneWriter, check_packed, padded};
+use crate::scheme::{Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scheme};
+use crate::simd::{Isa, Kernel, LANES, TILE, Token};
+
+mod coders;
+mod draws;
+mod groups;
+mod rows;
+mod scales;
+
+use coders::{Coder, Drawn, Group, Levels, Nearest, Sign, Systematic};
+use draws::Draws;
+use groups::{Elements, PreserveVariance, Search, Survey};
+pub(crate) use rows::Rows;
+use scales::{Groups, MAX_BITS, Rule, Statistics};
+
+/// Candidates of `scale="mse"`: multiples of the extreme scale, the first of several equals wins.
+pub const MSE_MULTIPLES: [f32; 9] =
+    [1.0, 63. / 64., 62. / 64., 66. / 64., 60. / 64., 68. / 64., 56. / 64., 52. / 64., 47. / 64.];
+
+/// Outputs of at least this many bytes bypass the caches: they would evict more than they leave behind.
+const STREAM_BYTES: usize = 8 << 20;
+
+/// Elements to be packed.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Double precision, rounded to f32 first.
+    F64(&'a [f64]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+    /// Half precision.
+    F16(&'a [f16]),
+}
+
+/// Memory for unpacked elements.
+#[derive(Debug)]
+pub enum Target<'a> {
+    /// Single precision.
+    F32(&'a mut [f32]),
+    /// Double precision, widened from f32.
+    F64(&'a mut [f64]),
+    /// bfloat16, rounded to nearest even.
+    Bf16(&'a mut [bf16]),
+    /// Half precision, rounded to nearest even.
+    F16(&'a mut [f16]),
+}
+
+/// Stored scales, one a group, row by row; 16-bit types as their bits.
+#[derive(Debug, Clone, Copy)]
+pub enum Scales<'a> {
+    /// Bits of bfloat16.
+    Bf16(&'a [u16]),
+    /// Bits of half precision.
+    F16(&'a [u16]),
+    /// Single precision.
+    F32(&'a [f32]),
+}
+
+/// Memory for scales.
+#[derive(Debug)]
+pub enum ScalesMut<'a> {
+    /// Bits of bfloat16.
+    Bf16(&'a mut [u16]),
+    /// Bits of half precision.
+    F16(&'a mut [u16]),
+    /// Single precision.
+    F32(&'a mut [f32]),
+}
+
+/// Stored zero points, one a group, row by row.
+#[derive(Debug, Clone, Copy)]
+pub enum ZeroPoints<'a> {
+    /// The scheme has a constant one.
+    Constant,
+    /// Asymmetric schemes.
+    U8(&'a [u8]),
+    /// `preserve="mean+var"`.
+    F32(&'a [f32]),
+}
+
+/// Memory for zero points.
+#[derive(Debug)]
+pub enum ZeroPointsMut<'a> {
+    /// The scheme has a constant one.
+    Constant,
+    /// Asymmetric schemes.
+    U8(&'a mut [u8]),
+    /// `preserve="mean+var"`.
+    F32(&'a mut [f32]),
+}
+
+impl<'a> Scales<'a> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Bf16(s) | Self::F16(s) => s.len(),
+            Self::F32(s) => s.len(),
+        }
+    }
+
+    fn dtype(&self) -> ScaleDtype {
+        match self {
+            Self::Bf16(_) => ScaleDtype::Bf16,
+            Self::F16(_) => ScaleDtype::F16,
+            Self::F32(_) => ScaleDtype::F32,
+        }
+    }
+
+    fn take(&mut self, len: usize) -> Self {
+        match self {
+            Self::Bf16(s) => Self::Bf16(take(s, len)),
+            Self::F16(s) => Self::F16(take(s, len)),
+            Self::F32(s) => Self::F32(take(s, len)),
+        }
+    }
+
+    /// The scale of a group, widened.
+    #[inline(always)]
+    pub fn get(&self, group: usize) -> f32 {
+        match self {
+            Self::Bf16(s) => f32::from_bits(u32::from(s[group]) << 16),
+            Self::F16(s) => f16::from_bits(s[group]).to_f32_const(),
+            Self::F32(s) => s[group],
+        }
+    }
+}
+
+impl<'a> ScalesMut<'a> {
+    fn view(&self) -> Scales<'_> {
+        match self {
+            Self::Bf16(s) => Scales::Bf16(s),
+            Self::F16(s) => Scales::F16(s),
+            Self::F32(s) => Scales::F32(s),
+        }
+    }
+
+    fn take(&mut self, len: usize) -> ScalesMut<'a> {
+        match self {
+            Self::Bf16(s) => ScalesMut::Bf16(take_mut(s, len)),
+            Self::F16(s) => ScalesMut::F16(take_mut(s, len)),
+            Self::F32(s) => ScalesMut::F32(take_mut(s, len)),
+        }
+    }
+
+    /// Stores rounded scales from `at` on.
+    #[inline(always)]
+    fn store(&mut self, at: usize, from: &[f32]) {
+        match self {
+            Self::Bf16(s) => {
+                for (to, s) in s[at..].iter_mut().zip(from) {
+                    *to = (s.to_bits() >> 16) as u16;
+                }
+            }
+            Self::F16(s) => {
+                for (to, s) in s[at..].iter_mut().zip(from) {
+                    *to = f16::from_f32_const(*s).to_bits();
+                }
+            }
+            Self::F32(s) => s[at..at + from.len()].copy_from_slice(from),
+        }
+    }
+}
+
+impl<'a> ZeroPoints<'a> {
+    fn kind(&self) -> (&'static str, usize) {
+        match self {
+            Self::Constant => (NO_ZERO_POINTS, 0),
+            Self::U8(z) => (U8_ZERO_POINTS, z.len()),
+            Self::F32(z) => (F32_ZERO_POINTS, z.len()),
+        }
+    }
+
+    fn take(&mut self, len: usize) -> Self {
+        match self {
+            Self::Constant => Self::Constant,
+            Self::U8(z) => Self::U8(take(z, len)),
+            Self::F32(z) => Self::F32(take(z, len)),
+        }
+    }
+
+    /// The zero point of a group, where `constant` is that of the scheme.
+    #[inline(always)]
+    pub fn get(&self, group: usize, constant: f32) -> f32 {
+        match self {
+            Self::Constant => constant,
+            Self::U8(z) => f32::from(z[group]),
+            Self::F32(z) => z[group],
+        }
+    }
+}
+
+impl<'a> ZeroPointsMut<'a> {
+    fn view(&self) -> ZeroPoints<'_> {
+        match self {
+            Self::Constant => ZeroPoints::Constant,
+            Self::U8(z) => ZeroPoints::U8(z),
+            Self::F32(z) => ZeroPoints::F32(z),
+        }
+    }
+
+    fn take(&mut self, len: usize) -> ZeroPointsMut<'a> {
+        match self {
+            Self::Constant => ZeroPointsMut::Constant,
+            Self::U8(z) => ZeroPointsMut::U8(take_mut(z, len)),
+            Self::F32(z) => ZeroPointsMut::F32(take_mut(z, len)),
+        }
+    }
+
+    #[inline(always)]
+    fn store(&mut self, at: usize, from: &[f32]) {
+        match self {
+            Self::Constant => {}
+            Self::U8(z) => {
+                for (to, z) in z[at..].iter_mut().zip(from) {
+                    *to = *z as u8;
+                }
+            }
+            Self::F32(z) => z[at..at + from.len()].copy_from_slice(from),
+        }
+    }
+}
+
+const NO_ZERO_POINTS: &str = "absent";
+const U8_ZERO_POINTS: &str = "u8";
+const F32_ZERO_POINTS: &str = "f32";
+
+/// Refuses scales and zero points that do not belong to the scheme.
+pub(crate) fn check_groups(
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    scales: Scales<'_>,
+    zero_points: ZeroPoints<'_>,
+) -> Result<(), Error> {
+    let groups = shape.rows * scheme.groups(shape.k);
+    let dtype_name = |dtype: ScaleDtype| match dtype {
+        ScaleDtype::Bf16 => "bf16",
+        ScaleDtype::F16 => "f16",
+        ScaleDtype::F32 => "f32",
+    };
+    if scales.dtype() != scheme.scale_dtype() {
+        let (got, need) = (dtype_name(scales.dtype()), dtype_name(scheme.scale_dtype()));
+        return Err(Error::Kind { name: "scales", got, need });
+    }
+    shape.check("scales", scales.len(), groups)?;
+    let (need, len) = match (rounding.preserve_variance(), scheme.zero_point()) {
+        (true, _) => (F32_ZERO_POINTS, groups),
+        (false, None) => (U8_ZERO_POINTS, groups),
+        (false, Some(_)) => (NO_ZERO_POINTS, 0),
+    };
+    let (got, got_len) = zero_points.kind();
+    if got != need {
+        return Err(Error::Kind { name: "zero_points", got, need });
+    }
+    shape.check("zero_points", got_len, len)
+}
+
+/// A type of elements: how sixteen of them become lanes and back.
+pub(crate) trait Element: Copy + Default + Send + Sync {
+    fn load<I: Isa>(isa: I, from: &[Self; LANES]) -> I::F32;
+    fn store<I: Isa, const STREAM: bool>(isa: I, to: &mut [Self; LANES], v: I::F32);
+}
+
+macro_rules! element {
+    ($type:ty, $load:ident, $store:ident) => {
+        impl Element for $type {
+            #[inline(always)]
+            fn load<I: Isa>(isa: I, from: &[Self; LANES]) -> I::F32 {
+                isa.$load(from)
+            }
+            #[inline(always)]
+            fn store<I: Isa, const STREAM: bool>(isa: I, to: &mut [Self; LANES], v: I::F32) {
+                isa.$store::<STREAM>(to, v);
+            }
+        }
+    };
+}
+element!(f32, load, store);
+element!(f64, load_f64, store_f64);
+element!(bf16, load_bf16, store_bf16);
+element!(f16, load_f16, store_f16);
+
+/// Calls the same code on the slice of any type.
+macro_rules! each_type {
+    ($type:ident, $value:expr, |$x:ident| $call:expr) => {
+        match $value {
+            $type::F32($x) => $type::F32($call),
+            $type::F64($x) => $type::F64($call),
+            $type::Bf16($x) => $type::Bf16($call),
+            $type::F16($x) => $type::F16($call),
+        }
+    };
+}
+
+impl<'a> Source<'a> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::F64(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+            Self::F16(x) => x.len(),
+        }
+    }
+
+    /// `len` elements from `at` on.
+    #[inline(always)]
+    pub(crate) fn part(&self, at: usize, len: usize) -> Self {
+        each_type!(Source, self, |x| &x[at..at + len])
+    }
+
+    /// Element `at` as f64 (exact).
+    pub(crate) fn get(&self, at: usize) -> f64 {
+        match self {
+            Self::F32(x) => x[at].into(),
+            Self::F64(x) => x[at],
+            Self::Bf16(x) => x[at].into(),
+            Self::F16(x) => x[at].into(),
+        }
+    }
+
+    /// 64 elements from `at` on as f32, zeros behind the end.
+    #[inline(always)]
+    pub(crate) fn tile<I: Isa>(&self, isa: I, at: usize) -> [I::F32; 4] {
+        match self {
+            Self::F32(x) => load_tile(isa, &x[at..]),
+            Self::F64(x) => load_tile(isa, &x[at..]),
+            Self::Bf16(x) => load_tile(isa, &x[at..]),
+            Self::F16(x) => load_tile(isa, &x[at..]),
+        }
+    }
+}
+
+/// Four vectors of consecutive elements, zeros behind the end of `x`.
+#[inline(always)]
+pub(crate) fn load_tile<I: Isa, E: Element>(isa: I, x: &[E]) -> [I::F32; 4] {
+    let short;
+    let tile = match x.first_chunk::<TILE>() {
+        Some(tile) => tile,
+        None => {
+            short = padded(x);
+            &short
+        }
+    };
+    let (vectors, _) = tile.as_chunks::<LANES>();
+    std::array::from_fn(|j| E::load(isa, &vectors[j]))
+}
+
+impl<'a> Target<'a> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::F64(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+            Self::F16(x) => x.len(),
+        }
+    }
+
+    fn nbytes(&self) -> usize {
+        match self {
+            Self::F32(x) => size_of_val(*x),
+            Self::F64(x) => size_of_val(*x),
+            Self::Bf16(x) => size_of_val(*x),
+            Self::F16(x) => size_of_val(*x),
+        }
+    }
+
+    fn take(&mut self, len: usize) -> Target<'a> {
+        each_type!(Target, self, |x| take_mut(x, len))
+    }
+
+    /// Writes the first `len` elements of a tile and moves behind them.
+    #[inline(always)]
+    fn push<I: Isa>(&mut self, isa: I, stream: bool, len: usize, v: [I::F32; 4]) {
+        match self {
+            Self::F32(x) => store_tile(isa, x, stream, len, v),
+            Self::F64(x) => store_tile(isa, x, stream, len, v),
+            Self::Bf16(x) => store_tile(isa, x, stream, len, v),
+            Self::F16(x) => store_tile(isa, x, stream, len, v),
+        }
+    }
+}
+
+/// Writes the first `len` elements of a tile and moves `out` behind them.
+///
+/// Where there is room the whole tile is stored: what is written too much is overwritten by the next one.
+#[inline(always)]
+fn store_tile<I: Isa, E: Element>(
+    isa: I,
+    out: &mut &mut [E],
+    stream: bool,
+    len: usize,
+    v: [I::F32; 4],
+) {
+    if len == TILE && stream {
+        store_vectors::<I, E, true>(isa, take_mut(out, TILE), v);
+    } else if out.len() >= TILE {
+        store_vectors::<I, E, false>(isa, &mut out[..TILE], v);
+        take_mut(out, len);
+    } else {
+        let mut tile = [E::default(); TILE];
+        store_vectors::<I, E, false>(isa, &mut tile, v);
+        take_mut(out, len).copy_from_slice(&tile[..len]);
+    }
+}
+
+#[inline(always)]
+fn store_vectors<I: Isa, E: Element, const STREAM: bool>(isa: I, to: &mut [E], v: [I::F32; 4]) {
+    let (vectors, _) = to.as_chunks_mut::<LANES>();
+    for (to, v) in vectors.iter_mut().zip(v) {
+        E::store::<I, STREAM>(isa, to, v);
+    }
+}
+
+// ---- pack -------------------------------------------------------------------------------------------------
+
+/// Why a span could not be packed; ordered so that the first input to blame is the least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Failure {
+    /// Index of an element that is not a number of the domain.
+    Element(usize),
+    /// Number of a group whose scale overflows.
+    Group(usize),
+}
+
+/// What all spans of a call share.
+#[derive(Clone, Copy)]
+struct Job {
+    shape: Shape,
+    scheme: Scheme,
+    rounding: Rounding,
+    rule: Rule,
+    /// Number of the first group of the tensor, for block draws.
+    first_group: u64,
+}
+
+impl Job {
+    fn group_len(&self) -> usize {
+        self.scheme.group_len(self.shape.k)
+    }
+}
+
+/// One span to pack.
+struct PackSpan<'a> {
+    job: &'a Job,
+    span: Span,
+    x: Elements<'a>,
+    planes: PlaneWriter<'a>,
+    scales: ScalesMut<'a>,
+    zero_points: ZeroPointsMut<'a>,
+}
+
+/// Elements whose codes wait for packing.
+const PENDING: usize = 16 * TILE;
+
+/// Codes of a row on their way to the planes.
+struct Codes {
+    /// One tile more than is packed at once: tiles are stored whole, wherever they begin.
+    bytes: [u8; PENDING + TILE],
+    len: usize,
+}
+
+impl Codes {
+    /// Appends the first `len` bytes of `codes`.
+    #[inline(always)]
+    fn push<I: Isa>(&mut self, isa: I, codes: I::U8, len: usize, planes: &mut PlaneWriter<'_>) {
+        if let Some(to) = self.bytes[self.len..].first_chunk_mut::<TILE>() {
+            isa.store_u8(to, codes);
+        }
+        self.len += len;
+        if self.len >= PENDING {
+            let (tiles, _) = self.bytes.as_chunks::<TILE>();
+            isa.vectorize(WriteTiles { planes, tiles: &tiles[..PENDING / TILE], len: PENDING });
+            self.bytes.copy_within(PENDING.., 0);
+            self.len -= PENDING;
+        }
+    }
+
+    /// Packs what is left of the row.
+    #[inline(always)]
+    fn finish<I: Isa>(&mut self, isa: I, planes: &mut PlaneWriter<'_>) {
+        if self.len > 0 {
+            let whole = self.len.next_multiple_of(TILE);
+            self.bytes[self.len..whole].fill(0);
+            let (tiles, _) = self.bytes[..whole].as_chunks::<TILE>();
+            isa.vectorize(WriteTiles { planes, tiles, len: self.len });
+            self.len = 0;
+        }
+    }
+}
+
+/// Elements of a batch of groups: read twice, the second time from L1.
+const BATCH: usize = 4096;
+
+impl Kernel for PackSpan<'_> {
+    type Output = Result<(), Failure>;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> Self::Output {
+        let Job { scheme, rounding, .. } = self.job;
+        let last = (u32::MAX >> (32 - scheme.bits())) as u8;
+        let group_len = self.job.group_len();
+        let limit = self.logical(self.x.len());
+        match (rounding.mode(), scheme.table()) {
+            (Mode::Nearest, Some(table)) => self.encode(isa, Levels::new(table.levels())),
+            (Mode::Nearest, None) if scheme.bits() == 1 => self.encode(isa, Sign),
+            (Mode::Nearest, None) => self.encode(isa, Nearest { last }),
+            (Mode::Systematic, _) => self.encode(isa, Systematic::new(scheme, rounding, group_len)),
+            _ => self.encode(isa, Drawn::new(scheme, rounding, group_len, limit)),
+        }
+    }
+}
+
+impl PackSpan<'_> {
+    /// Logical index of element `at` of the span.
+    fn logical(&self, at: usize) -> u64 {
+        let first = self.span.row * self.job.shape.k + self.span.begin;
+        self.job.rounding.offset() + (first + at) as u64
+    }
+
+    #[inline(always)]
+    fn encode<I: Isa>(mut self, isa: I, mut coder: impl Coder<I>) -> Result<(), Failure> {
+        let group_len = self.job.group_len();
+        let batch_len = (BATCH / group_len).clamp(1, LANES) * group_len;
+        let row_len = self.span.end - self.span.begin;
+        let mut codes = Codes { bytes: [0; PENDING + TILE], len: 0 };
+        let mut group_index = 0;
+        for row in (0..self.x.len()).step_by(row_len) {
+            for first in (row..row + row_len).step_by(batch_len) {
+                let batch = self.x.part(first, batch_len.min(row + row_len - first));
+                let (mut s, mut z) = self.choose(isa, batch, first, group_index)?;
+                let inverse = scales::inverses(&s);
+                let mut count = 0;
+                for begin in (0..batch.len()).step_by(group_len) {
+                    let x = batch.part(begin, group_len.min(batch.len() - begin));
+                    let number = self.job.first_group + self.group_number(group_index + count) as u64;
+                    let index = self.logical(first + begin);
+                    let group = Group::new(isa, s[count], inverse[count], z[count], number, index);
+                    for at in (0..x.len()).step_by(TILE) {
+                        let tile = coder.encode(isa, &group, at, x.tile(isa, at));
+                        codes.push(isa, tile, (x.len() - at).min(TILE), &mut self.planes);
+                    }
+                    count += 1;
+                }
+                if self.job.rounding.preserve_variance() {
+                    self.preserve_variance(isa, batch, &mut s, &mut z);
+                }
+                self.scales.store(group_index, &s[..count]);
+                self.zero_points.store(group_index, &z[..count]);
+                group_index += count;
+            }
+            codes.finish(isa, &mut self.planes);
+        }
+        Ok(())
+    }
+
+    /// Number in the tensor of a group of the span.
+    fn group_number(&self, group: usize) -> usize {
+        self.span.row * self.job.scheme.groups(self.job.shape.k) + self.span.group + group
+    }
+
+    /// Scales and zero points of up to sixteen groups: the elements from `first`, the groups from `group` on.
+    #[inline(always)]
+    fn choose<I: Isa>(
+        &self,
+        isa: I,
+        batch: Elements<'_>,
+        first: usize,
+        group: usize,
+    ) -> Result<(Groups, Groups), Failure> {
+        let Job { scheme, rule, .. } = self.job;
+        let group_len = self.job.group_len();
+        let x = isa.vectorize(Survey { x: batch, group_len, sum: rule.sum() });
+        let x = x.ok_or_else(|| self.blame(batch, first))?;
+        let (mut s, z) = isa.vectorize(Choose { rule: *rule, scheme, x: &x });
+        if let Some(i) = s.iter().position(|s| !s.is_finite()) {
+            return Err(Failure::Group(self.group_number(group + i)));
+        }
+        if scheme.scale() == ScaleRule::Mse && scheme.bits() > 1 {
+            for (i, begin) in (0..batch.len()).step_by(group_len).enumerate() {
+                let x = batch.part(begin, group_len.min(batch.len() - begin));
+                if s[i] != 0.0 {
+                    s[i] = isa.vectorize(Search { x, scheme, s: s[i], z: z[i] });
+                }
+            }
+        }
+        Ok((s, z))
+    }
+
+    /// Scales and zero points of a batch that keep the variance of its groups.
+    #[inline(always)]
+    fn preserve_variance<I: Isa>(&self, isa: I, batch: Elements<'_>, s: &mut Groups, z: &mut Groups) {
+        let group_len = self.job.group_len();
+        for (i, begin) in (0..batch.len()).step_by(group_len).enumerate() {
+            let x = batch.part(begin, group_len.min(batch.len() - begin));
+            let kernel = PreserveVariance { x, scheme: &self.job.scheme, s: s[i], z: z[i] };
+            (s[i], z[i]) = isa.vectorize(kernel);
+        }
+    }
+
+    /// The first element of `batch` outside the domain.
+    #[cold]
+    fn blame(&self, batch: Elements<'_>, first: usize) -> Failure {
+        let outside = |at: &usize| {
+            let x = batch.x.get(*at);
+            (x as f32).to_bits() & i32::MAX as u32 > MAX_BITS && !(batch.nan_zero && x.is_nan())
+        };
+        let at = (0..batch.len()).find(outside).unwrap_or(0);
+        Failure::Element(self.span.row * self.job.shape.k + self.span.begin + first + at)
+    }
+}
+
+/// Scales and zero points for the numbers of sixteen groups.
+struct Choose<'a> {
+    rule: Rule,
+    scheme: &'a Scheme,
+    x: &'a Statistics,
+}
+
+impl Kernel for Choose<'_> {
+    type Output = (Groups, Groups);
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> Self::Output {
+        let s = scales::choose(self.rule, self.scheme.scale_dtype(), self.x);
+        (s, scales::zero_points(self.rule, self.scheme, self.x, &s))
+    }
+}
+
+/// Codes to planes, compiled once for all coders.
+struct WriteTiles<'a, 'b> {
+    planes: &'a mut PlaneWriter<'b>,
+    tiles: &'a [[u8; TILE]],
+    len: usize,
+}
+
+impl Kernel for WriteTiles<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        self.planes.write(isa, self.tiles, self.len);
+    }
+}
+
+/// What is wrong with element `index`.
+fn element_error(x: Source<'_>, index: usize) -> Error {
+    let value = x.get(index);
+    if value.is_nan() {
+        Error::Nan(index)
+    } else if value.is_infinite() {
+        Error::Infinite(index)
+    } else {
+        Error::Domain { index, value }
+    }
+}
+
+/// Quantizes a tensor and packs its codes, in one pass over memory.
+///
+/// * `x`: rows · k elements, row-major.
+/// * `planes`: the scheme's planes, or [`Planes::BYTES`] for unpacked codes (then this is `quantize`).
+/// * `nan_zero`: NaN counts as 0 instead of being an error.
+/// * `packed`: `planes.nbytes(rows, k)` bytes; `scales`: rows · `scheme.groups(k)` of the scheme's type.
+/// * `zero_points`: as many u8 if the scheme is asymmetric, f32 if the rounding preserves the variance,
+///   else [`ZeroPointsMut::Constant`].
+///
+/// The result does not depend on `threads`. Errors: lengths and kinds of the buffers, rounding against scheme,
+/// and the first element that is NaN, infinite or outside ±2^120; the outputs' content is then unspecified.
+pub fn pack(
+    x: Source<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    nan_zero: bool,
+    packed: &mut [u8],
+    scales: ScalesMut<'_>,
+    zero_points: ZeroPointsMut<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    pack_on(Token::active(), x, shape, scheme, rounding, planes, nan_zero, packed, scales, zero_points, threads)
+}
+
+/// [`pack`] on a given instruction set.
+pub(crate) fn pack_on(
+    isa: Token,
+    x: Source<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    nan_zero: bool,
+    packed: &mut [u8],
+    scales: ScalesMut<'_>,
+    zero_points: ZeroPointsMut<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    rounding.check(scheme, shape.k)?;
+    check_groups(shape, scheme, rounding, scales.view(), zero_points.view())?;
+    shape.check("packed", packed.len(), planes.nbytes(shape.rows, shape.k))?;
+    let rule = Rule::new(scheme, rounding.is_stochastic());
+    let rows_before = rounding.offset().checked_div(shape.k as u64).unwrap_or(0);
+    let first_group = rows_before * scheme.groups(shape.k) as u64;
+    shape.check("x", x.len(), shape.len())?;
+    let shape = joined(shape, scheme);
+    let job = Job { shape, scheme: *scheme, rounding: *rounding, rule, first_group };
+    let spans = group_spans(shape, scheme, threads);
+    let tasks = pack_tasks(&job, &spans, Elements { x, nan_zero }, *planes, packed, scales, zero_points);
+    let failure = Mutex::new(None::<Failure>);
+    parallel::for_each(threads, tasks, |task: PackSpan<'_>| {
+        if let Err(found) = isa.run(task) {
+            if let Ok(mut first) = failure.lock() {
+                *first = Some(first.map_or(found, |other| other.min(found)));
+            }
+        }
+    });
+    match failure.into_inner() {
+        Ok(Some(Failure::Element(index))) => Err(element_error(x, index)),
+        Ok(Some(Failure::Group(group))) => Err(Error::ScaleOverflow { group, dtype: scheme.scale_dtype() }),
+        _ => Ok(()),
+    }
+}
+
+/// The spans with their parts of all buffers.
+fn pack_tasks<'a>(
+    job: &'a Job,
+    spans: &[Span],
+    x: Elements<'a>,
+    planes: Planes,
+    packed: &'a mut [u8],
+    mut scales: ScalesMut<'a>,
+    mut zero_points: ZeroPointsMut<'a>,
+) -> Vec<PackSpan<'a>> {
+    let mut first = 0;
+    let mut task = |(planes, span): (PlaneWriter<'a>, &Span)| {
+        let x = x.part(first, span.len());
+        first += span.len();
+        let groups = span.total_groups();
+        let (scales, zero_points) = (scales.take(groups), zero_points.take(groups));
+        PackSpan { job, span: *span, x, planes, scales, zero_points }
+    };
+    PlaneWriter::cut(packed, planes, job.shape, spans).into_iter().zip(spans).map(&mut task).collect()
+}
+
+/// The shape to work on: rows of whole groups in whole bytes follow each other like groups of one long row.
+fn joined(shape: Shape, scheme: &Scheme) -> Shape {
+    let group = scheme.group_size();
+    let whole = group != 0 && shape.k.is_multiple_of(group) && shape.k.is_multiple_of(8);
+    if whole { Shape { rows: 1, k: shape.len() } } else { shape }
+}
+
+// ---- unpack -----------------------------------------------------------------------------------------------
+
+/// What all spans of a call share.
+#[derive(Clone, Copy)]
+struct Reading {
+    shape: Shape,
+    scheme: Scheme,
+    rounding: Rounding,
+    /// Bits below those read.
+    dropped: u32,
+    stream: bool,
+}
+
+/// One span to unpack.
+struct UnpackSpan<'a> {
+    job: &'a Reading,
+    span: Span,
+    planes: PlaneReader<'a>,
+    scales: Scales<'a>,
+    zero_points: ZeroPoints<'a>,
+    out: Target<'a>,
+}
+
+/// Codes of a row on their way from the planes.
+struct Decoded {
+    bytes: [u8; PENDING + TILE],
+    at: usize,
+    len: usize,
+    /// Codes of the row that are still in the planes.
+    left: usize,
+}
+
+impl Decoded {
+    /// The next `len` codes, at most 64.
+    #[inline(always)]
+    fn next<I: Isa>(&mut self, isa: I, len: usize, planes: &mut PlaneReader<'_>) -> I::U8 {
+        if self.at + len > self.len {
+            self.refill(isa, planes);
+        }
+        let tile = self.bytes[self.at..].first_chunk::<TILE>();
+        self.at += len;
+        isa.load_u8(tile.unwrap_or(&[0; TILE]))
+    }
+
+    #[inline(always)]
+    fn refill<I: Isa>(&mut self, isa: I, planes: &mut PlaneReader<'_>) {
+        self.bytes.copy_within(self.at..self.len, 0);
+        self.len -= self.at;
+        self.at = 0;
+        while self.left > 0 && self.len + TILE <= PENDING {
+            let count = self.left.min(TILE);
+            let codes = planes.read(isa, count);
+            if let Some(to) = self.bytes[self.len..].first_chunk_mut::<TILE>() {
+                isa.store_u8(to, codes);
+            }
+            self.len += count;
+            self.left -= count;
+        }
+    }
+}
+
+impl Kernel for UnpackSpan<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { job, span, mut planes, scales, zero_points, mut out } = self;
+        let Reading { shape, scheme, rounding, dropped, stream } = job;
+        let group_len = scheme.group_len(shape.k);
+        let row_len = span.end - span.begin;
+        let constant = scheme.zero_point().unwrap_or(0.0);
+        let unit = isa.splat((1u32 << dropped) as f32);
+        let centre = isa.splat(((1u32 << dropped) as f32 - 1.0) / 2.0);
+        let first = rounding.offset() + (span.row * shape.k + span.begin) as u64;
+        let mut dither = (rounding.mode() == Mode::Subtractive)
+            .then(|| Draws::new(rounding, first + span.len() as u64));
+        let wide = rounding.draw_bits() == 32;
+        let table = scheme.table().map(|table| *table.padded());
+        let mut group = 0;
+        let mut done = 0;
+        for _ in 0..span.rows {
+            let mut codes = Decoded { bytes: [0; PENDING + TILE], at: 0, len: 0, left: row_len };
+            for begin in (0..row_len).step_by(group_len) {
+                let s = isa.splat(scales.get(group));
+                let z = isa.splat(zero_points.get(group, constant));
+                group += 1;
+                let len = group_len.min(row_len - begin);
+                for at in (0..len).step_by(TILE) {
+                    let count = (len - at).min(TILE);
+                    let mut tile = codes.next(isa, count, &mut planes);
+                    if let Some(table) = &table {
+                        tile = isa.lookup_u8(tile, table);
+                    }
+                    let mut v = isa.widen(tile).map(|k| {
+                        let k = isa.mul(isa.to_f32(k), unit);
+                        isa.sub(isa.add(k, centre), z)
+                    });
+                    if let Some(draws) = &mut dither {
+                        let draw = draws.tile(isa, first + done as u64);
+                        v = std::array::from_fn(|j| isa.add(v[j], dither_of(isa, wide, draw[j])));
+                    }
+                    out.push(isa, *stream, count, v.map(|v| isa.mul(s, v)));
+                    done += count;
+                }
+            }
+        }
+        if *stream {
+            isa.fence();
+        }
+    }
+}
+
+/// The dither that a draw stands for: ½ − (draw + ½ unit), in steps.
+#[inline(always)]
+fn dither_of<I: Isa>(isa: I, wide: bool, draw: I::I32) -> I::F32 {
+    let word = if wide {
+        isa.or(draw, isa.splat_i32(1))
+    } else {
+        isa.or(isa.shl::<16>(draw), isa.splat_i32(0x8000))
+    };
+    let distance = isa.sub_i32(isa.splat_i32(i32::MIN), word);
+    isa.mul(isa.to_f32(distance), isa.splat(1.0 / (1u64 << 32) as f32))
+}
+
+/// Unpacks and dequantizes, in one pass over memory.
+///
+/// * `packed`: the whole blob of `planes`, or the prefix of it that holds the planes read.
+/// * `scales`, `zero_points`: as [`pack`] wrote them.
+/// * `rounding`: matters for subtractive dither, which is regenerated, and for the kind of `zero_points`.
+/// * `read_bits`: a prefix of the planes; the scheme's bits reads all, also of [`Planes::BYTES`].
+/// * `out`: rows · k elements.
+///
+/// The result does not depend on `threads`. Errors: lengths and kinds of the buffers, a prefix that the planes
+/// or the scheme do not have.
+pub fn unpack(
+    packed: &[u8],
+    scales: Scales<'_>,
+    zero_points: ZeroPoints<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    read_bits: u32,
+    out: Target<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    let isa = Token::active();
+    unpack_on(isa, packed, scales, zero_points, shape, scheme, rounding, planes, read_bits, out, threads)
+}
+
+/// [`unpack`] on a given instruction set.
+pub(crate) fn unpack_on(
+    isa: Token,
+    packed: &[u8],
+    scales: Scales<'_>,
+    zero_points: ZeroPoints<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    read_bits: u32,
+    out: Target<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    check_groups(shape, scheme, rounding, scales, zero_points)?;
+    let prefix = readable(scheme, rounding, planes, read_bits)?;
+    check_packed(packed, shape, planes, &prefix)?;
+    shape.check("out", out.len(), shape.len())?;
+    let shape = joined(shape, scheme);
+    let dropped = scheme.bits() - read_bits;
+    let stream = out.nbytes() >= STREAM_BYTES;
+    let job = Reading { shape, scheme: *scheme, rounding: *rounding, dropped, stream };
+    let spans = group_spans(shape, scheme, threads);
+    let (mut scales, mut zero_points, mut out) = (scales, zero_points, out);
+    let readers = PlaneReader::cut(packed, prefix, shape, &spans);
+    let tasks = readers.into_iter().zip(&spans).map(|(planes, span)| {
+        let groups = span.total_groups();
+        let (scales, zero_points) = (scales.take(groups), zero_points.take(groups));
+        UnpackSpan { job: &job, span: *span, planes, scales, zero_points, out: out.take(span.len()) }
+    });
+    parallel::for_each(threads, tasks.collect(), |task| isa.run(task));
+    Ok(())
+}
+
+/// The planes to read for `read_bits` bits of a tensor of `scheme`.
+pub(crate) fn readable(
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    read_bits: u32,
+) -> Result<Planes, Error> {
+    let full = read_bits == scheme.bits();
+    let whole_only = if scheme.table().is_some() {
+        Some("level tables")
+    } else if rounding.mode() == Mode::Subtractive {
+        Some("subtractive dither")
+    } else {
+        None
+    };
+    match whole_only {
+        Some(what) if !full => Err(Error::Scheme(format!(
+            "tensors with {what} are read in full only: {} bits, got {read_bits}",
+            scheme.bits()
+        ))),
+        _ if *planes == Planes::BYTES && full => Ok(*planes),
+        _ => planes.prefix(read_bits),
+    }
+}

@@ -1,0 +1,409 @@
+//! AVX-512 as of Ice Lake and Zen 4: a logical vector is one zmm register.
+
+#![expect(unsafe_code, reason = "vendor intrinsics; the token proves that the CPU has them")]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Isa, Kernel};
+
+/// Proof that the CPU has AVX-512 F, BW, DQ, VL and VBMI.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// The token, if the CPU has the instructions and the system saves the registers.
+    pub fn detect() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi2");
+        has.then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c,bmi2")]
+fn trampoline<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
+    kernel.run(isa)
+}
+
+/// An intrinsic on values.
+macro_rules! op {
+    ($call:expr) => {{
+        // SAFETY: `self` is a token, so the CPU has the instruction; the operands are values.
+        unsafe { $call }
+    }};
+}
+
+/// An intrinsic that loads from or stores to a reference to an array.
+macro_rules! mem {
+    ($call:expr) => {{
+        // SAFETY: `self` is a token, so the CPU has the instruction; the pointer comes from a reference to an
+        // array of exactly the bytes accessed, and the access is either unaligned or its alignment was checked.
+        unsafe { $call }
+    }};
+}
+
+const RNE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+impl Isa for Avx512 {
+    type F32 = __m512;
+    type I32 = __m512i;
+    type Mask = __mmask16;
+    type U8 = __m512i;
+    /// Even lanes, odd lanes.
+    type Wide = [__m512i; 2];
+
+    const NAME: &'static str = "avx512";
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves that the CPU has the features.
+        unsafe { trampoline(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        op!(_mm512_set1_ps(value))
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32; 16]) -> __m512 {
+        mem!(_mm512_loadu_ps(from.as_ptr()))
+    }
+    #[inline(always)]
+    fn load_f64(self, from: &[f64; 16]) -> __m512 {
+        let low = mem!(_mm512_cvtpd_ps(_mm512_loadu_pd(from.as_ptr())));
+        let high = mem!(_mm512_cvtpd_ps(_mm512_loadu_pd(from[8..].as_ptr())));
+        op!(_mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high))
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[bf16; 16]) -> __m512 {
+        let bits = mem!(_mm256_loadu_si256(from.as_ptr().cast()));
+        op!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))))
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; 16]) -> __m512 {
+        mem!(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn store<const STREAM: bool>(self, to: &mut [f32; 16], v: __m512) {
+        let to = to.as_mut_ptr();
+        if STREAM && to.addr().is_multiple_of(64) {
+            mem!(_mm512_stream_ps(to, v));
+        } else {
+            mem!(_mm512_storeu_ps(to, v));
+        }
+    }
+    #[inline(always)]
+    fn store_f64<const STREAM: bool>(self, to: &mut [f64; 16], v: __m512) {
+        let low = op!(_mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+        let high = op!(_mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(v)));
+        let (first, second) = to.split_at_mut(8);
+        let (first, second) = (first.as_mut_ptr(), second.as_mut_ptr());
+        if STREAM && first.addr().is_multiple_of(64) {
+            mem!(_mm512_stream_pd(first, low));
+            mem!(_mm512_stream_pd(second, high));
+        } else {
+            mem!(_mm512_storeu_pd(first, low));
+            mem!(_mm512_storeu_pd(second, high));
+        }
+    }
+    #[inline(always)]
+    fn store_bf16<const STREAM: bool>(self, to: &mut [bf16; 16], v: __m512) {
+        let bits = self.to_bits(v);
+        let odd = self.and(self.shr::<16>(bits), self.splat_i32(1));
+        let rounded = self.shr::<16>(self.add_i32(bits, self.add_i32(odd, self.splat_i32(0x7fff))));
+        let to = to.as_mut_ptr().cast::<__m256i>();
+        let half = op!(_mm512_cvtepi32_epi16(rounded));
+        if STREAM && to.addr().is_multiple_of(32) {
+            mem!(_mm256_stream_si256(to, half));
+        } else {
+            mem!(_mm256_storeu_si256(to, half));
+        }
+    }
+    #[inline(always)]
+    fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: __m512) {
+        let to = to.as_mut_ptr().cast::<__m256i>();
+        let half = op!(_mm512_cvtps_ph::<RNE>(v));
+        if STREAM && to.addr().is_multiple_of(32) {
+            mem!(_mm256_stream_si256(to, half));
+        } else {
+            mem!(_mm256_storeu_si256(to, half));
+        }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        op!(_mm_sfence());
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn neg_mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        op!(_mm512_fnmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn floor(self, a: __m512) -> __m512 {
+        op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn to_bits(self, a: __m512) -> __m512i {
+        op!(_mm512_castps_si512(a))
+    }
+    #[inline(always)]
+    fn from_bits(self, a: __m512i) -> __m512 {
+        op!(_mm512_castsi512_ps(a))
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512i {
+        op!(_mm512_cvtps_epi32(a))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: __m512i) -> __m512 {
+        op!(_mm512_cvtepi32_ps(a))
+    }
+    #[inline(always)]
+    fn gt(self, a: __m512, b: __m512) -> __mmask16 {
+        op!(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn negative(self, a: __m512) -> __mmask16 {
+        op!(_mm512_movepi32_mask(_mm512_castps_si512(a)))
+    }
+    #[inline(always)]
+    fn select(self, mask: __mmask16, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_mask_blend_ps(mask, b, a))
+    }
+    #[inline(always)]
+    fn select_i32(self, mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_mask_blend_epi32(mask, b, a))
+    }
+    #[inline(always)]
+    fn split<const H: usize>(self, a: __m512, b: __m512) -> (__m512, __m512) {
+        match H {
+            8 => op!((_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b))),
+            4 => op!((_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))),
+            2 => op!((_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b))),
+            _ => op!((_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))),
+        }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m512i {
+        op!(_mm512_set1_epi32(value))
+    }
+    #[inline(always)]
+    fn load_i32(self, from: &[u32; 16]) -> __m512i {
+        mem!(_mm512_loadu_si512(from.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn store_i32(self, to: &mut [u32; 16], v: __m512i) {
+        mem!(_mm512_storeu_si512(to.as_mut_ptr().cast(), v));
+    }
+    #[inline(always)]
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_sub_epi32(a, b))
+    }
+    #[inline(always)]
+    fn mul_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_mullo_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_and_si512(a, b))
+    }
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn xor(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_xor_si512(a, b))
+    }
+    #[inline(always)]
+    fn shl<const N: u32>(self, a: __m512i) -> __m512i {
+        op!(_mm512_slli_epi32::<N>(a))
+    }
+    #[inline(always)]
+    fn shr<const N: u32>(self, a: __m512i) -> __m512i {
+        op!(_mm512_srli_epi32::<N>(a))
+    }
+    #[inline(always)]
+    fn sar<const N: u32>(self, a: __m512i) -> __m512i {
+        op!(_mm512_srai_epi32::<N>(a))
+    }
+    #[inline(always)]
+    fn max_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_max_epi32(a, b))
+    }
+    #[inline(always)]
+    fn max_u32(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_max_epu32(a, b))
+    }
+    #[inline(always)]
+    fn repeat_even(self, a: __m512i) -> __m512i {
+        op!(_mm512_shuffle_epi32::<0xa0>(a))
+    }
+    #[inline(always)]
+    fn prefix_sum(self, a: __m512i) -> __m512i {
+        let zero = self.splat_i32(0);
+        let a = op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<15>(a, zero)));
+        let a = op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<14>(a, zero)));
+        let a = op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<12>(a, zero)));
+        op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<8>(a, zero)))
+    }
+    #[inline(always)]
+    fn splat_last(self, a: __m512i) -> __m512i {
+        op!(_mm512_permutexvar_epi32(_mm512_set1_epi32(15), a))
+    }
+
+    #[inline(always)]
+    fn wide(self, a: __m512i) -> [__m512i; 2] {
+        [a, op!(_mm512_srli_epi64::<32>(a))]
+    }
+    #[inline(always)]
+    fn wide_splat(self, value: u32) -> [__m512i; 2] {
+        [op!(_mm512_set1_epi32(value as i32)); 2]
+    }
+    #[inline(always)]
+    fn wide_mul(self, a: [__m512i; 2], m: u32) -> [__m512i; 2] {
+        a.map(|a| op!(_mm512_mul_epu32(a, _mm512_set1_epi32(m as i32))))
+    }
+    #[inline(always)]
+    fn wide_high(self, a: [__m512i; 2]) -> [__m512i; 2] {
+        a.map(|a| op!(_mm512_srli_epi64::<32>(a)))
+    }
+    #[inline(always)]
+    fn wide_xor3(self, a: [__m512i; 2], b: [__m512i; 2], c: [__m512i; 2]) -> [__m512i; 2] {
+        std::array::from_fn(|i| op!(_mm512_ternarylogic_epi64::<0x96>(a[i], b[i], c[i])))
+    }
+    #[inline(always)]
+    fn narrow_wide(self, a: [__m512i; 2]) -> __m512i {
+        op!(_mm512_mask_blend_epi32(0xaaaa, a[0], _mm512_slli_epi64::<32>(a[1])))
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; 64]) -> __m512i {
+        mem!(_mm512_loadu_si512(from.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn store_u8(self, to: &mut [u8; 64], v: __m512i) {
+        mem!(_mm512_storeu_si512(to.as_mut_ptr().cast(), v));
+    }
+    #[inline(always)]
+    fn splat_u8(self, value: u8) -> __m512i {
+        op!(_mm512_set1_epi8(value as i8))
+    }
+    #[inline(always)]
+    fn add_u8(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_add_epi8(a, b))
+    }
+    #[inline(always)]
+    fn sub_u8(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_sub_epi8(a, b))
+    }
+    #[inline(always)]
+    fn shr_and_u8(self, a: __m512i, shift: u32, mask: u8) -> __m512i {
+        let shifted = op!(_mm512_srl_epi16(a, _mm_cvtsi32_si128(shift as i32)));
+        self.and(shifted, self.splat_u8(mask))
+    }
+    #[inline(always)]
+    fn shl_or_u8(self, a: __m512i, shift: u32, b: __m512i) -> __m512i {
+        self.or(op!(_mm512_sll_epi16(a, _mm_cvtsi32_si128(shift as i32))), b)
+    }
+    #[inline(always)]
+    fn previous_u8(self, a: __m512i) -> __m512i {
+        let before = self.load_u8(&std::array::from_fn(|i| (i as u8).wrapping_sub(1)));
+        op!(_mm512_maskz_permutexvar_epi8(!1, before, a))
+    }
+    #[inline(always)]
+    fn lookup_u8(self, a: __m512i, table: &[u8; 16]) -> __m512i {
+        let table = mem!(_mm_loadu_si128(table.as_ptr().cast()));
+        op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), a))
+    }
+    #[inline(always)]
+    fn narrow(self, v: [__m512i; 4], z: i32, max: u8) -> __m512i {
+        // Quarter q of the packed bytes holds the quarters q of v[0] to v[3]; the permutation transposes that.
+        let order = self.load_i32(&std::array::from_fn(|i| (i % 4 * 4 + i / 4) as u32));
+        let z = op!(_mm512_set1_epi16(z as i16));
+        let low = op!(_mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), z));
+        let high = op!(_mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), z));
+        let bytes = op!(_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+        op!(_mm512_min_epu8(bytes, _mm512_set1_epi8(max as i8)))
+    }
+    #[inline(always)]
+    fn widen(self, a: __m512i) -> [__m512i; 4] {
+        op!([
+            _mm512_cvtepu8_epi32(_mm512_castsi512_si128(a)),
+            _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32::<1>(a)),
+            _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32::<2>(a)),
+            _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32::<3>(a)),
+        ])
+    }
+    #[inline(always)]
+    fn pack4(self, to: &mut [u8; 32], a: __m512i) {
+        let pairs = op!(_mm512_maddubs_epi16(a, _mm512_set1_epi16(0x1001)));
+        mem!(_mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi16_epi8(pairs)));
+    }
+    #[inline(always)]
+    fn pack2(self, to: &mut [u8; 16], a: __m512i) {
+        let pairs = op!(_mm512_maddubs_epi16(a, _mm512_set1_epi16(0x0401)));
+        let fours = op!(_mm512_madd_epi16(pairs, _mm512_set1_epi32(0x0010_0001)));
+        mem!(_mm_storeu_si128(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(fours)));
+    }
+    #[inline(always)]
+    fn pack1(self, to: &mut [u8; 8], a: __m512i) {
+        *to = op!(_mm512_test_epi8_mask(a, a)).to_le_bytes();
+    }
+    #[inline(always)]
+    fn unpack4(self, from: &[u8; 32]) -> __m512i {
+        let x = mem!(_mm512_cvtepu8_epi16(_mm256_loadu_si256(from.as_ptr().cast())));
+        self.and(self.or(x, op!(_mm512_slli_epi16::<4>(x))), self.splat_u8(15))
+    }
+    #[inline(always)]
+    fn unpack2(self, from: &[u8; 16]) -> __m512i {
+        let x = mem!(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast())));
+        let spread = self.or(self.or(x, self.shl::<6>(x)), self.or(self.shl::<12>(x), self.shl::<18>(x)));
+        self.and(spread, self.splat_u8(3))
+    }
+    #[inline(always)]
+    fn unpack1(self, from: &[u8; 8]) -> __m512i {
+        op!(_mm512_maskz_set1_epi8(u64::from_le_bytes(*from), 1))
+    }
+}
