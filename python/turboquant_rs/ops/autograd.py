@@ -1,0 +1,50 @@
+"""Gradients: matmul has those of its activations and bias; what rounds has none, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.library import register_autograd
+
+from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS
+
+_WITHOUT_GRADIENT = ("pack", "quantize", "unpack", "dequantize", "pack_codes", "unpack_codes")
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{name} has no gradient: its codes are integers; detach the tensor, or multiply by the packed "
+            "weight with matmul, which is differentiable in x and bias"
+        )
+
+    return backward
+
+
+for _name in _WITHOUT_GRADIENT:
+    register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), lib=LIBRARY)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, zero_points, bias, *args = inputs
+    *ctx.args, _activations = args
+    ctx.x_shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+    ctx.save_for_backward(packed, scales, zero_points)
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """d/dx = grad @ Ŵ with the dequantized weight; d/dbias = grad summed over the rows."""
+    packed, scales, zero_points = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        shape = (scales.shape[0], ctx.x_shape[-1])
+        weight = OPS.unpack.default(packed, scales, zero_points, *ctx.args, shape, grad.dtype)
+        grad_x = grad @ weight
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, *[None] * (len(ctx.args) + 1)
+
+
+register_autograd(f"{NAMESPACE}::matmul", _matmul_backward, setup_context=_keep_weight, lib=LIBRARY)

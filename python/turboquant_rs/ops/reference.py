@@ -1,0 +1,658 @@
+"""The specification, executable: every operator in plain torch, for any device.
+
+Slow and literal. The backends must agree with this file bit for bit, so each arithmetic step is one f32
+rounding and stands on its own line of thought: no fused operation, no reduction whose order torch chooses
+(maxima are exact in any order; sums go through `_sum16`), no division by a Python scalar (CUDA multiplies by
+the reciprocal instead). Integers are int64 tensors, wide enough for every product below.
+
+Rows of x `(..., k)` are cut into groups; a short last group is filled up with +0, which changes no maximum
+with 0 and no sum. Shapes below: `x: (rows, groups, size)`, scales and zero points `(rows, groups)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turboquant_rs.ops.schema import (
+    BYTE_CODES,
+    FLOAT_NAMES,
+    LIBRARY,
+    OUT_OPS,
+    RoundingArgs,
+    SchemeArgs,
+    packed_nbytes,
+    rows_and_k,
+    split_args,
+)
+
+MSE_MULTIPLES = (64 / 64, 63 / 64, 62 / 64, 66 / 64, 60 / 64, 68 / 64, 56 / 64, 52 / 64, 47 / 64)
+"""Candidate scales of "mse", as multiples of the extreme scale. Chosen by measurement on Gaussian groups of
+64: the shortest list of 64ths that comes within 0.08 dB of an exhaustive search at 2 to 8 bits."""
+
+LLOYD_MAX = {1: 0.7978845608, 2: 1.51042, 3: 2.15195, 4: 2.73259}
+"""The largest level of the Lloyd-Max quantizer of N(0, 1), by bits."""
+
+DOMAIN = 2.0**120
+SMALLEST_NORMAL = 2.0**-126
+SMALLEST_SCALE = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24, torch.float32: 2.0**-126}
+CODE_LIMIT = 2.0**20
+"""|x · inv| is cut off here before it becomes an integer; far outside every range of codes."""
+
+NESTED_ZERO, TABLE_ZERO = 136.0, 128.0
+SEGMENT = 32768
+"""Longest run of a group that the integer matmul sums at once, so that an i32 never overflows."""
+
+MASK32 = 0xFFFFFFFF
+
+
+# f32 arithmetic -------------------------------------------------------------------------------------------
+
+
+def _full(like: Tensor, value: float) -> Tensor:
+    return torch.full_like(like, value)
+
+
+def _divide(a: Tensor, b: Tensor | float) -> Tensor:
+    return torch.div(a, b if isinstance(b, Tensor) else _full(a, b))
+
+
+def _sqrt(a: Tensor) -> Tensor:
+    """Correctly rounded, which torch's f32 square root is not on every CPU; one of f64 rounded to f32 is."""
+    return a.double().sqrt().float()
+
+
+def _lengths(k: int, groups: int, size: int, device: torch.device) -> Tensor:
+    """Elements of each group of a row, as f32."""
+    starts = torch.arange(groups, device=device) * size
+    return (k - starts).clamp(max=size).float()
+
+
+def _sum16(v: Tensor) -> Tensor:
+    """Sum over the last dimension in the contract's order: 16 running lanes, then halves onto halves."""
+    chunks = F.pad(v, (0, -v.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    lanes = torch.zeros_like(chunks[..., 0, :])
+    for chunk in chunks.unbind(-2):
+        lanes = lanes + chunk
+    for half in (8, 4, 2, 1):
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a·b + c of f32 tensors with one rounding.
+
+    In f64 the product is exact (24 + 24 <= 53 bits). Its sum with c is rounded to odd: where the two-sum
+    error says that the rounded sum is not exact and its last bit is even, the neighbour on the error's side
+    is taken. Rounding to odd at 53 >= 2·24 + 2 bits loses nothing that the final rounding to f32 could see,
+    so there is no double rounding (Boldo and Melquiond, 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    added = total - product
+    error = (product - (total - added)) + (addend - added)
+    bits = total.view(torch.int64)
+    away = torch.where((error > 0) == (total > 0), 1, -1)
+    to_odd = (error != 0) & total.isfinite() & (bits % 2 == 0)
+    return torch.where(to_odd, (bits + away).view(torch.float64), total).float()
+
+
+# Random bits ----------------------------------------------------------------------------------------------
+
+
+def _multiply(multiplier: int, c: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product of two 32-bit words, in halves that int64 can hold."""
+    low, high = multiplier * (c & 0xFFFF), multiplier * (c >> 16)
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & MASK32
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of Salmon et al. (2011): four words of counter and two of key to four random words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def _words(rounding: RoundingArgs, purpose: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Words `(count, 4)` of the counters first … first + count − 1."""
+    n = first + torch.arange(count, device=device)
+    c2, c3 = torch.full_like(n, rounding.stream), torch.full_like(n, rounding.step & MASK32)
+    key = (rounding.seed & MASK32, (rounding.seed >> 32) & MASK32)
+    return torch.stack(philox((n & MASK32, (n >> 32) | (purpose << 24), c2, c3), key), dim=-1)
+
+
+def element_draws(rounding: RoundingArgs, first: int, count: int, device: torch.device) -> Tensor:
+    """Purpose 0: the `draw_bits` random bits of elements first … first + count − 1.
+
+    A tile owns 16 counters, word-major: element j of its 64 takes word j div 16 of counter j mod 16. With 16
+    bits a draw a tile has 128 elements: first the low halves of those 64 words, then the high halves.
+    """
+    size = 64 if rounding.draw_bits == 32 else 128
+    tiles = range(first // size, -(-(first + count) // size))
+    words = _words(rounding, 0, 16 * tiles.start, 16 * len(tiles), device)
+    words = words.view(len(tiles), 16, 4).transpose(1, 2)
+    if rounding.draw_bits == 16:
+        words = torch.stack((words & 0xFFFF, words >> 16), dim=1)
+    return words.flatten()[first - size * tiles.start :][:count]
+
+
+def block_draws(rounding: RoundingArgs, first: int, count: int, device: torch.device) -> Tensor:
+    """Purpose 1: one word a block, blocks first … first + count − 1."""
+    counters = range(first // 4, -(-(first + count) // 4))
+    words = _words(rounding, 1, counters.start, len(counters), device)
+    return words.flatten()[first - 4 * counters.start :][:count]
+
+
+def permutations(draws: Tensor) -> Tensor:
+    """A permutation of 0 … 7 for every word `(...)`: Fisher-Yates, `(..., 8)`."""
+    order = torch.arange(8, device=draws.device).repeat(*draws.shape, 1)
+    for i in range(7, 0, -1):
+        product = draws * (i + 1)
+        j, draws = (product >> 32)[..., None], product & MASK32
+        taken = order.gather(-1, j)
+        order.scatter_(-1, j, order[..., i : i + 1].clone())
+        order[..., i : i + 1] = taken
+    return order
+
+
+def _shrink(draws: Tensor, bits: int, variance: float) -> Tensor:
+    """R' = ½ + ρ·(R − ½) in integers of `bits` bits; ρ in units of 2^−16."""
+    rho = int(torch.tensor(variance, dtype=torch.float32).mul(65536).round())
+    half = 1 << (bits - 1)
+    return half + ((rho * (draws - half)) >> 16)
+
+
+def _group_draws(rounding: RoundingArgs, scheme: SchemeArgs, rows: int, k: int, x: Tensor) -> Tensor:
+    """The draw of every element, in the shape `(rows, groups, size)` of x."""
+    first, count = rounding.offset, rows * k
+    if rounding.mode == "antithetic":
+        # An even element and the odd one after it share a draw; the odd one takes the complement.
+        start = first & ~1
+        draws = element_draws(rounding, start, count + 2, x.device).clone()
+        draws = draws[: len(draws) & ~1].view(-1, 2)
+        draws[:, 1] = (1 << rounding.draw_bits) - 1 - draws[:, 0]
+        draws = draws.flatten()[first - start :][:count]
+    else:
+        draws = element_draws(rounding, first, count, x.device)
+    draws = _to_groups(draws.view(rows, k), x.shape[-1])
+    if rounding.mode == "stratified":
+        order = permutations(_blocks_of_group(rounding, scheme, k, x, 8)).flatten(-2)
+        draws = (order[..., : x.shape[-1]] << (rounding.draw_bits - 3)) | (draws >> 3)
+    return _shrink(draws, rounding.draw_bits, rounding.variance)
+
+
+def _blocks_of_group(
+    rounding: RoundingArgs, scheme: SchemeArgs, k: int, x: Tensor, block: int
+) -> Tensor:
+    """The draw of each block of each group, `(rows, groups, blocks)`.
+
+    Blocks are numbered by the nominal group size: group number · ceil(group_size / block) + position.
+    """
+    rows, groups, size = x.shape
+    per_group = -(-(scheme.group_size or k) // block)
+    first_group = rounding.offset // k * groups if k else 0
+    draws = block_draws(rounding, first_group * per_group, rows * groups * per_group, x.device)
+    return draws.view(rows, groups, per_group)[..., : -(-size // block)]
+
+
+# Scales ---------------------------------------------------------------------------------------------------
+
+
+def _round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """round_sd: to nearest even in dtype. A magnitude below the smallest allowed becomes +0."""
+    stored = scale.to(dtype).float()
+    return torch.where(stored.abs() < SMALLEST_SCALE[dtype], 0.0, stored)
+
+
+def _smallest_scale(target: Tensor, factor: int, dtype: torch.dtype) -> Tensor:
+    """The smallest value s of dtype with s·factor >= target, compared in f64; target is f64 and >= 0."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    nearest = _divide(target, float(factor)).float().to(dtype).view(integer)
+    # The nearest value is at most one step away, and values of one sign are ordered like their bits.
+    candidates = torch.stack(((nearest - 1).clamp(min=0), nearest, nearest + 1)).view(dtype)
+    enough = candidates.double() * factor >= target
+    first = enough.int().argmax(0, keepdim=True)
+    return _round_scale(candidates.float().gather(0, first)[0], dtype)
+
+
+def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest element or 0, and smallest element or 0, of each group."""
+    return x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)
+
+
+def choose_scales(x: Tensor, n: Tensor, scheme: SchemeArgs, stochastic: bool) -> tuple[Tensor, Tensor]:
+    """Scales as stored (widened to f32) and zero points of the groups of x; n: elements of each group."""
+    high, low = _extremes(x)
+    peak = torch.maximum(high, -low)
+    dtype, top = scheme.scale_dtype, 2.0 ** (scheme.bits - 1)
+    if scheme.table:
+        if scheme.scale == "rms":
+            factor = _full(peak, LLOYD_MAX[scheme.bits] / 127)
+            scale = _sqrt(_divide(_sum16(x * x), n)) * factor
+        else:
+            scale = _divide(peak, 127.0)
+        return _round_scale(scale, dtype), _full(peak, TABLE_ZERO)
+    if scheme.nested:
+        opposite = torch.minimum(high, -low)
+        scale = torch.maximum(
+            _smallest_scale(peak.double(), 128, dtype), _smallest_scale(opposite.double(), 119, dtype)
+        )
+        return torch.where(high >= -low, -scale, scale) + 0.0, _full(peak, NESTED_ZERO)
+    if scheme.bits == 1:
+        if stochastic:
+            scale = _smallest_scale(2 * peak.double(), 1, dtype)
+        else:
+            scale = _round_scale(_divide(2.0 * _sum16(x.abs()), n), dtype)
+        return scale, _full(peak, 0.5)
+    if scheme.symmetric:
+        if stochastic:
+            scale = _smallest_scale(peak.double(), int(top) - 1, dtype)
+        else:
+            scale = _round_scale(torch.where(high >= -low, high, low) * -(1.0 / top), dtype)
+        return scale, _full(peak, top)
+    return _asymmetric_scales(high, low, scheme, stochastic)
+
+
+def _asymmetric_scales(
+    high: Tensor, low: Tensor, scheme: SchemeArgs, stochastic: bool
+) -> tuple[Tensor, Tensor]:
+    steps = 2**scheme.bits - 1
+    if stochastic:
+        scale = _smallest_scale(high.double() - low.double(), steps - 1, scheme.scale_dtype)
+        zero = _divide(-low.double(), scale.double()).ceil().float()
+    else:
+        scale = _round_scale(_divide(high - low, float(steps)), scheme.scale_dtype)
+        zero = _divide(-low, scale).round().clamp(0, steps)
+    return scale, torch.where(scale == 0, 0.0, zero)
+
+
+def search_scales(x: Tensor, scale: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
+    """The multiple of each scale with the smallest squared error of its group; ties take the earlier."""
+    best, least = scale, None
+    for multiple in MSE_MULTIPLES:
+        candidate = _round_scale(scale * multiple, scheme.scale_dtype)
+        value = _levels(nearest_codes(x, candidate, zero, scheme), scheme) - zero[..., None]
+        difference = x - candidate[..., None] * value
+        error = _sum16(difference * difference)
+        if least is None:
+            least = error
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best
+
+
+# Codes ----------------------------------------------------------------------------------------------------
+
+
+def _levels(codes: Tensor, scheme: SchemeArgs) -> Tensor:
+    """Codes as the numbers they stand for: themselves, or the levels of the table."""
+    if not scheme.table:
+        return codes.float()
+    table = torch.tensor(list(scheme.table), dtype=torch.float32, device=codes.device)
+    return table[codes.clamp(max=len(scheme.table) - 1)]
+
+
+def nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
+    """Codes by rounding to nearest: u = clamp(RNE(x · (1 / s)) + z); B = 1: u = 1 where x >= 0."""
+    if scheme.bits == 1 and not scheme.table:
+        return (x >= 0).long()
+    inverse = torch.where(scale == 0, 0.0, _divide(_full(scale, 1.0), scale))
+    t = (x * inverse[..., None]).clamp(-CODE_LIMIT, CODE_LIMIT)
+    if scheme.table:
+        # The level nearest t; in the middle between two, the lower one. The middles are exact in f32.
+        table = torch.tensor(list(scheme.table), dtype=torch.float32, device=x.device)
+        middles = (table[:-1] + table[1:]) / 2 - TABLE_ZERO
+        return sum(((t > middle).long() for middle in middles), torch.zeros_like(t, dtype=torch.int64))
+    return (t.round() + zero[..., None]).clamp(0, 2**scheme.bits - 1).long()
+
+
+def stochastic_codes(
+    x: Tensor, scale: Tensor, zero: Tensor, scheme: SchemeArgs, rounding: RoundingArgs, rows: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Codes by stochastic rounding, and the fractions f of the elements."""
+    t = torch.where(scale[..., None] == 0, 0.0, _divide(x, scale[..., None].expand_as(x)))
+    floor = t.floor()
+    fraction = t + 0.5 if scheme.bits == 1 else t - floor
+    if rounding.mode == "systematic":
+        up = _systematic(fraction, scheme, rounding, k)
+    else:
+        threshold = (fraction * 2.0**rounding.draw_bits).round().long()
+        draws = _group_draws(rounding, scheme, rows, k, x)
+        up = (draws + threshold >= 1 << rounding.draw_bits).long()
+    if scheme.bits == 1:
+        # A group of zeros has no scale to compare with: by sign.
+        return torch.where(scale[..., None] == 0, (x >= 0).long(), up), fraction
+    codes = floor.long() + up + zero[..., None].long()
+    return codes.clamp(0, 2**scheme.bits - 1), fraction
+
+
+def _systematic(fraction: Tensor, scheme: SchemeArgs, rounding: RoundingArgs, k: int) -> Tensor:
+    """One phase a block of 64: the running sum of the fractions rounds up where it passes an integer."""
+    size = fraction.shape[-1]
+    parts = (fraction * 2.0**24).round().long()
+    parts = F.pad(parts, (0, -size % 64)).unflatten(-1, (-1, 64))
+    phase = _shrink(_blocks_of_group(rounding, scheme, k, fraction, 64) >> 8, 24, rounding.variance)
+    after = phase[..., None] + parts.cumsum(-1)
+    up = ((after >> 24) - ((after - parts) >> 24)) & 255
+    return up.flatten(-2)[..., :size]
+
+
+def preserve_variance(
+    x: Tensor, n: Tensor, fraction: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that shrink each group about its mean, so that it keeps its variance.
+
+    The mean error power of stochastic rounding given the fractions is v = s²·mean f(1 − f); the group's
+    deviations are scaled by c = sqrt(σ² / (σ² + v)). Where σ² + v is 0 or overflows, nothing changes.
+    """
+    mean = _divide(_sum16(x), n)
+    positions = torch.arange(x.shape[-1], device=x.device)
+    deviation = torch.where(positions < n[:, None], x - mean[..., None], 0.0)
+    variance = _divide(_sum16(deviation * deviation), n)
+    noise = _divide(_sum16(fraction * (1.0 - fraction)), n) * scale * scale
+    total = variance + noise
+    factor = _sqrt(_divide(variance, total))
+    new_scale = _round_scale(scale * factor, dtype)
+    new_zero = torch.where(new_scale == 0, zero, zero - _divide(mean * (1.0 - factor), new_scale))
+    keep = (total == 0) | ~total.isfinite()
+    return torch.where(keep, scale, new_scale), torch.where(keep, zero, new_zero)
+
+
+# Quantize and dequantize ----------------------------------------------------------------------------------
+
+
+def _to_groups(rows: Tensor, size: int) -> Tensor:
+    """Rows `(rows, k)` as groups `(rows, groups, size)`, the last one filled up with zeros."""
+    return F.pad(rows, (0, -rows.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def _group_length(k: int, group_size: int) -> int:
+    """Elements of the longest group of a row: more than k are never there."""
+    return max(1, min(group_size or k, k))
+
+
+def _to_f32(x: Tensor) -> Tensor:
+    if x.dtype not in FLOAT_NAMES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it first")
+    return x.detach().to(torch.float32)
+
+
+def checked_input(x: Tensor, nan_zero: bool) -> Tensor:
+    """x as f32 rows `(rows, k)` inside the domain: NaN, ±Inf and |x| > 2^120 refused, subnormals ±0."""
+    values = _to_f32(x).reshape(rows_and_k(x.shape))
+    if nan_zero:
+        values = torch.where(values.isnan(), 0.0, values)
+    refused = ~(values.abs() <= DOMAIN).flatten()
+    if refused.any():
+        index = int(refused.int().argmax())
+        value = float(values.flatten()[index])
+        if value != value:
+            raise ValueError(f'x[{index}] is NaN; use nan="zero" to treat NaN as 0')
+        if abs(value) == float("inf"):
+            raise ValueError(f"x[{index}] is infinite; clamp the tensor to ±2^120 first")
+        raise ValueError(f"x[{index}] = {value:e} is outside the domain |x| <= 2^120; rescale the tensor")
+    return torch.where(values.abs() < SMALLEST_NORMAL, values * 0.0, values)
+
+
+def check_rounding(scheme: SchemeArgs, rounding: RoundingArgs, k: int) -> None:
+    """Refuses what a rounding cannot do with a scheme."""
+    if rounding.mode == "nearest":
+        return
+    if scheme.nested:
+        raise ValueError(
+            "nested schemes round to nearest only; use a static scheme for stochastic rounding"
+        )
+    if scheme.table:
+        raise ValueError("level tables round to nearest only; use uniform levels for stochastic rounding")
+    if scheme.scale == "mse":
+        raise ValueError(
+            'stochastic rounding never clips, so scale "mse" has no use; use scale="extreme"'
+        )
+    if rounding.preserve_variance and scheme.bits < 2:
+        raise ValueError('preserve="mean+var" needs bits >= 2, got 1; use preserve="mean"')
+    if rounding.mode in ("stratified", "systematic") and k and rounding.offset % k:
+        raise ValueError(
+            f"offset {rounding.offset} is not a multiple of the row length {k}; rounding {rounding.mode} "
+            "counts whole rows"
+        )
+
+
+def quantize(
+    x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs, nan_zero: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes u8 `(rows, k)`, scales `(rows, groups)` and zero points (None if the scheme fixes them)."""
+    values = checked_input(x, nan_zero)
+    rows, k = values.shape
+    check_rounding(scheme, rounding, k)
+    size = _group_length(k, scheme.group_size)
+    groups = _to_groups(values, size)
+    n = _lengths(k, groups.shape[1], size, x.device)
+
+    stochastic = rounding.mode != "nearest"
+    scale, zero = choose_scales(groups, n, scheme, stochastic)
+    _check_scales(scale, scheme.scale_dtype)
+    if scheme.scale == "mse" and scheme.bits > 1:
+        scale = search_scales(groups, scale, zero, scheme)
+    if stochastic:
+        codes, fraction = stochastic_codes(groups, scale, zero, scheme, rounding, rows, k)
+    else:
+        codes = nearest_codes(groups, scale, zero, scheme)
+    if rounding.preserve_variance:
+        scale, zero = preserve_variance(groups, n, fraction, scale, zero, scheme.scale_dtype)
+
+    codes = codes.flatten(1)[:, :k].to(torch.uint8)
+    stored = scale.to(scheme.scale_dtype)
+    if rounding.preserve_variance:
+        return codes, stored, zero
+    return codes, stored, None if scheme.symmetric else zero.to(torch.uint8)
+
+
+def _check_scales(scale: Tensor, dtype: torch.dtype) -> None:
+    refused = ~scale.isfinite().flatten()
+    if refused.any():
+        raise ValueError(
+            f"the scale of group {int(refused.int().argmax())} exceeds the largest finite "
+            f'{FLOAT_NAMES[dtype]} value; use scale_dtype="bf16", which has the range of f32'
+        )
+
+
+def fixed_zero_point(scheme: SchemeArgs) -> float:
+    """The zero point of a symmetric scheme."""
+    if scheme.table:
+        return TABLE_ZERO
+    if scheme.nested:
+        return NESTED_ZERO
+    return 0.5 if scheme.bits == 1 else 2.0 ** (scheme.bits - 1)
+
+
+def _per_element(groups: Tensor, rows: int, k: int, size: int) -> Tensor:
+    """One value a group, `(..., groups)`, as one an element: f32 `(rows, k)`."""
+    return groups.reshape(rows, -(-k // size)).float().repeat_interleave(size, dim=1)[:, :k]
+
+
+def dequantize(
+    prefix: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    read_bits: int,
+) -> Tensor:
+    """f32 values `(rows, k)` of prefix codes `(rows, k)`: x̂ = s · (k_r·2^d + (2^d − 1)/2 − z), d = B − r."""
+    rows, k = prefix.shape
+    size = _group_length(k, scheme.group_size)
+    rest = 2.0 ** (scheme.bits - read_bits)
+    value = _levels(prefix, scheme) * rest + (rest - 1) / 2
+    if zero_points.numel():
+        value = value - _per_element(zero_points, rows, k, size)
+    else:
+        value = value - fixed_zero_point(scheme)
+    if rounding.mode == "subtractive":
+        value = value + _dither(rounding, rows * k, prefix.device).view(rows, k)
+    return _per_element(scales, rows, k, size) * value
+
+
+def _dither(rounding: RoundingArgs, count: int, device: torch.device) -> Tensor:
+    """½ − U of every element, in f32: what subtractive decoding adds to a code."""
+    draws = element_draws(rounding, rounding.offset, count, device)
+    word = (draws << 16) | 0x8000 if rounding.draw_bits == 16 else draws | 1
+    return (0x80000000 - word).float() * 2.0**-32
+
+
+# Planes ---------------------------------------------------------------------------------------------------
+
+
+def pack_codes(codes: Tensor, planes: Sequence[int]) -> Tensor:
+    """Codes u8 `(rows, k)` as a stack of planes: element i of a row at bit i·width, little-endian."""
+    shift, blob = sum(planes), []
+    for width in planes:
+        shift -= width
+        field = (codes.long() >> shift) & ((1 << width) - 1)
+        fields = _to_groups(field, 8 // width) << torch.arange(0, 8, width, device=codes.device)
+        blob.append(fields.sum(-1).to(torch.uint8).flatten())
+    return torch.cat(blob)
+
+
+def unpack_codes(packed: Tensor, planes: Sequence[int], read_bits: int, rows: int, k: int) -> Tensor:
+    """The top read_bits bits of the codes, int64 `(rows, k)`."""
+    codes = torch.zeros(rows, k, dtype=torch.int64, device=packed.device)
+    start, bits = 0, 0
+    for width in planes:
+        if bits == read_bits:
+            break
+        stop = start + packed_nbytes(rows, k, [width])
+        plane = packed[start:stop].view(rows, packed_nbytes(1, k, [width])).long()
+        fields = plane[..., None] >> torch.arange(0, 8, width, device=packed.device)
+        field = (fields & ((1 << width) - 1)).flatten(1)[:, :k]
+        codes, start, bits = (codes << width) | field, stop, bits + width
+    if bits != read_bits:
+        prefixes = [sum(planes[: i + 1]) for i in range(len(planes))]
+        raise ValueError(
+            f"cannot read {read_bits} bits of planes {list(planes)}; readable are {prefixes}"
+        )
+    return codes
+
+
+def _read(
+    packed: Tensor,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    planes: Sequence[int],
+    read_bits: int,
+    rows: int,
+    k: int,
+) -> Tensor:
+    """The prefix codes of a packed tensor; what has no prefixes is refused."""
+    bytes_ = list(planes) == BYTE_CODES
+    if read_bits != scheme.bits and (scheme.table or rounding.mode == "subtractive" or bytes_):
+        raise ValueError(
+            f"level tables, subtractive dither and unpacked codes are read with all their bits, got "
+            f"read_bits={read_bits}; use {scheme.bits}"
+        )
+    return unpack_codes(packed, planes, 8 if bytes_ else read_bits, rows, k)
+
+
+# Matmul ---------------------------------------------------------------------------------------------------
+
+
+def _matmul_int8(
+    x: Tensor, prefix: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, read_bits: int
+) -> Tensor:
+    """x `(m, k)` times codes `(n, k)` transposed, x quantized to int8 by row and group."""
+    m, k = x.shape
+    n = prefix.shape[0]
+    size = _group_length(k, scheme.group_size)
+    rest = 2 ** (scheme.bits - read_bits)
+    levels = _levels(prefix, scheme).long()
+    if zero_points.numel():
+        zeros = zero_points.view(n, -1).double()
+    else:
+        zeros = _full(scales.double(), fixed_zero_point(scheme))
+    broken = ~x.isfinite().all(1, keepdim=True)
+    x = torch.where(broken, 0.0, x)
+
+    acc = torch.zeros(m, n, device=x.device)
+    for group, start in enumerate(range(0, k, size)):
+        stop = min(start + size, k)
+        scale_x = _divide(x[:, start:stop].abs().amax(1, keepdim=True), 127.0)
+        scale_x = torch.where(scale_x < SMALLEST_NORMAL, 0.0, scale_x)
+        inverse = torch.where(scale_x == 0, 0.0, _divide(_full(scale_x, 1.0), scale_x))
+        q = (x[:, start:stop] * inverse).round().double()
+        scale_w = scales[:, group].float() * rest
+        # 2·2^d times the bracket Σ k_r·q − z_r·Σ q: an integer, which f64 holds exactly.
+        offset = 2 * zeros[:, group] - (rest - 1)
+        weights = 2 * rest * levels[:, start:stop].double() - offset[:, None]
+        for low in range(0, stop - start, SEGMENT):
+            part = slice(low, low + SEGMENT)
+            bracket = (q[:, part] @ weights[:, part].T).float() * (0.5 / rest)
+            acc = _fma(scale_w * scale_x, bracket, acc)
+    return torch.where(broken, float("nan"), acc)
+
+
+# The operators --------------------------------------------------------------------------------------------
+
+
+def pack_out(x: Tensor, *args: Any) -> None:
+    """Quantize x `(..., k)` and pack the codes; fills packed, scales and zero_points."""
+    scheme, rounding, (planes, nan_zero, packed, scales, zero_points) = split_args(args)
+    codes, new_scales, new_zeros = quantize(x, scheme, rounding, nan_zero)
+    packed.copy_(pack_codes(codes, planes))
+    scales.copy_(new_scales.view_as(scales))
+    if new_zeros is not None:
+        zero_points.copy_(new_zeros.view_as(zero_points))
+
+
+def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Dequantize the top read_bits bits into out `(..., k)`, rounded to its dtype."""
+    scheme, rounding, (planes, read_bits, out) = split_args(args)
+    rows, k = rows_and_k(out.shape)
+    prefix = _read(packed, scheme, rounding, planes, read_bits, rows, k)
+    out.copy_(dequantize(prefix, scales, zero_points, scheme, rounding, read_bits).view_as(out))
+
+
+def pack_codes_out(codes: Tensor, planes: Sequence[int], packed: Tensor) -> None:
+    """Pack codes u8 `(..., k)` into planes."""
+    packed.copy_(pack_codes(codes.reshape(rows_and_k(codes.shape)), planes))
+
+
+def unpack_codes_out(packed: Tensor, planes: Sequence[int], read_bits: int, codes: Tensor) -> None:
+    """Unpack the top read_bits bits of each code into codes u8 `(..., k)`."""
+    codes.copy_(unpack_codes(packed, planes, read_bits, *rows_and_k(codes.shape)).view_as(codes))
+
+
+def matmul_out(
+    x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
+) -> None:
+    """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
+    scheme, rounding, (planes, read_bits, activations, out) = split_args(args)
+    n, k = scales.shape[0], x.shape[-1]
+    prefix = _read(packed, scheme, rounding, planes, read_bits, n, k)
+    rows = _to_f32(x).reshape(rows_and_k(x.shape))
+    if activations == "float":
+        weight = dequantize(prefix, scales, zero_points, scheme, rounding, read_bits)
+        acc = rows @ weight.T
+    else:
+        if rounding.preserve_variance or rounding.mode == "subtractive":
+            raise ValueError(
+                'weights packed with preserve="mean+var" or subtractive dither have no integer form; '
+                'use activations="float"'
+            )
+        acc = _matmul_int8(rows, prefix, scales, zero_points, scheme, read_bits)
+    if bias is not None:
+        acc = acc + bias.detach().float()
+    out.copy_(acc.view_as(out))
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {name: globals()[name] for name in OUT_OPS}
+
+for _name, _implementation in IMPLEMENTATIONS.items():
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -1,0 +1,256 @@
+"""The vocabulary: every operator declared once, with its shape rule.
+
+A backend implements the five `*_out` operators, which fill memory that the caller owns. The operators that
+return tensors are written here once, over those, for every backend.
+
+Two groups of arguments recur, always flat and always in this order:
+
+* `SCHEME`, what `Scheme.op_args()` returns. `group_size` 0 is one group a row; `table` holds the ascending
+  levels on the 256-step grid, or nothing; `scale` is extreme, mse or rms.
+* `ROUNDING`, what `Rounding.op_args(offset)` returns. `rounding` is nearest, iid, antithetic, stratified,
+  systematic or subtractive; `seed` is the two's complement of a u64; `stream` is a CRC-32; `offset` is the
+  logical index of the tensor's first element.
+
+`planes` lists widths, most significant first, or is `[8]`: one byte a code, whatever the bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+NAMESPACE = "turboquant_rs"
+LIBRARY = Library(NAMESPACE, "DEF")  # noqa: TOR901 - lives as long as the process
+
+FLOAT_NAMES = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float64: "f64",
+}
+"""The dtypes that tensors may have, by the names that the extension knows."""
+
+BYTE_CODES = [8]
+"""The planes of unpacked codes: one byte a code."""
+
+_SCHEME = (
+    "int bits, int group_size, bool symmetric, bool nested, int[] table, str scale, ScalarType scale_dtype"
+)
+_ROUNDING = (
+    "str rounding, int seed, int step, int stream, int draw_bits, float variance, bool preserve_variance, "
+    "int offset"
+)
+_STORED = "Tensor packed, Tensor scales, Tensor zero_points"
+
+_SCHEMAS = (
+    f"pack_out(Tensor x, {_SCHEME}, {_ROUNDING}, int[] planes, bool nan_zero, "
+    "Tensor(a!) packed, Tensor(b!) scales, Tensor(c!) zero_points) -> ()",
+    f"unpack_out({_STORED}, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, Tensor(a!) out) -> ()",
+    "pack_codes_out(Tensor codes, int[] planes, Tensor(a!) packed) -> ()",
+    "unpack_codes_out(Tensor packed, int[] planes, int read_bits, Tensor(a!) codes) -> ()",
+    f"matmul_out(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
+    "str activations, Tensor(a!) out) -> ()",
+    f"pack(Tensor x, {_SCHEME}, {_ROUNDING}, int[] planes, bool nan_zero) -> (Tensor, Tensor, Tensor)",
+    f"quantize(Tensor x, {_SCHEME}, {_ROUNDING}, bool nan_zero) -> (Tensor, Tensor, Tensor)",
+    f"unpack({_STORED}, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, SymInt[] shape, "
+    "ScalarType dtype) -> Tensor",
+    f"dequantize(Tensor codes, Tensor scales, Tensor zero_points, {_SCHEME}, {_ROUNDING}, "
+    "ScalarType dtype) -> Tensor",
+    "pack_codes(Tensor codes, int[] planes) -> Tensor",
+    "unpack_codes(Tensor packed, int[] planes, int read_bits, SymInt[] shape) -> Tensor",
+    f"matmul(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
+    "str activations) -> Tensor",
+)
+
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+
+OPS: Any = getattr(torch.ops, NAMESPACE)
+"""The registered operators."""
+
+
+# Shapes ---------------------------------------------------------------------------------------------------
+
+
+def rows_and_k(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor `(..., k)` seen as rows of length k; a 0-d tensor is one row of one element."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
+
+
+def groups_per_row(k: int, group_size: int) -> int:
+    """Groups of a row of k elements; the last one may be short."""
+    return -(-k // group_size) if group_size else torch.sym_min(k, 1)
+
+
+def packed_nbytes(rows: int, k: int, planes: Sequence[int]) -> int:
+    """Bytes of the blob: plane after plane, each row padded to a byte."""
+    return sum(rows * ((k * width + 7) // 8) for width in planes)
+
+
+# The operators that return tensors ------------------------------------------------------------------------
+# Each allocates, and leaves the work to the `*_out` operator of the tensor's device.
+
+
+class SchemeArgs(NamedTuple):
+    """SCHEME, by name."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    nested: bool
+    table: Sequence[int]
+    scale: str
+    scale_dtype: torch.dtype
+
+
+class RoundingArgs(NamedTuple):
+    """ROUNDING, by name."""
+
+    mode: str
+    seed: int
+    step: int
+    stream: int
+    draw_bits: int
+    variance: float
+    preserve_variance: bool
+    offset: int
+
+
+def split_args(args: Sequence[Any]) -> tuple[SchemeArgs, RoundingArgs, Sequence[Any]]:
+    """SCHEME, ROUNDING and what follows them in a flat argument list."""
+    return SchemeArgs(*args[:7]), RoundingArgs(*args[7:15]), args[15:]
+
+
+def _allocate_groups(x: Tensor, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Memory for the scales and zero points `(..., groups)` of x `(..., k)`."""
+    scheme, rounding, _ = split_args(args)
+    _, k = rows_and_k(x.shape)
+    shape = (*x.shape[:-1], groups_per_row(k, scheme.group_size))
+    scales = x.new_empty(shape, dtype=scheme.scale_dtype)
+    if rounding.preserve_variance:
+        return scales, x.new_empty(shape, dtype=torch.float32)
+    return scales, x.new_empty((0,) if scheme.symmetric else shape, dtype=torch.uint8)
+
+
+def _allocate_pack(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, planes, _ = args
+    packed = x.new_empty((packed_nbytes(*rows_and_k(x.shape), planes),), dtype=torch.uint8)
+    return packed, *_allocate_groups(x, args)
+
+
+def _allocate_quantize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.uint8), *_allocate_groups(x, args)
+
+
+def _allocate_unpack(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> Tensor:
+    shape, dtype = args[-2:]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _allocate_dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(codes, dtype=args[-1], memory_format=torch.contiguous_format)
+
+
+def _allocate_pack_codes(codes: Tensor, planes: Sequence[int]) -> Tensor:
+    return codes.new_empty((packed_nbytes(*rows_and_k(codes.shape), planes),))
+
+
+def _allocate_unpack_codes(
+    packed: Tensor, planes: Sequence[int], read_bits: int, shape: Sequence[int]
+) -> Tensor:
+    return packed.new_empty(shape)
+
+
+def _allocate_matmul(x: Tensor, packed: Tensor, scales: Tensor, *args: Any) -> Tensor:
+    check_matmul_shapes(x, scales)
+    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+def _pack(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate_pack(x, *args)
+    OPS.pack_out.default(x, *args, *outputs)
+    return outputs
+
+
+def _quantize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, zero_points = _allocate_quantize(x, *args)
+    *scheme_and_rounding, nan_zero = args
+    OPS.pack_out.default(
+        x, *scheme_and_rounding, BYTE_CODES, nan_zero, codes.view(-1), scales, zero_points
+    )
+    return codes, scales, zero_points
+
+
+def _unpack(*args: Any) -> Tensor:
+    out = _allocate_unpack(*args)
+    OPS.unpack_out.default(*args[:-2], out)
+    return out
+
+
+def _dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, bits: int, *args: Any) -> Tensor:
+    out = _allocate_dequantize(codes, scales, zero_points, *args)
+    OPS.unpack_out.default(
+        codes.reshape(-1), scales, zero_points, bits, *args[:-1], BYTE_CODES, bits, out
+    )
+    return out
+
+
+def _pack_codes(codes: Tensor, planes: Sequence[int]) -> Tensor:
+    packed = _allocate_pack_codes(codes, planes)
+    OPS.pack_codes_out.default(codes, planes, packed)
+    return packed
+
+
+def _unpack_codes(packed: Tensor, planes: Sequence[int], read_bits: int, shape: Sequence[int]) -> Tensor:
+    codes = _allocate_unpack_codes(packed, planes, read_bits, shape)
+    OPS.unpack_codes_out.default(packed, planes, read_bits, codes)
+    return codes
+
+
+def _matmul(x: Tensor, *args: Any) -> Tensor:
+    out = _allocate_matmul(x, *args)
+    OPS.matmul_out.default(x, *args, out)
+    return out
+
+
+# Shape rules ----------------------------------------------------------------------------------------------
+
+
+def check_matmul_shapes(x: Tensor, scales: Tensor) -> None:
+    """Refuses what no matmul can take: x without a last dimension, weights that are no matrix."""
+    torch._check_value(
+        x.dim() >= 1 and scales.dim() == 2,
+        lambda: (
+            f"matmul takes x: (..., k) and a packed matrix (n, k), got x of shape {tuple(x.shape)} and scales "
+            f"of shape {tuple(scales.shape)}; reshape the packed tensor's source to two dimensions"
+        ),
+    )
+
+
+def _writes_outputs(*args: Any) -> None:
+    """The rule of the `*_out` operators: nothing is returned, so no shape has to be inferred."""
+
+
+RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "pack": (_pack, _allocate_pack),
+    "quantize": (_quantize, _allocate_quantize),
+    "unpack": (_unpack, _allocate_unpack),
+    "dequantize": (_dequantize, _allocate_dequantize),
+    "pack_codes": (_pack_codes, _allocate_pack_codes),
+    "unpack_codes": (_unpack_codes, _allocate_unpack_codes),
+    "matmul": (_matmul, _allocate_matmul),
+}
+"""The operators that return tensors: what they do, and their shape rules."""
+OUT_OPS = ("pack_out", "unpack_out", "pack_codes_out", "unpack_codes_out", "matmul_out")
+"""What a backend implements."""
+
+for _name, (_implementation, _shape_rule) in RULES.items():
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    register_fake(f"{NAMESPACE}::{_name}", _shape_rule, lib=LIBRARY)
+for _name in OUT_OPS:
+    register_fake(f"{NAMESPACE}::{_name}", _writes_outputs, lib=LIBRARY)

@@ -1,0 +1,37 @@
+//! `turboquant_rs._core`: thin faces over turboquant-core.
+//!
+//! A face borrows arrays, names their types (`convert`), and enters the core (`enter`). No arithmetic, no loops
+//! over elements, no decisions about instruction sets live here.
+
+mod bandwidth;
+mod convert;
+mod enter;
+mod matmul;
+mod philox;
+mod planes;
+mod quantize;
+mod runtime;
+
+/// The compiled kernels of turboquant_rs. Private: use `turboquant_rs` itself.
+#[pyo3::pymodule]
+mod _core {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::bandwidth::{copy_bandwidth, read_bandwidth};
+    #[pymodule_export]
+    use crate::matmul::matmul;
+    #[pymodule_export]
+    use crate::philox::philox;
+    #[pymodule_export]
+    use crate::planes::{pack_codes, unpack_codes};
+    #[pymodule_export]
+    use crate::quantize::{pack, unpack};
+    #[pymodule_export]
+    use crate::runtime::{active_isa, after_fork, available_isas, compiled_isas, force_isa, version};
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::runtime::obey_environment()
+    }
+}

@@ -1,0 +1,87 @@
+//! Faces of `pack` and `unpack`.
+
+use numpy::{PyReadonlyArray1, PyReadwriteArray1};
+use pyo3::prelude::*;
+use turboquant_core as core;
+
+use crate::convert::{self, Array, ArrayMut, slice, slice_mut};
+use crate::enter::enter;
+
+/// Quantizes x (rows · k elements of type dtype) and packs its codes into packed, scales and zero_points.
+#[pyfunction]
+pub(crate) fn pack(
+    py: Python<'_>,
+    x: Array<'_>,
+    dtype: &str,
+    rows: i64,
+    k: i64,
+    bits: i64,
+    group_size: i64,
+    symmetric: bool,
+    nested: bool,
+    table: Vec<i64>,
+    scale: &str,
+    scale_dtype: &str,
+    rounding: &str,
+    seed: i64,
+    step: i64,
+    stream: i64,
+    draw_bits: i64,
+    variance: f32,
+    preserve_variance: bool,
+    offset: i64,
+    planes: Vec<i64>,
+    nan_zero: bool,
+    mut packed: PyReadwriteArray1<'_, u8>,
+    mut scales: ArrayMut<'_>,
+    mut zero_points: ArrayMut<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let scheme = &convert::scheme(bits, group_size, symmetric, nested, &table, scale, scale_dtype)?;
+    let rounding =
+        &convert::rounding(rounding, seed, step, stream, draw_bits, variance, preserve_variance, offset)?;
+    let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(rows, k)?);
+    let (x, packed) = (x.source(dtype)?, slice_mut(&mut packed)?);
+    let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
+    enter(py, || core::pack(x, shape, scheme, rounding, planes, nan_zero, packed, scales, zeros, threads))
+}
+
+/// Unpacks and dequantizes the top read_bits bits into out (rows · k elements of type dtype).
+#[pyfunction]
+pub(crate) fn unpack(
+    py: Python<'_>,
+    packed: PyReadonlyArray1<'_, u8>,
+    scales: Array<'_>,
+    zero_points: Array<'_>,
+    rows: i64,
+    k: i64,
+    bits: i64,
+    group_size: i64,
+    symmetric: bool,
+    nested: bool,
+    table: Vec<i64>,
+    scale: &str,
+    scale_dtype: &str,
+    rounding: &str,
+    seed: i64,
+    step: i64,
+    stream: i64,
+    draw_bits: i64,
+    variance: f32,
+    preserve_variance: bool,
+    offset: i64,
+    planes: Vec<i64>,
+    read_bits: i64,
+    mut out: ArrayMut<'_>,
+    dtype: &str,
+    threads: usize,
+) -> PyResult<()> {
+    let scheme = &convert::scheme(bits, group_size, symmetric, nested, &table, scale, scale_dtype)?;
+    let rounding =
+        &convert::rounding(rounding, seed, step, stream, draw_bits, variance, preserve_variance, offset)?;
+    let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(rows, k)?);
+    let (packed, out, read) =
+        (slice(&packed)?, out.target(dtype)?, convert::unsigned("read_bits", read_bits)?);
+    let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
+    enter(py, || core::unpack(packed, scales, zeros, shape, scheme, rounding, planes, read, out, threads))
+}
