@@ -1,0 +1,41 @@
+"""Quantization of PyTorch tensors and models, at the speed of the hardware.
+
+>>> import torch, turboquant_rs as tq
+>>> packed = tq.pack(torch.randn(8, 64), bits=4)
+>>> tq.matmul(torch.randn(2, 64), packed).shape
+torch.Size([2, 8])
+"""
+
+from turboquant_rs import nn
+from turboquant_rs.errors import BackendUnavailable, NoLayersMatched, QuantizationFormatError
+from turboquant_rs.formats.store import load, save
+from turboquant_rs.info import info
+from turboquant_rs.nn import dequantize_, precision, quantize_, set_precision
+from turboquant_rs.ops.cpu import version
+from turboquant_rs.packed import PackedTensor, matmul, pack, unpack
+from turboquant_rs.report import Report
+from turboquant_rs.scheme import Rounding, Scheme
+
+__version__ = version()
+
+__all__ = [
+    "BackendUnavailable",
+    "NoLayersMatched",
+    "PackedTensor",
+    "QuantizationFormatError",
+    "Report",
+    "Rounding",
+    "Scheme",
+    "__version__",
+    "dequantize_",
+    "info",
+    "load",
+    "matmul",
+    "nn",
+    "pack",
+    "precision",
+    "quantize_",
+    "save",
+    "set_precision",
+    "unpack",
+]

@@ -1,0 +1,153 @@
+"""The grammar of the command line; every verb carries the function of `commands` that runs it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from turboquant_rs.cli import commands
+from turboquant_rs.cli.commands import UsageError
+
+__all__ = ["UsageError", "build_parser"]
+
+DESCRIPTION = "Quantize tensors and models to packed low-bit planes."
+SELECTION = (
+    "By default the floating-point matrices named *.weight are quantized, except embeddings, norms, routers "
+    "and output heads. --include takes shell globs of tensor names and replaces that rule; --exclude removes "
+    "from whatever is selected. Everything else is copied unchanged and listed with its reason."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `turboquant-rs`; parsed options have `run`, the function to call with them."""
+    parser = _Parser(prog="turboquant-rs", description=DESCRIPTION)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _info(verbs.add_parser("info", help="what this machine and this build can do"))
+    _quantize(
+        verbs.add_parser(
+            "quantize", help="quantize a safetensors file or a model directory", epilog=SELECTION
+        )
+    )
+    _inspect(verbs.add_parser("inspect", help="what is in a file or model directory, and what it costs"))
+    _compare(verbs.add_parser("compare", help="how far apart two checkpoints are, tensor by tensor"))
+    _bench(verbs.add_parser("bench", help="time this machine against torch eager and plain copies"))
+    _demo(verbs.add_parser("demo", help="quantize a real sentence encoder and say what it costs"))
+    return parser
+
+
+def _common(verb: argparse.ArgumentParser, run: commands.Command, threads: bool = True) -> None:
+    verb.set_defaults(run=run)
+    verb.add_argument("--json", action="store_true", help="print one JSON document")
+    if threads:
+        verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+
+
+def _info(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.info, threads=False)
+
+
+def _quantize(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.quantize)
+    verb.add_argument(
+        "source", metavar="IN", help="a .safetensors file, or a directory of them with its config"
+    )
+    verb.add_argument("target", metavar="OUT", help="a new file or directory, of the same kind as IN")
+    scheme = verb.add_argument_group("scheme")
+    scheme.add_argument("--bits", type=int, metavar="B", help="1…8 (default 4; 8 if nested)")
+    scheme.add_argument(
+        "--group-size", type=_group_size, default=64, metavar="N",
+        help="elements that share a scale, at least 8, or 'row' (default 64)",
+    )  # fmt: skip
+    scheme.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
+    scheme.add_argument(
+        "--scale", choices=("extreme", "mse"), default="extreme", help="how scales are chosen"
+    )
+    scheme.add_argument("--scale-dtype", choices=("bf16", "f16", "f32"), default="bf16")
+    scheme.add_argument(
+        "--levels", choices=("uniform", "nf4", "lloyd"), default="uniform", help="what the codes stand for"
+    )
+    scheme.add_argument(
+        "--nested", nargs="?", type=_planes, const=(4, 4), metavar="PLANES",
+        help="8 bits whose prefixes can be read alone: 4,4 (default) or 4,1,1,2 or 2,1,1,1,1,2",
+    )  # fmt: skip
+    rounding = verb.add_argument_group("rounding")
+    rounding.add_argument(
+        "--rounding", default="nearest", metavar="MODE",
+        choices=("nearest", "stochastic", "iid", "antithetic", "stratified", "systematic", "subtractive"),
+        help="nearest (default, best for weights), or a stochastic mode: iid (= stochastic), antithetic, "
+        "stratified, systematic, subtractive",
+    )  # fmt: skip
+    rounding.add_argument(
+        "--seed", type=int, metavar="S", help="seed of stochastic rounding (required there)"
+    )
+    selection = verb.add_argument_group("selection")
+    selection.add_argument("--include", nargs="+", action="extend", default=[], metavar="GLOB")
+    selection.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="GLOB")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be done and how big it becomes")
+    verb.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
+
+
+def _inspect(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.inspect)
+    verb.add_argument("path", metavar="PATH")
+    verb.add_argument(
+        "--original", metavar="PATH", help="what it was made from: adds the SQNR of every tensor"
+    )
+
+
+def _compare(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.compare)
+    verb.add_argument("original", metavar="A", help="the original")
+    verb.add_argument("other", metavar="B", help="what is measured against it")
+
+
+def _bench(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.bench)
+    verb.add_argument(
+        "--rows", type=_positive, default=4096, metavar="N", help="of the weight (default 4096)"
+    )
+    verb.add_argument(
+        "--columns", type=_positive, default=4096, metavar="K", help="of the weight (default 4096)"
+    )
+    verb.add_argument("--bits", type=int, nargs="+", default=[4, 8], metavar="B", help="default: 4 8")
+    verb.add_argument("--repeats", type=_positive, default=7, metavar="R", help="rounds; medians are shown")
+
+
+def _demo(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.demo)
+    verb.add_argument(
+        "--sentences", type=_positive, default=256, metavar="N", help="at least 200 (default 256)"
+    )
+    verb.add_argument(
+        "--picture", default="turboquant-demo.png", metavar="PNG",
+        help="where to draw error against bits (default turboquant-demo.png; '' for none)",
+    )  # fmt: skip
+    verb.add_argument("--small", action="store_true", help="train a small encoder instead of using MiniLM")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _group_size(text: str) -> int | None:
+    if text == "row":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor 'row'")
+    return int(text)
+
+
+def _planes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of plane widths such as 4,4") from None

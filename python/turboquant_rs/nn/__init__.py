@@ -1,0 +1,16 @@
+"""Quantized modules, and the functions that swap them into a model."""
+
+from .convert import dequantize_, prepare_, quantize_
+from .embedding import QuantEmbedding
+from .linear import QuantLinear
+from .precision import precision, set_precision
+
+__all__ = [
+    "QuantEmbedding",
+    "QuantLinear",
+    "dequantize_",
+    "precision",
+    "prepare_",
+    "quantize_",
+    "set_precision",
+]

@@ -1,0 +1,179 @@
+"""QuantLinear: a linear layer that keeps its weight packed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from turboquant_rs.packed import matmul, pack
+from turboquant_rs.scheme import Rounding, Scheme
+
+from .weight import PackedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ACTIVATIONS = ("int8", "float")
+
+
+class QuantLinear(PackedWeight, nn.Linear):
+    """`y = x @ Wᵀ + bias` with `W: (out_features, in_features)` packed.
+
+    In place of nn.Linear wherever that is used: same constructor, same attributes, state dicts of either
+    kind. `x: (..., in_features)` may be f32, f64, bf16 or f16 and y has its dtype (under autocast:
+    autocast's). Gradients reach `x` and `bias`, not the codes.
+
+    activations: "int8" quantizes each row of x group by group and multiplies in integers, bit-identical on
+        every CPU; "float" widens the codes and accumulates in f32.
+    Raises `ValueError` for activations="int8" over codes that only the float path decodes (rounding
+        "subtractive" or preserve="mean+var").
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
+    activations: str
+    transposed: bool
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scheme: Scheme | None = None,
+        activations: str = "int8",
+        transposed: bool = False,
+    ) -> None:
+        """`transposed`: float state dicts hold the weight as (in, out), as transformers' Conv1D does."""
+        nn.Module.__init__(self)
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations {activations!r} is unknown; use 'int8' or 'float'")
+        self.in_features, self.out_features = in_features, out_features
+        self.activations, self.transposed = activations, transposed
+        self._init_packed(scheme if scheme is not None else Scheme(), device, dtype)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_features, device=self.weight_packed.device, dtype=self.weight_dtype)
+            )
+        self.reset_parameters()
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Module,
+        scheme: Scheme | None = None,
+        rounding: Rounding | str = "nearest",
+        *,
+        seed: int | None = None,
+        activations: str = "int8",
+    ) -> Self:
+        """The quantized twin of an nn.Linear or of transformers' Conv1D; takes over its bias, copies nothing.
+
+        Raises `ValueError` or `TypeError` for weights outside the domain of `tq.pack`.
+        """
+        layer = cls.empty_like(linear, scheme, device="meta", activations=activations)
+        parsed = Rounding.parse(rounding, seed)
+        layer.check_rounding(parsed)
+        weight = layer._float_weight(_weight(linear)).detach()
+        layer.load_packed("weight", pack(weight, scheme=layer.scheme, rounding=parsed))
+        layer.bias = linear.bias  # type: ignore[assignment]  # nn.Module attributes are Tensor | Module
+        return layer
+
+    @classmethod
+    def empty_like(
+        cls,
+        linear: nn.Module,
+        scheme: Scheme | None = None,
+        *,
+        device: torch.device | str | int | None = None,
+        activations: str = "int8",
+    ) -> Self:
+        """A quantized layer of all zeros, in size, dtype, device and bias like `linear` or Conv1D."""
+        weight = _weight(linear)
+        inputs, outputs = weight.shape[::-1] if isinstance(linear, nn.Linear) else weight.shape
+        layer = cls(
+            inputs,
+            outputs,
+            linear.bias is not None,
+            "meta",
+            weight.dtype,
+            scheme=scheme,
+            activations=activations,
+            transposed=linear.transposed if isinstance(linear, cls) else not isinstance(linear, nn.Linear),
+        )
+        return layer._zeros_on(weight.device if device is None else torch.device(device))
+
+    def to_float(self) -> nn.Module:
+        """nn.Linear, or Conv1D where `transposed`, with the dequantized weight in the compute dtype."""
+        weight = self.packed.dequantize()
+        layer: nn.Module
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                layer = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]  # untyped
+            layer.weight = nn.Parameter(weight.t().contiguous())
+        else:
+            layer = nn.Linear(
+                self.in_features, self.out_features, self.bias is not None, "meta", weight.dtype
+            )
+            layer.weight = nn.Parameter(weight)
+        layer.bias = self.bias  # type: ignore[assignment]  # nn.Module attributes are Tensor | Module
+        return layer
+
+    @property
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def reset_parameters(self) -> None:
+        """Quantizes a fresh draw of nn.Linear's initialization (nothing on the meta device)."""
+        if self.weight_packed.is_meta:
+            return
+        weight = torch.empty(self._weight_shape, device=self.weight_packed.device, dtype=self.weight_dtype)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.weight = weight
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (..., in_features) -> (..., out_features), in the dtype of the input."""
+        return matmul(_autocast(input), self.packed, self.bias, activations=self.activations)
+
+    def extra_repr(self) -> str:
+        """nn.Linear's line, then scheme and activations."""
+        text = f"{nn.Linear.extra_repr(self)}, {self._packed_repr()}, activations={self.activations}"
+        return f"{text}, transposed=True" if self.transposed else text
+
+    def _float_weight(self, value: Tensor) -> Tensor:
+        return value.t() if self.transposed else value
+
+    def check_rounding(self, rounding: Rounding) -> None:
+        float_only = rounding.mode == "subtractive" or rounding.preserve == "mean+var"
+        if float_only and self.activations == "int8":
+            raise ValueError(
+                f"codes with rounding mode {rounding.mode!r} and preserve {rounding.preserve!r} have no "
+                "integer matmul; use activations='float'"
+            )
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    weight: Any = linear.weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise TypeError(
+            f"{type(linear).__name__} has no two-dimensional weight; expected nn.Linear or Conv1D"
+        )
+    return weight
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """`input` as F.linear would take it: in autocast's dtype where autocast is on (f64 is left alone)."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+        return input.to(torch.get_autocast_dtype(device))
+    return input

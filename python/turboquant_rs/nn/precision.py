@@ -1,0 +1,79 @@
+"""How many bits of each code a model reads: set it for good, or for the length of a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from turboquant_rs.errors import NoLayersMatched
+
+from .patterns import Pattern, no_match
+from .weight import PackedWeight
+
+Layers = dict[str, PackedWeight]
+
+
+def set_precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> None:
+    """Makes the quantized layers of `model` read the first `bits` bits of every code (None: all of them).
+
+    Nothing is copied or repacked. With a mapping of patterns (globs on module names, or `re:` and a regular
+    expression; the first match wins) the layers that no pattern matches keep the precision they have.
+
+    Raises `ValueError`, and changes nothing, if a layer cannot be read at that width: a prefix ends where a
+    bit plane ends, see `tq.Scheme.nested`. Raises `NoLayersMatched` if `model` has no quantized layers, or if
+    a pattern matches none of them.
+    """
+    layers = _quantized_layers(model)
+    wanted = _wanted(layers, bits)
+    refused = [
+        f"{name} ({' or '.join(map(str, layers[name].readable_bits))})"
+        for name, width in wanted.items()
+        if width is not None and (isinstance(width, bool) or width not in layers[name].readable_bits)
+    ]
+    if refused:
+        shown = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
+        raise ValueError(
+            f"{len(refused)} of {len(wanted)} layers cannot be read at the bits asked for; they allow: "
+            f"{shown}; quantize with tq.Scheme.nested to make prefixes readable"
+        )
+    for name, width in wanted.items():
+        layers[name].read_bits = width
+
+
+@contextmanager
+def precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> Iterator[nn.Module]:
+    """`with tq.precision(model, 4): ...`: `set_precision`, undone at the end of the block, however it ends.
+
+    Blocks may be nested. The precision belongs to the layers, so other threads that use the model see it.
+    """
+    before = [(layer, layer._read_bits) for layer in _quantized_layers(model).values()]
+    set_precision(model, bits)
+    try:
+        yield model
+    finally:
+        for layer, width in before:
+            layer.read_bits = width
+
+
+def _quantized_layers(model: nn.Module) -> Layers:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    if not layers:
+        raise NoLayersMatched(
+            f"{type(model).__name__} has no quantized layers to set the precision of; call tq.quantize_ first"
+        )
+    return layers
+
+
+def _wanted(layers: Layers, bits: int | Mapping[str, int | None] | None) -> dict[str, int | None]:
+    if not isinstance(bits, Mapping):
+        return dict.fromkeys(layers, bits)
+    wanted: dict[str, int | None] = {}
+    for text, width in bits.items():
+        pattern = Pattern(text)
+        matched = [name for name in layers if pattern.matches(name)]
+        if not matched:
+            raise no_match(text, list(layers))
+        wanted.update((name, width) for name in matched if name not in wanted)
+    return wanted
