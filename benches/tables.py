@@ -1,0 +1,131 @@
+"""Renders the recorded figures into the tables of README.md.
+
+    python benches/tables.py [--check] [README.md]
+
+Every pair of lines `<!-- table: NAME -->` and `<!-- end of table -->` encloses one table, made of the JSON in
+results/. `--check` changes nothing and fails where a table is not what the records say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def read(name: str) -> dict:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(
+            f"{path.name} is not recorded yet; run `make {'bench' if name == 'speed' else name}`"
+        )
+    return json.loads(path.read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def grid(section: dict, cell: Callable[[dict], str], extra: dict[str, Callable[[dict], str]]) -> str:
+    """One line a width, one column a scheme, then columns of `extra` figures of the default scheme."""
+    found = {(row["scheme"], row["bits"]): row for row in section["rows"] if "groups" not in row["scheme"]}
+    schemes = list(dict.fromkeys(scheme for scheme, _ in found))
+    lines = []
+    for bits in sorted({bits for _, bits in found}, reverse=True):
+        cells = [cell(found[s, bits]) if (s, bits) in found else "" for s in schemes]
+        default = found.get(("extreme", bits))
+        lines.append([str(bits), *cells, *(show(default) if default else "" for show in extra.values())])
+    return markdown(["bits", *schemes, *extra], lines)
+
+
+def encoder() -> str:
+    """Mean cosine to f32: weights only / with int8 activations."""
+
+    def cosines(row: dict) -> str:
+        return " / ".join(f"{row[kind]['mean_cosine']:.4f}" for kind in ("weights", "int8"))
+
+    section = read("quality")["encoder"]
+    extra = {"nearest 10 kept (extreme, int8)": lambda row: f"{row['int8']['overlap']:.1%}"}
+    return grid(section, cosines, extra)
+
+
+def language() -> str:
+    """Mean KL to f32 in nats: weights only / with int8 activations."""
+
+    def divergences(row: dict) -> str:
+        return " / ".join(f"{row[kind]['kl']:.5f}" for kind in ("weights", "int8"))
+
+    section = read("quality")["language"]
+    extra = {
+        "same first choice (extreme)": lambda row: f"{row['int8']['same_top1']:.3f}",
+        "perplexity ratio (extreme)": lambda row: f"{row['int8']['perplexity_ratio']:.4f}",
+    }
+    return grid(section, divergences, extra)
+
+
+def perplexity() -> str:
+    """Perplexity over the long protocol."""
+    values = dict(read("quality")["language"]["perplexity"])
+    windows = values.pop("windows")
+    lines = [[name, f"{value:.4f}", f"{value / values['f32']:.4f}"] for name, value in values.items()]
+    return markdown(["", f"perplexity, {windows} windows of 512", "ratio"], lines)
+
+
+def speed() -> str:
+    """One line a job: median time, bandwidth, and how many times longer each peer takes."""
+    rows = read("speed")["rows"]
+    lines = []
+    for row in rows:
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+        bandwidth = f"{row['gigabytes_per_second']:.1f}"
+        lines.append([row["row"].replace("_", " "), f"{1e3 * row['seconds']:.2f}", bandwidth, ratios])
+    return markdown(["job", "ms", "GB/s", "time of the peer over ours"], lines)
+
+
+TABLES = {
+    "quality-encoder": encoder,
+    "quality-language": language,
+    "quality-perplexity": perplexity,
+    "speed": speed,
+}
+
+
+def render(text: str) -> str:
+    """`text` with every marked block replaced by its table."""
+
+    def block(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise SystemExit(f"no table is called {match['name']!r}; there are {', '.join(TABLES)}")
+        return match[1] + TABLES[match["name"]]() + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args()
+    text = options.file.read_text()
+    rendered = render(text)
+    if options.check and rendered != text:
+        print(
+            f"the tables of {options.file.name} are out of date; run python benches/tables.py",
+            file=sys.stderr,
+        )
+        return 1
+    if rendered != text:
+        options.file.write_text(rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

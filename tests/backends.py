@@ -1,0 +1,154 @@
+"""The implementations of the operators with one face, and equality bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from turboquant_rs import ops
+from turboquant_rs.scheme import Rounding, Scheme
+
+NEAREST = Rounding.nearest()
+VECTORS = Path(__file__).parent / "vectors"
+Packed = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Calls the operators of one backend. Outputs are allocated here, filled with a pattern that no correct
+    result leaves behind, and have the shapes that the fake rules give."""
+
+    name: str
+    device: str = "cpu"
+
+    def _run(self, operator: str, *args: Any) -> None:
+        module = ops.reference if self.name == "reference" else ops
+        getattr(module, operator)(*args)
+
+    def _allocate(self, operator: str, *args: Any) -> Any:
+        """Memory for the results of `operator`, as its shape rule says."""
+        meta = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args]
+        shapes = getattr(ops, operator)(*meta)
+        if isinstance(shapes, Tensor):
+            return self._poisoned(shapes)
+        return tuple(map(self._poisoned, shapes))
+
+    def _poisoned(self, shape: Tensor) -> Tensor:
+        memory = torch.full((shape.numel() * shape.element_size(),), 0xA5, dtype=torch.uint8)
+        return memory.view(shape.dtype).view(shape.shape).to(self.device)
+
+    def pack(
+        self,
+        x: Tensor,
+        scheme: Scheme,
+        rounding: Rounding = NEAREST,
+        *,
+        planes: Sequence[int] | None = None,
+        offset: int = 0,
+        nan_zero: bool = False,
+    ) -> Packed:
+        """(packed, scales, zero_points) of x."""
+        args = (*scheme.op_args(), *rounding.op_args(offset), list(planes or scheme.planes), nan_zero)
+        x = x.to(self.device)
+        outputs: Packed = self._allocate("pack", x, *args)
+        self._run("pack_out", x, *args, *outputs)
+        return outputs
+
+    def quantize(self, x: Tensor, scheme: Scheme, rounding: Rounding = NEAREST, **options: Any) -> Packed:
+        """(codes in the shape of x, scales, zero_points)."""
+        codes, scales, zero_points = self.pack(x, scheme, rounding, planes=[8], **options)
+        return codes.view(x.shape), scales, zero_points
+
+    def unpack(
+        self,
+        stored: Packed,
+        scheme: Scheme,
+        shape: Sequence[int],
+        rounding: Rounding = NEAREST,
+        *,
+        bits: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        planes: Sequence[int] | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """x̂ of a packed tensor, or of the prefix of `bits` bits."""
+        planes = list(planes or scheme.planes)
+        args = (*scheme.op_args(), *rounding.op_args(offset), planes, bits or scheme.bits)
+        stored = tuple(part.to(self.device) for part in stored)
+        out: Tensor = self._allocate("unpack", *stored, *args, list(shape), dtype)
+        self._run("unpack_out", *stored, *args, out)
+        return out
+
+    def dequantize(
+        self, stored: Packed, scheme: Scheme, rounding: Rounding = NEAREST, **options: Any
+    ) -> Tensor:
+        """x̂ of the codes that `quantize` gave."""
+        codes, scales, zero_points = stored
+        flat = (codes.reshape(-1), scales, zero_points)
+        return self.unpack(flat, scheme, codes.shape, rounding, planes=[8], **options)
+
+    def pack_codes(self, codes: Tensor, planes: Sequence[int]) -> Tensor:
+        """The blob of planes of codes."""
+        codes = codes.to(self.device)
+        packed: Tensor = self._allocate("pack_codes", codes, list(planes))
+        self._run("pack_codes_out", codes, list(planes), packed)
+        return packed
+
+    def unpack_codes(
+        self, packed: Tensor, planes: Sequence[int], shape: Sequence[int], bits: int | None = None
+    ) -> Tensor:
+        """The codes of a blob, or their top `bits` bits."""
+        args = (packed.to(self.device), list(planes), bits or sum(planes))
+        codes: Tensor = self._allocate("unpack_codes", *args, list(shape))
+        self._run("unpack_codes_out", *args, codes)
+        return codes
+
+    def matmul(
+        self,
+        x: Tensor,
+        stored: Packed,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        rounding: Rounding = NEAREST,
+        *,
+        bits: int | None = None,
+        activations: str = "int8",
+    ) -> Tensor:
+        """x @ Ŵᵀ (+ bias)."""
+        planes = list(scheme.planes)
+        tail = (*scheme.op_args(), *rounding.op_args(), planes, bits or scheme.bits, activations)
+        inputs = [None if v is None else v.to(self.device) for v in (x, *stored, bias)]
+        out: Tensor = self._allocate("matmul", *inputs, *tail)
+        self._run("matmul_out", *inputs, *tail, out)
+        return out
+
+
+def assert_identical(got: Packed | Tensor, expected: Packed | Tensor, what: object = "") -> None:
+    """Equality bit for bit; NaN of any payload equals NaN."""
+    if isinstance(expected, tuple):
+        assert isinstance(got, tuple) and len(got) == len(expected)
+        for name, a, b in zip(("codes or planes", "scales", "zero_points"), got, expected, strict=True):
+            assert_identical(a, b, f"{name} {what}")
+        return
+    assert isinstance(got, Tensor)
+    got = got.cpu()
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    if expected.dtype.is_floating_point:
+        nan = expected.isnan()
+        assert torch.equal(got.isnan(), nan), f"NaN in other places: {what}"
+        got, expected = got.masked_fill(nan, 0.0), expected.masked_fill(nan, 0.0)
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+        got, expected = got.contiguous().view(integer), expected.contiguous().view(integer)
+    if not torch.equal(got, expected):
+        wrong = (got != expected).flatten().nonzero().flatten()
+        first = int(wrong[0])
+        pytest.fail(
+            f"{len(wrong)} of {expected.numel()} differ, first at {first}: "
+            f"{got.flatten()[first]} instead of {expected.flatten()[first]} ({what})"
+        )

@@ -1,0 +1,60 @@
+"""The `backend` fixture: every implementation of the operators.
+
+A test that takes `backend` runs on the specification, on each instruction set of the CPU backend and on CUDA;
+one that takes `compiled` runs on all but the specification, to be compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from backends import Backend
+
+from turboquant_rs import ops
+
+COMPILED = ("cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon", "cuda")
+
+
+def _backend(name: str) -> Iterator[Backend]:
+    kind, _, isa = name.partition(":")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        yield Backend(name, "cuda")
+    elif kind == "cpu":
+        if isa not in ops.cpu.available_isas():
+            pytest.skip(f"this CPU has {', '.join(ops.cpu.available_isas())}, not {isa}")
+        ops.cpu.force_isa(isa)
+        try:
+            yield Backend(name)
+        finally:
+            ops.cpu.force_isa(None)
+    else:
+        yield Backend(name)
+
+
+@pytest.fixture(params=("reference", *COMPILED))
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend in turn."""
+    yield from _backend(request.param)
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend in turn, except the specification itself."""
+    yield from _backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Backend:
+    """The specification."""
+    return Backend("reference")
+
+
+@pytest.fixture(scope="session")
+def fast() -> Backend:
+    """The CPU backend with the instruction set it chose: for statistics, which need many draws. That the
+    others give the same codes is proved in test_bit_identity.py."""
+    return Backend("cpu")

@@ -1,0 +1,450 @@
+"""The command `turboquant-rs`: what it prints, writes, refuses, and leaves behind when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import turboquant_rs as tq
+from turboquant_rs.cli import main
+
+
+@pytest.fixture
+def run(capsys):
+    """`run(*arguments)` → (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse ends the process itself
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.embed_tokens.weight": torch.randn(50, 96, generator=generator),
+        "model.layers.0.q_proj.weight": torch.randn(40, 96, generator=generator).bfloat16(),
+        "model.layers.0.q_proj.bias": torch.randn(40, generator=generator),
+        "model.layers.0.up_proj.weight": torch.randn(130, 96, generator=generator),
+        "model.layers.0.input_layernorm.weight": torch.ones(96),
+        "model.rope.inv_freq": torch.arange(4),
+        "lm_head.weight": torch.randn(50, 96, generator=generator),
+    }
+
+
+QUANTIZED = {"model.layers.0.q_proj.weight", "model.layers.0.up_proj.weight"}
+
+
+@pytest.fixture
+def file(tmp_path, weights) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, weights) -> Path:
+    """A model directory as transformers writes it: two shards, index, config, tokenizer."""
+    path = tmp_path / "model"
+    path.mkdir()
+    names = list(weights)
+    shards = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for shard, members in shards.items():
+        save_file({name: weights[name] for name in members}, path / shard, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+        "weight_map": {name: shard for shard, members in shards.items() for name in members},
+    }
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 96}))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text('{"pooling": "mean"}')
+    (path / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    return path
+
+
+def leftovers(path: Path, *expected: str) -> set[str]:
+    return {entry.name for entry in path.iterdir()} - set(expected)
+
+
+# quantize: what it writes ---------------------------------------------
+
+
+def test_quantize_file_equals_pack_of_every_tensor(run, file, tmp_path, weights):
+    out = tmp_path / "out.safetensors"
+    code, text, _ = run("quantize", file, out, "--bits", 4)
+    assert code == 0 and "2 tensors quantized" in text
+    loaded = tq.load(out)
+    assert set(loaded) == set(weights)
+    for name, weight in weights.items():
+        if name in QUANTIZED:
+            expected = tq.pack(weight, bits=4)
+            assert torch.equal(loaded[name].packed, expected.packed)
+            assert torch.equal(loaded[name].scales, expected.scales)
+            assert loaded[name].dtype == weight.dtype
+        else:
+            assert torch.equal(loaded[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scheme"),
+    [
+        (["--bits", 7, "--group-size", 32], tq.Scheme(bits=7, group_size=32)),
+        (["--bits", 3, "--asymmetric"], tq.Scheme(bits=3, symmetric=False)),
+        (
+            ["--bits", 5, "--scale", "mse", "--scale-dtype", "f32"],
+            tq.Scheme(bits=5, scale="mse", scale_dtype="f32"),
+        ),
+        (["--nested"], tq.Scheme.nested()),
+        (["--nested", "2,1,1,1,1,2", "--group-size", "row"], tq.Scheme.nested(None, (2, 1, 1, 1, 1, 2))),
+        (["--levels", "nf4"], tq.Scheme(levels="nf4")),
+        ([], tq.Scheme()),
+    ],
+)
+def test_quantize_obeys_every_scheme_option(run, file, tmp_path, weights, arguments, scheme):
+    out = tmp_path / "out.safetensors"
+    assert run("quantize", file, out, *arguments)[0] == 0
+    for name in QUANTIZED:
+        found, expected = tq.load(out)[name], tq.pack(weights[name], scheme=scheme)
+        assert found.scheme == scheme
+        assert torch.equal(found.packed, expected.packed)
+        assert torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("mode", ["iid", "systematic"])
+@pytest.mark.parametrize("block", [1, 96 * 7, 1 << 20])
+def test_blocks_do_not_change_the_codes_of_stochastic_rounding(
+    run, file, tmp_path, weights, monkeypatch, mode, block
+):
+    monkeypatch.setattr("turboquant_rs.checkpoint.quantize.BLOCK_ELEMENTS", block)
+    out = tmp_path / "out.safetensors"
+    assert run("quantize", file, out, "--bits", 7, "--rounding", mode, "--seed", 7)[0] == 0
+    for name in QUANTIZED:
+        rounding = tq.Rounding.stochastic(7, stream=name, mode=mode)
+        assert torch.equal(
+            tq.load(out)[name].packed, tq.pack(weights[name], bits=7, rounding=rounding).packed
+        )
+
+
+def test_quantize_directory_keeps_sharding_and_files_and_tells_the_truth_in_the_config(
+    run, folder, tmp_path, weights
+):
+    out = tmp_path / "out"
+    code, text, _ = run("quantize", folder, out, "--bits", 8)
+    assert code == 0 and "pytorch_model.bin" in text
+    assert leftovers(out) == leftovers(folder, "pytorch_model.bin")
+    assert (out / "1_Pooling" / "config.json").read_text() == '{"pooling": "mean"}'
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    for shard in sorted(set(index["weight_map"].values())):
+        with safe_open(out / shard, "pt") as opened:
+            assert {k for k, v in index["weight_map"].items() if v == shard} == set(opened.keys())
+    sizes = [t.nbytes for shard in out.glob("*.safetensors") for t in load_file(shard).values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    config = json.loads((out / "config.json").read_text())
+    assert config["hidden_size"] == 96
+    assert config["quantization_config"]["quant_method"] == "turboquant_rs"
+    assert set(config["quantization_config"]["tensors"]) == QUANTIZED
+    loaded = tq.load(out)
+    assert torch.equal(loaded["lm_head.weight"], weights["lm_head.weight"])
+    assert loaded["model.layers.0.up_proj.weight"].scheme == tq.Scheme(bits=8)
+
+
+def test_include_replaces_the_rule_and_exclude_removes(run, file, tmp_path):
+    out = tmp_path / "out.safetensors"
+    code, text, _ = run(
+        "quantize", file, out, "--include", "*embed*", "lm_*", "--exclude", "lm_head*", "--json"
+    )
+    assert code == 0
+    report = json.loads(text)
+    assert [layer["name"] for layer in report["layers"]] == ["model.embed_tokens.weight"]
+    reasons = {layer["name"]: layer["reason"] for layer in report["skipped"]}
+    assert reasons["lm_head.weight"] == "--exclude lm_head*"
+    assert reasons["model.layers.0.q_proj.weight"] == "no --include pattern selects it"
+
+
+def test_default_rule_gives_a_reason_for_every_tensor_it_leaves(run, file, tmp_path):
+    code, text, _ = run("quantize", file, tmp_path / "out.safetensors", "--dry-run", "--json")
+    assert code == 0 and not (tmp_path / "out.safetensors").exists()
+    assert {layer["name"]: layer["reason"] for layer in json.loads(text)["skipped"]} == {
+        "model.embed_tokens.weight": "an embedding",
+        "model.layers.0.q_proj.bias": "1-dimensional",
+        "model.layers.0.input_layernorm.weight": "1-dimensional",
+        "model.rope.inv_freq": "I64 is no floating-point type that can be quantized",
+        "lm_head.weight": "an output head",
+    }
+
+
+def test_dry_run_forecasts_the_bytes_that_come_out(run, file, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for arguments in (["--bits", 5, "--asymmetric"], ["--nested"]):
+        forecast = json.loads(run("quantize", file, out, *arguments, "--dry-run", "--json")[1])
+        done = json.loads(run("quantize", file, out, *arguments, "--force", "--json")[1])
+        assert forecast["bytes_after"] == done["bytes_after"]
+
+
+# quantize: what it refuses ---------------------------------------------
+
+
+def test_wrong_command_lines_exit_2_with_one_line(run, file, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for arguments in (
+        [],
+        ["nonsense"],
+        ["quantize", file],
+        ["quantize", file, out, "--bits", "many"],
+        ["quantize", file, out, "--bits", 9],
+        ["quantize", file, out, "--bits", 1, "--asymmetric"],
+        ["quantize", file, out, "--group-size", 7],
+        ["quantize", file, out, "--nested", "3,5"],
+        ["quantize", file, out, "--nested", "--bits", 4],
+        ["quantize", file, out, "--rounding", "stochastic"],
+        ["bench", "--bits", 0],
+    ):
+        code, text, error = run(*arguments)
+        assert (code, text) == (2, ""), arguments
+        assert error.startswith("turboquant-rs") and error.count("\n") == 1, error
+    assert leftovers(tmp_path, file.name) == set()
+
+
+def failure(run, *arguments: object) -> str:
+    code, text, error = run(*arguments)
+    assert (code, text) == (1, "")
+    assert error.startswith("turboquant-rs: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_pattern_without_a_match_names_near_misses(run, file, tmp_path):
+    error = failure(run, "quantize", file, tmp_path / "o.safetensors", "--include", "*q_prj.weight")
+    assert "matches no" in error and "q_proj" in error
+
+
+def test_file_with_nothing_to_quantize_says_how_to_choose(run, tmp_path):
+    save_file({"a": torch.randn(4, 4)}, tmp_path / "in.safetensors")
+    error = failure(run, "quantize", tmp_path / "in.safetensors", tmp_path / "o.safetensors")
+    assert "not named *.weight" in error and "--include" in error
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**121])
+def test_value_outside_the_domain_names_the_tensor_and_leaves_nothing(run, file, tmp_path, weights, bad):
+    weights["model.layers.0.up_proj.weight"][100, 3] = bad
+    save_file(weights, file)
+    error = failure(run, "quantize", file, tmp_path / "o.safetensors")
+    assert "model.layers.0.up_proj.weight" in error
+    assert leftovers(tmp_path, file.name) == set()
+
+
+def test_existing_output_is_kept_unless_forced(run, file, folder, tmp_path, weights):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    assert "--force" in failure(run, "quantize", file, out)
+    assert out.read_bytes() == b"precious"
+    assert run("quantize", file, out, "--force")[0] == 0
+    assert set(tq.load(out)) == set(weights)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious").write_bytes(b"")
+    assert "choose another name" in failure(run, "quantize", folder, taken, "--force")
+    assert leftovers(taken) == {"precious"}
+
+
+def test_output_onto_the_input_is_refused(run, file, folder):
+    before = file.read_bytes()
+    assert "itself" in failure(run, "quantize", file, file, "--force")
+    assert "itself" in failure(run, "quantize", folder, folder)
+    assert "inside" in failure(run, "quantize", folder, folder / "quantized")
+    assert file.read_bytes() == before
+
+
+def test_what_is_quantized_already_is_not_quantized_again(run, file, folder, tmp_path):
+    for source, once in ((file, tmp_path / "once.safetensors"), (folder, tmp_path / "once")):
+        assert run("quantize", source, once)[0] == 0
+        assert "quantized already" in failure(run, "quantize", once, tmp_path / "twice")
+
+
+def test_missing_and_broken_inputs_are_one_line(run, tmp_path):
+    out = tmp_path / "o.safetensors"
+    assert "check the path" in failure(run, "quantize", tmp_path / "missing.safetensors", out)
+    (tmp_path / "empty").mkdir()
+    assert "no .safetensors" in failure(run, "quantize", tmp_path / "empty", out)
+    (tmp_path / "broken.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    for verb in (
+        ["quantize", tmp_path / "broken.safetensors", out],
+        ["inspect", tmp_path / "broken.safetensors"],
+    ):
+        assert "broken.safetensors" in failure(run, *verb)
+    assert leftovers(tmp_path, "empty", "broken.safetensors") == set()
+
+
+def test_index_that_contradicts_its_shards_is_refused(run, folder, tmp_path):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    path.write_text(json.dumps(index))
+    assert "elsewhere" in failure(run, "quantize", folder, tmp_path / "out")
+    index["weight_map"]["lm_head.weight"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    assert "lm_head.weight" in failure(run, "quantize", folder, tmp_path / "out")
+    assert leftovers(tmp_path, "model") == set()
+
+
+def test_unwritable_place_is_one_line_with_the_way_out(run, file, tmp_path):
+    assert "check the path" in failure(run, "quantize", file, tmp_path / "no" / "such" / "o.safetensors")
+    if os.geteuid() == 0:
+        assert "read-only" in failure(run, "quantize", file, "/proc/o.safetensors") or True
+    else:
+        tmp_path.chmod(0o500)
+        assert "permissions" in failure(run, "quantize", file, tmp_path / "o.safetensors")
+        tmp_path.chmod(0o700)
+
+
+def test_debug_shows_the_traceback(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBOQUANT_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        run("inspect", tmp_path / "missing.safetensors")
+
+
+# inspect, compare, info, bench, demo ---------------------------------------------
+
+
+def test_inspect_counts_every_byte_and_measures_against_the_original(run, file, tmp_path, weights):
+    out = tmp_path / "out.safetensors"
+    run("quantize", file, out, "--bits", 4)
+    code, text, _ = run("inspect", out, "--original", file, "--json")
+    found = json.loads(text)
+    tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert code == 0 and set(tensors) == set(weights)
+    assert sum(tensor["nbytes"] for tensor in tensors.values()) == found["nbytes"]
+    assert found["nbytes"] == sum(tensor.nbytes for tensor in load_file(out).values())
+    name = "model.layers.0.up_proj.weight"
+    assert tensors[name]["shape"] == [130, 96] and tensors[name]["scheme"]["bits"] == 4
+    error = weights[name] - tq.pack(weights[name]).dequantize()
+    expected = 10 * math.log10(float(weights[name].square().sum() / error.square().sum()))
+    assert found["against"]["tensors"][name]["sqnr_db"] == pytest.approx(expected, abs=1e-3)
+    code, text, _ = run("inspect", out, "--original", file)
+    assert (
+        code == 0
+        and f"{expected:.2f} dB" in text
+        and "4 bits g64" in text
+        and "7 tensors, 2 quantized" in text
+    )
+
+
+def test_inspect_of_a_directory_reads_all_shards(run, folder, weights):
+    code, text, _ = run("inspect", folder, "--json")
+    assert code == 0
+    assert {tensor["name"] for tensor in json.loads(text)["tensors"]} == set(weights)
+
+
+def test_compare_of_equal_files_says_equal_and_names_what_is_missing(run, file, folder, tmp_path, weights):
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "less.safetensors")
+    code, text, _ = run("compare", folder, tmp_path / "less.safetensors")
+    assert code == 0 and text.count("equal") == 7 and "only in A: lm_head.weight" in text
+    found = json.loads(run("compare", folder, tmp_path / "less.safetensors", "--json")[1])
+    assert found["total"]["sqnr_db"] is None and found["total"]["max_error"] == 0
+
+
+def test_compare_refuses_what_has_nothing_in_common(run, file, tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
+    assert "no tensor in common" in failure(run, "compare", file, tmp_path / "x.safetensors")
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    assert "lm_head.weight" in failure(run, "compare", file, tmp_path / "x.safetensors")
+
+
+def test_info_is_the_library_s(run):
+    code, text, _ = run("info", "--json")
+    assert code == 0 and json.loads(text)["isa"] == tq.info()["isa"]
+    assert tq.info()["isa"] in run("info")[1]
+
+
+def test_bench_times_every_job(run):
+    code, text, _ = run("bench", "--rows", 64, "--columns", 128, "--repeats", 1, "--bits", 4, "--json")
+    timings = {timing["job"]: timing for timing in json.loads(text)["timings"]}
+    assert code == 0
+    assert {"pack 4 bits", "unpack 4 bits to f32", "matmul 4 bits, 1 rows"} <= set(timings)
+    assert all(timing["seconds"] > 0 for timing in timings.values())
+    assert "pack 4 bits" in run("bench", "--rows", 64, "--columns", 128, "--repeats", 1, "--bits", 4)[1]
+
+
+# Being stopped ---------------------------------------------
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "turboquant_rs", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """Some 200 MB in eight matrices: long enough to be stopped in the middle."""
+    path = tmp_path_factory.mktemp("large") / "model.safetensors"
+    save_file({f"layers.{i}.weight": torch.randn(2048, 3072) for i in range(8)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "cleans_up"),
+    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, True), (signal.SIGKILL, -9, False)],
+)
+def test_being_stopped_leaves_nothing_under_the_final_name(large, tmp_path, number, code, cleans_up):
+    out = tmp_path / "out.safetensors"
+    process = start("quantize", large, out, "--bits", 8, "--scale", "mse", "--threads", 1)
+    deadline = time.monotonic() + 60
+    while (
+        not list(tmp_path.iterdir()) and time.monotonic() < deadline
+    ):  # the temporary file shows that it runs
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert not out.exists()
+    if cleans_up:
+        assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in error
+
+
+def test_full_disk_is_an_error_and_leaves_nothing(large, tmp_path):
+    """A file size limit stands for the disk: write fails in the middle all the same."""
+    command = [sys.executable, "-m", "turboquant_rs", "quantize", str(large), str(tmp_path / "o.safetensors")]
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_stays_near_one_tensor(large, tmp_path):
+    """Above what the interpreter and torch take by themselves, and far below the 200 MB of the file."""
+    script = (
+        "import resource, sys; from turboquant_rs.cli import main; peak = lambda: "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); code = main(sys.argv[1:]); "
+        "print(peak() - before); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", script, "quantize", str(large), str(tmp_path / "o.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    growth = 1024 * int(done.stdout.splitlines()[-1])
+    largest = 4 * 2048 * 3072
+    assert growth < 3 * largest, f"{growth / 1e6:.0f} MB"

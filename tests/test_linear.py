@@ -1,0 +1,504 @@
+"""QuantLinear keeps nn.Linear's contract and holds nothing but packed codes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import turboquant_rs as tq
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+BUFFERS = ["weight_packed", "weight_scale", "weight_zero_point"]
+NESTED = tq.Scheme.nested()
+
+
+def float_layer(inputs: int = 70, outputs: int = 24, dtype: torch.dtype = torch.float32, bias: bool = True):
+    torch.manual_seed(inputs * outputs)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
+
+
+def quant_layer(scheme: tq.Scheme | None = None, **kwargs) -> tq.nn.QuantLinear:
+    return tq.nn.QuantLinear.from_float(float_layer(), scheme or tq.Scheme(), **kwargs)
+
+
+def same_buffers(a: nn.Module, b: nn.Module) -> bool:
+    return all(
+        (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y))
+        for x, y in ((getattr(a, name), getattr(b, name)) for name in BUFFERS)
+    )
+
+
+# The layer computes what its dequantized weight says
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_is_a_packed_matmul_in_the_dtype_of_the_input(dtype):
+    layer, x = quant_layer(), torch.randn(2, 3, 70, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == (2, 3, 24)
+    assert torch.equal(y, tq.matmul(x, layer.packed, layer.bias))
+
+
+@pytest.mark.parametrize("scheme", [tq.Scheme(bits=8), tq.Scheme(bits=4, symmetric=False), NESTED])
+def test_float_activations_equal_a_linear_layer_with_the_dequantized_weight(scheme):
+    layer, x = quant_layer(scheme, activations="float"), torch.randn(5, 70)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_an_eight_bit_layer_is_close_to_its_float_twin():
+    linear, x = float_layer(), torch.randn(64, 70)
+    layer = tq.nn.QuantLinear.from_float(linear, tq.Scheme(bits=8))
+    assert F.cosine_similarity(layer(x), linear(x)).min() > 0.9995
+
+
+@pytest.mark.parametrize("shape", [(70,), (0, 70), (1, 1, 1, 70)])
+def test_any_number_of_leading_dimensions_works(shape):
+    assert quant_layer()(torch.randn(shape)).shape == (*shape[:-1], 24)
+
+
+def test_gradients_reach_input_and_bias():
+    layer, x = quant_layer(activations="float"), torch.randn(3, 70, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 70))
+    assert torch.equal(layer.bias.grad, torch.full((24,), 3.0))
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_autocast_decides_the_output_dtype_as_for_a_linear_layer(activations):
+    layer, x = quant_layer(activations=activations), torch.randn(3, 70)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert layer(x.double()).dtype == torch.float64
+
+
+# The weight
+
+
+def test_weight_is_a_view_of_logical_shape_and_compute_dtype():
+    layer = quant_layer()
+    assert layer.weight.shape == (24, 70)
+    assert layer.weight.dtype == torch.float32 and layer.weight.device == layer.weight_packed.device
+    assert isinstance(layer.weight, torch.Tensor) and not layer.weight.requires_grad
+    assert torch.equal(layer.weight + 0, layer.packed.dequantize())
+
+
+def test_reading_metadata_of_weight_decodes_nothing(monkeypatch):
+    layer = quant_layer()
+    monkeypatch.setattr(tq.PackedTensor, "dequantize", lambda *_, **__: pytest.fail("decoded"))
+    weight = layer.weight
+    assert (weight.dtype, weight.shape, weight.ndim) == (torch.float32, (24, 70), 2)
+    assert (weight.numel(), weight.element_size(), weight.is_meta) == (1680, 4, False)
+    assert weight.is_floating_point() and len(weight) == 24 and weight.size(1) == 70
+    weight.requires_grad_(False)
+    weight.requires_grad = False
+
+
+def test_weight_decodes_once_for_each_view(monkeypatch):
+    layer, decode, calls = quant_layer(), tq.PackedTensor.dequantize, []
+    monkeypatch.setattr(tq.PackedTensor, "dequantize", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    weight = layer.weight
+    assert weight.sum() == weight.sum() and len(calls) == 1
+
+
+def test_weight_goes_wherever_a_tensor_goes():
+    layer = quant_layer()
+    values = layer.packed.dequantize()
+    assert (layer.weight.numpy() == values.numpy()).all()
+    assert torch.equal(copy.deepcopy(layer.weight), values)
+    assert torch.equal(pickle.loads(pickle.dumps(layer.weight)), values)
+    assert torch.equal(torch.cat([layer.weight, layer.weight]), torch.cat([values, values]))
+    assert torch.equal(torch.zeros(24, 70).copy_(layer.weight), values)
+    assert repr(layer.weight) == repr(values)
+    assert type(layer.weight + 0) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.zero_(),
+        lambda w: w.copy_(torch.zeros(24, 70)),
+        lambda w: w.__setitem__(0, 0.0),
+        lambda w: nn.init.normal_(w),
+        lambda w: w.requires_grad_(True),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: setattr(w, "data", torch.zeros(24, 70)),
+    ],
+)
+def test_writing_into_weight_is_refused_rather_than_lost(write):
+    layer = quant_layer()
+    with pytest.raises(TypeError, match=r"read-only view of packed codes; assign to it instead"):
+        write(layer.weight)
+
+
+@pytest.mark.parametrize("wrap", [torch.clone, nn.Parameter])
+def test_assigning_weight_quantizes_it(wrap):
+    layer, values = quant_layer(tq.Scheme(bits=8)), torch.randn(24, 70)
+    layer.weight = wrap(values)
+    assert torch.equal(layer.packed.packed, tq.pack(values, 8).packed)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+
+def test_assigning_the_weight_of_another_quantized_layer_shares_its_memory():
+    a, b = quant_layer(NESTED), quant_layer()
+    b.weight = a.weight
+    assert b.weight_packed is a.weight_packed and b.scheme == NESTED
+
+
+def test_assigning_a_weight_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(70, 24\) do not fit a weight of shape \(24, 70\)"):
+        quant_layer().weight = torch.zeros(70, 24)
+
+
+# Construction
+
+
+def test_constructor_takes_the_arguments_of_linear_and_draws_its_initialization():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32, True, "cpu", torch.float64)
+    torch.manual_seed(0)
+    layer = tq.nn.QuantLinear(64, 32, True, "cpu", torch.float64, scheme=tq.Scheme(bits=8))
+    assert (layer.in_features, layer.out_features, layer.weight.dtype) == (64, 32, torch.float64)
+    assert torch.equal(layer.bias, linear.bias)
+    torch.testing.assert_close(layer.weight + 0, linear.weight.detach(), atol=2e-3, rtol=0)
+    assert isinstance(layer, nn.Linear)
+
+
+def test_without_bias_bias_is_none():
+    layer = tq.nn.QuantLinear(16, 8, bias=False)
+    assert layer.bias is None and list(layer.parameters()) == []
+
+
+def test_from_float_takes_over_the_bias_itself():
+    linear = float_layer()
+    linear.bias.requires_grad_(False)
+    layer = tq.nn.QuantLinear.from_float(linear, tq.Scheme(bits=3))
+    assert layer.bias is linear.bias and not layer.bias.requires_grad
+
+
+def test_on_the_meta_device_nothing_is_allocated():
+    layer = tq.nn.QuantLinear(4096, 4096, device="meta", scheme=tq.Scheme(symmetric=False))
+    assert all(getattr(layer, name).is_meta for name in BUFFERS) and layer.bias.is_meta
+    assert layer.weight.shape == (4096, 4096) and layer.weight.is_meta
+    assert layer.packed.nbytes == 4096 * 4096 // 2 + 4096 * 64 * (2 + 1)
+    with torch.device("meta"):
+        assert tq.nn.QuantLinear(16, 8).weight_packed.is_meta
+
+
+def test_skip_init_gives_a_layer_to_load_into():
+    source = quant_layer()
+    layer = nn.utils.skip_init(tq.nn.QuantLinear, 70, 24)
+    layer.load_state_dict(source.state_dict())
+    assert same_buffers(layer, source)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"activations": "int4"}, ValueError, "activations 'int4' is unknown; use 'int8' or 'float'"),
+        ({"dtype": torch.int8}, TypeError, "dtype torch.int8 is no compute dtype"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        tq.nn.QuantLinear(16, 8, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "rounding",
+    [tq.Rounding.stochastic(1, mode="subtractive"), tq.Rounding.stochastic(1, preserve="mean+var")],
+    ids=["subtractive", "mean+var"],
+)
+def test_codes_that_only_the_float_path_decodes_need_float_activations(rounding):
+    with pytest.raises(ValueError, match="no integer matmul; use activations='float'"):
+        quant_layer(rounding=rounding)
+    layer = quant_layer(rounding=rounding, activations="float")
+    assert layer(torch.randn(2, 70)).shape == (2, 24)
+
+
+# State
+
+
+def test_state_dict_holds_packed_tensors_only():
+    layer = quant_layer(tq.Scheme(symmetric=False))
+    state = layer.state_dict()
+    assert list(state) == ["bias", *BUFFERS, "_extra_state"]
+    assert [state[key].dtype for key in BUFFERS] == [torch.uint8, torch.bfloat16, torch.uint8]
+    assert "weight_zero_point" not in quant_layer().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounding"),
+    [
+        (tq.Scheme(bits=3), "nearest"),
+        (tq.Scheme(bits=5, symmetric=False, group_size=32), "nearest"),
+        (tq.Scheme(levels="nf4", group_size=None), "nearest"),
+        (NESTED, "nearest"),
+        (tq.Scheme(), tq.Rounding.stochastic(7, mode="subtractive")),
+        (tq.Scheme(), tq.Rounding.stochastic(7, preserve="mean+var")),
+    ],
+)
+def test_state_dict_round_trips_through_a_weights_only_file(scheme, rounding):
+    source = quant_layer(scheme, rounding=rounding, activations="float")
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    layer = tq.nn.QuantLinear(70, 24, scheme=scheme, activations="float")
+    layer.load_state_dict(torch.load(file, weights_only=True))
+    assert same_buffers(layer, source) and layer.rounding == source.rounding
+    x = torch.randn(3, 70)
+    assert torch.equal(layer(x), source(x))
+
+
+def test_state_dict_fits_safetensors():
+    source, layer = quant_layer(NESTED), tq.nn.QuantLinear(70, 24, scheme=NESTED)
+    layer.load_state_dict(safetensors.torch.load(safetensors.torch.save(source.state_dict())))
+    assert same_buffers(layer, source)
+    assert layer.packed_state_keys() == ("weight_packed", "weight_scale", "_extra_state")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_float_state_dict_is_quantized_as_it_is_loaded(assign):
+    linear = float_layer()
+    state = linear.state_dict()
+    layer = tq.nn.QuantLinear(70, 24, scheme=tq.Scheme(bits=8))
+    assert str(layer.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
+    assert same_buffers(layer, tq.nn.QuantLinear.from_float(linear, tq.Scheme(bits=8)))
+    assert torch.equal(layer.bias, linear.bias) and list(state) == ["weight", "bias"]
+
+
+def test_a_float_state_dict_fills_a_meta_layer_by_assignment():
+    linear = float_layer(dtype=torch.bfloat16)
+    layer = tq.nn.QuantLinear(70, 24, device="meta")
+    layer.load_state_dict(linear.state_dict(), assign=True)
+    assert not layer.weight_packed.is_meta and layer.weight.dtype == torch.bfloat16
+    assert layer(torch.randn(1, 70)).isfinite().all()
+
+
+def test_loading_is_strict():
+    layer = nn.Sequential(quant_layer())
+    state = layer.state_dict()
+    del state["0.weight_scale"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.weight_scale"'):
+        layer.load_state_dict(state)
+    result = layer.load_state_dict({"0.weight": torch.zeros(24, 70), "0.more": torch.ones(1)}, strict=False)
+    assert result.missing_keys == ["0.bias"] and result.unexpected_keys == ["0.more"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.full((24, 70), torch.nan)}, r"0\.weight: .*NaN"),
+        ({"weight": torch.zeros(24, 71)}, r"0\.weight: values of shape \(24, 71\) do not fit"),
+        ({"_extra_state": torch.tensor([1, 2], dtype=torch.uint8)}, "no record of a quantized layer"),
+        ({"_extra_state": quant_layer(tq.Scheme(bits=8)).get_extra_state()}, "this layer expects"),
+        (
+            {"weight_scale": torch.zeros(24, 2)},
+            "weight_scale is torch.float32 in the state and torch.bfloat16",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_with_the_key(change, message):
+    model = nn.Sequential(quant_layer())
+    before = copy.deepcopy(model)
+    state = model.state_dict() | {f"0.{key}": value for key, value in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
+    assert same_buffers(model[0], before[0])
+
+
+# Copies and moves
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: torch.load(_saved(layer), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copied_layer_is_the_same_layer(again):
+    layer = quant_layer(NESTED)
+    layer.read_bits = 4
+    twin = again(layer)
+    assert same_buffers(layer, twin) and twin.weight_packed is not layer.weight_packed
+    assert (twin.scheme, twin.read_bits, twin.weight.dtype) == (NESTED, 4, torch.float32)
+    x = torch.randn(2, 70)
+    assert torch.equal(twin(x), layer(x))
+
+
+def _saved(layer: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (nn.Module.half, torch.float16),
+        (nn.Module.bfloat16, torch.bfloat16),
+        (nn.Module.double, torch.float64),
+        (lambda m: m.to(torch.float16), torch.float16),
+        (lambda m: m.to("cpu", torch.bfloat16), torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("scheme", [tq.Scheme(symmetric=False), tq.Scheme(scale_dtype="f32")])
+def test_casting_changes_the_compute_dtype_and_never_codes_or_scales(cast, dtype, scheme):
+    layer = quant_layer(scheme)
+    before = copy.deepcopy(layer)
+    cast(layer)
+    assert same_buffers(layer, before)
+    assert layer.weight.dtype == dtype and layer.bias.dtype == dtype
+    cast(layer).float()
+    assert torch.equal(layer.weight + 0, before.weight + 0)
+
+
+def test_moving_to_another_device_moves_everything():
+    layer = quant_layer().to("meta")
+    assert layer.weight_packed.is_meta and layer.weight_scale.is_meta and layer.bias.is_meta
+    assert layer.weight_scale.dtype == torch.bfloat16
+    assert not layer.to_empty(device="cpu").weight_packed.is_meta
+    assert quant_layer().share_memory().weight_packed.is_shared()
+
+
+# Precision
+
+
+def test_read_bits_reads_a_prefix_without_copying():
+    layer, x = quant_layer(NESTED), torch.randn(2, 70)
+    layer.read_bits = 4
+    assert torch.equal(layer.weight + 0, layer.packed_parameters()["weight"].dequantize(bits=4))
+    assert torch.equal(layer(x), tq.matmul(x, layer.packed_parameters()["weight"], layer.bias, bits=4))
+    assert layer.packed.packed.data_ptr() == layer.weight_packed.data_ptr()
+    layer.read_bits = None
+    assert layer.read_bits == 8
+
+
+@pytest.mark.parametrize("bits", [3, 9, True, "4"])
+def test_read_bits_must_be_a_prefix_of_the_planes(bits):
+    with pytest.raises(ValueError, match=rf"cannot be read at {bits!r} bits; its planes allow 4, 8"):
+        quant_layer(NESTED).read_bits = bits
+
+
+def test_a_layer_loaded_with_a_prefix_reads_no_further():
+    whole = quant_layer(NESTED)
+    layer = tq.nn.QuantLinear(70, 24, scheme=NESTED)
+    layer.load_packed("weight", whole.packed_parameters()["weight"].at(4))
+    assert layer.readable_bits == (4,) and layer.read_bits == 4
+    with pytest.raises(ValueError, match="its planes allow 4"):
+        layer.read_bits = 8
+
+
+def test_another_thread_may_change_precision_during_forwards():
+    layer, x = quant_layer(NESTED), torch.randn(2, 70)
+    allowed = []
+    for bits in (4, 8):
+        layer.read_bits = bits
+        allowed.append(layer(x))
+    stop = threading.Event()
+
+    def flip() -> None:
+        while not stop.is_set():
+            layer.read_bits = 12 - layer.read_bits
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        for _ in range(200):
+            y = layer(x)
+            assert any(torch.equal(y, expected) for expected in allowed)
+    finally:
+        stop.set()
+        thread.join()
+
+
+# Packed parameters
+
+
+def test_load_packed_takes_over_scheme_and_memory():
+    packed = tq.pack(torch.randn(24, 70), scheme=NESTED)
+    layer = tq.nn.QuantLinear(70, 24)
+    layer.load_packed("weight", packed)
+    assert layer.weight_packed is packed.packed and layer.scheme == NESTED
+    assert torch.equal(layer.packed_parameters()["weight"].dequantize(), packed.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("bias", (24, 70), "no packed parameter 'bias'; it has 'weight'"),
+        ("weight", (70, 24), r"shape \(70, 24\) does not fit a weight of shape \(24, 70\)"),
+    ],
+)
+def test_load_packed_refuses_what_does_not_fit(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        quant_layer().load_packed(name, tq.pack(torch.zeros(shape)))
+
+
+def test_a_slice_of_subtractive_dither_cannot_be_a_weight():
+    packed = tq.pack(torch.randn(48, 70), rounding=tq.Rounding.stochastic(1, mode="subtractive"))
+    layer = tq.nn.QuantLinear(70, 24, activations="float")
+    layer.load_packed("weight", packed[:24])
+    with pytest.raises(ValueError, match=r"a slice \(offset 1680\) .* cannot stand alone"):
+        layer.load_packed("weight", packed[24:])
+
+
+# In company
+
+
+def test_repr_says_scheme_and_activations():
+    assert repr(quant_layer().to("meta")) == (
+        "QuantLinear(in_features=70, out_features=24, bias=True, bits=4, group=64, sym, activations=int8)"
+    )
+    assert f"sym, isa={tq.info()['isa']}, activations=int8" in repr(quant_layer())
+    layer = quant_layer(tq.Scheme.nested(group_size=None))
+    layer.read_bits = 4
+    assert "bits=8, group=row, sym, planes=(4, 4), read_bits=4" in repr(layer)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_a_graph_break(backend, activations):
+    torch._dynamo.reset()
+    model = nn.Sequential(quant_layer(NESTED, activations=activations), nn.GELU(), nn.Linear(24, 3))
+    compiled, x = torch.compile(model, fullgraph=True, backend=backend), torch.randn(4, 70)
+    torch.testing.assert_close(compiled(x), model(x))
+    model[0].read_bits = 4
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiles_where_a_model_reads_the_dtype_of_its_weight():
+    torch._dynamo.reset()
+    layer = quant_layer()
+    compiled = torch.compile(lambda x: layer(x.to(layer.weight.dtype)), fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 70)
+    torch.testing.assert_close(compiled(x.half()), layer(x.half().float()))
+
+
+def test_exports():
+    model, x = nn.Sequential(quant_layer(NESTED), nn.GELU()), torch.randn(4, 70)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_transformer_encoder_layer_computes_with_packed_weights():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    expected = block(x)
+    calls = []
+    tq.quantize_(block, 8, progress=False)
+    block.linear1.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected, atol=0.05, rtol=0)
+    assert calls  # not PyTorch's fused path, which would bypass the layer
