@@ -6,15 +6,17 @@ one that takes `compiled` runs on all but the specification, to be compared with
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import Backend
+from backends import Backend, Specification
 
 from turboquant_rs import ops
 
-COMPILED = ("cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon", "cuda")
+ISAS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "avx512")
+COMPILED = (*(f"cpu:{isa}" for isa in ISAS), "cuda")
 
 
 def _backend(name: str) -> Iterator[Backend]:
@@ -50,7 +52,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(scope="session")
 def reference() -> Backend:
     """The specification."""
-    return Backend("reference")
+    return Specification()
 
 
 @pytest.fixture(scope="session")

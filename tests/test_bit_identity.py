@@ -51,16 +51,18 @@ def cases() -> Iterator[tuple[str, Scheme, Rounding]]:
         size = 100 if bits % 2 else 64
         plain = Scheme(bits=bits, group_size=size)
         yield f"{bits} nearest", plain, NEAREST
-        yield f"{bits} mse", Scheme(bits=bits, group_size=size, scale="mse"), NEAREST
         for mode in ("iid", "antithetic", "stratified", "systematic", "subtractive"):
             yield f"{bits} {mode}", plain, rounding(mode=mode)
-        yield f"{bits} iid 32", plain, rounding(draw_bits=32)
-        yield f"{bits} variance 0.5", plain, rounding(variance=0.5)
         if bits > 1:
             asymmetric = Scheme(bits=bits, group_size=size, symmetric=False)
             yield f"{bits} asymmetric nearest", asymmetric, NEAREST
             yield f"{bits} asymmetric iid", asymmetric, rounding()
-            yield f"{bits} mean+var", plain, rounding(preserve="mean+var")
+    for bits in (2, 4, 8):
+        plain = Scheme(bits=bits, group_size=64)
+        yield f"{bits} mse", Scheme(bits=bits, group_size=64, scale="mse"), NEAREST
+        yield f"{bits} iid 32", plain, rounding(draw_bits=32)
+        yield f"{bits} variance 0.5", plain, rounding(variance=0.5)
+        yield f"{bits} mean+var", plain, rounding(preserve="mean+var")
     for planes in ((4, 4), (4, 1, 1, 2), (2, 1, 1, 1, 1, 2)):
         yield f"nested {planes}", Scheme.nested(group_size=64, planes=planes), NEAREST
 
@@ -83,10 +85,15 @@ def raw(tensor: Tensor) -> bytes:
 def quantize_hash(backend: Backend, x: Tensor, name: str) -> str:
     """SHA-256 of codes, planes, scales and zero points."""
     scheme, mode = CASES[name]
-    codes, scales, zero_points = backend.quantize(x, scheme, mode)
-    packed = backend.pack(x, scheme, mode)[0] if backend.name != "reference" else None
-    if packed is None:
+    if backend.name == "reference":
+        # Rows in parts that stay in the cache: a slice that is told its offset gives the codes of the whole.
+        starts = range(0, len(x), 64)
+        parts = [backend.quantize(x[i : i + 64], scheme, mode, offset=i * x.shape[1]) for i in starts]
+        codes, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
         packed = backend.pack_codes(codes, scheme.planes)
+    else:
+        packed, scales, zero_points = backend.pack(x, scheme, mode)
+        codes = backend.unpack_codes(packed, scheme.planes, x.shape)
     digest = hashlib.sha256()
     for part in (codes, packed, scales, zero_points):
         digest.update(raw(part))
@@ -128,13 +135,12 @@ def test_the_file_is_whole() -> None:
     assert content["all"] == together(content["sha256"])
 
 
-def test_every_backend_gives_the_golden_hash(backend: Backend) -> None:
-    hashes = all_hashes(backend, golden_input())
-    assert differences(hashes) == []
+def test_the_specification_gives_the_golden_hashes() -> None:
+    assert differences(all_hashes(Backend("reference"), golden_input())) == []
 
 
 @pytest.mark.parametrize("threads", THREADS)
-def test_threads_change_nothing(compiled: Backend, threads: int) -> None:
+def test_every_backend_gives_the_golden_hashes_with_any_threads(compiled: Backend, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -147,7 +153,7 @@ def test_threads_change_nothing(compiled: Backend, threads: int) -> None:
 def test_addresses_change_nothing(compiled: Backend, offset: int) -> None:
     """The input begins `offset` elements into its memory."""
     x = torch.cat((torch.zeros(offset), golden_input().flatten()))[offset:].view(ROWS, K)
-    names = [name for name in CASES if name[0] in "45n"]
+    names = [name for name in CASES if name[0] in "4n"]
     assert differences({name: quantize_hash(compiled, x, name) for name in names}) == []
 
 
@@ -156,7 +162,7 @@ def test_slices_change_nothing(compiled: Backend, reference: Backend, row: int) 
     """Rows of the tensor, told where they begin, draw what they draw as part of the whole."""
     x = golden_input()[: row + 7]
     for name, (scheme, mode) in CASES.items():
-        if name[0] in "34n":
+        if name[0] in "3n":
             whole = compiled.quantize(x, scheme, mode)
             part = compiled.quantize(x[row:], scheme, mode, offset=row * K)
             assert_identical(part[0], whole[0][row:].cpu(), name)

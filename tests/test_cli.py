@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
 import struct
@@ -92,7 +91,7 @@ def leftovers(path: Path, *expected: str) -> set[str]:
 def test_quantize_file_equals_pack_of_every_tensor(run, file, tmp_path, weights):
     out = tmp_path / "out.safetensors"
     code, text, _ = run("quantize", file, out, "--bits", 4)
-    assert code == 0 and "2 tensors quantized" in text
+    assert code == 0 and "2 layers quantized" in text
     loaded = tq.load(out)
     assert set(loaded) == set(weights)
     for name, weight in weights.items():
@@ -135,7 +134,7 @@ def test_quantize_obeys_every_scheme_option(run, file, tmp_path, weights, argume
 def test_blocks_do_not_change_the_codes_of_stochastic_rounding(
     run, file, tmp_path, weights, monkeypatch, mode, block
 ):
-    monkeypatch.setattr("turboquant_rs.checkpoint.quantize.BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("turboquant_rs.checkpoint.blocks.BLOCK_ELEMENTS", block)
     out = tmp_path / "out.safetensors"
     assert run("quantize", file, out, "--bits", 7, "--rounding", mode, "--seed", 7)[0] == 0
     for name in QUANTIZED:
@@ -188,7 +187,7 @@ def test_default_rule_gives_a_reason_for_every_tensor_it_leaves(run, file, tmp_p
         "model.embed_tokens.weight": "an embedding",
         "model.layers.0.q_proj.bias": "1-dimensional",
         "model.layers.0.input_layernorm.weight": "1-dimensional",
-        "model.rope.inv_freq": "I64 is no floating-point type that can be quantized",
+        "model.rope.inv_freq": "int64: only f32, f64, f16 and bf16 are quantized",
         "lm_head.weight": "an output head",
     }
 
@@ -282,9 +281,9 @@ def test_what_is_quantized_already_is_not_quantized_again(run, file, folder, tmp
 
 def test_missing_and_broken_inputs_are_one_line(run, tmp_path):
     out = tmp_path / "o.safetensors"
-    assert "check the path" in failure(run, "quantize", tmp_path / "missing.safetensors", out)
+    assert "does not exist" in failure(run, "quantize", tmp_path / "missing.safetensors", out)
     (tmp_path / "empty").mkdir()
-    assert "no .safetensors" in failure(run, "quantize", tmp_path / "empty", out)
+    assert "holds no *.safetensors file" in failure(run, "quantize", tmp_path / "empty", out)
     (tmp_path / "broken.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
     for verb in (
         ["quantize", tmp_path / "broken.safetensors", out],
@@ -299,7 +298,7 @@ def test_index_that_contradicts_its_shards_is_refused(run, folder, tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
     path.write_text(json.dumps(index))
-    assert "elsewhere" in failure(run, "quantize", folder, tmp_path / "out")
+    assert "files beside it" in failure(run, "quantize", folder, tmp_path / "out")
     index["weight_map"]["lm_head.weight"] = "model-00001-of-00002.safetensors"
     path.write_text(json.dumps(index))
     assert "lm_head.weight" in failure(run, "quantize", folder, tmp_path / "out")
@@ -307,13 +306,8 @@ def test_index_that_contradicts_its_shards_is_refused(run, folder, tmp_path):
 
 
 def test_unwritable_place_is_one_line_with_the_way_out(run, file, tmp_path):
-    assert "check the path" in failure(run, "quantize", file, tmp_path / "no" / "such" / "o.safetensors")
-    if os.geteuid() == 0:
-        assert "read-only" in failure(run, "quantize", file, "/proc/o.safetensors") or True
-    else:
-        tmp_path.chmod(0o500)
-        assert "permissions" in failure(run, "quantize", file, tmp_path / "o.safetensors")
-        tmp_path.chmod(0o700)
+    assert "create it before writing" in failure(run, "quantize", file, tmp_path / "no" / "o.safetensors")
+    assert "could not be written" in failure(run, "quantize", file, "/proc/self/o.safetensors")
 
 
 def test_debug_shows_the_traceback(run, tmp_path, monkeypatch):
@@ -409,10 +403,8 @@ def test_being_stopped_leaves_nothing_under_the_final_name(large, tmp_path, numb
     out = tmp_path / "out.safetensors"
     process = start("quantize", large, out, "--bits", 8, "--scale", "mse", "--threads", 1)
     deadline = time.monotonic() + 60
-    while (
-        not list(tmp_path.iterdir()) and time.monotonic() < deadline
-    ):  # the temporary file shows that it runs
-        time.sleep(0.002)
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.002)  # the temporary file shows that it runs
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error

@@ -87,14 +87,13 @@ def test_the_picture_is_a_png_of_every_scheme(tmp_path, small):
 
 @needs_minilm
 def test_minilm_quantized_meets_the_emulation_of_the_contract():
-    """Mean cosine to f32, 0.9998 at 8 bits, 0.962 at 4, within what other sentences may change."""
+    """Mean cosine to f32 at 4 bits, within what other sentences change; 8 bits lose next to nothing."""
     model = encoders.load_minilm()
     sentences = demo.library_sentences(200)
     reference = model.encode(sentences)
-    curves = demo.sweep(model, sentences, reference, bits=(4, 8))
+    curves = demo.sweep(model, sentences, reference, bits=(4,))
     cosine = {(name, bits): quality.mean_cosine for name, curve in curves.items() for bits, quality in curve}
     extreme, mse, asymmetric = demo.SCHEMES
-    assert cosine[extreme, 8] == pytest.approx(0.9998, abs=0.0001)
     assert cosine[extreme, 4] == pytest.approx(0.962, abs=0.004)
     assert cosine[mse, 4] == pytest.approx(0.966, abs=0.004)
     assert cosine[asymmetric, 4] == pytest.approx(0.967, abs=0.004)

@@ -25,7 +25,7 @@ def refused(kind: type[Exception], message: str):
     return pytest.raises(kind, match=message)
 
 
-# Values -------------------------------------------------------------------------------------------------------
+# Values ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_scale_that_f16_cannot_hold_names_bf16():
         tq.pack(with_value(1e7), scale_dtype="f16")
 
 
-# Kinds of tensors ---------------------------------------------------------------------------------------------
+# Kinds of tensors -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,11 @@ def test_a_scale_that_f16_cannot_hold_names_bf16():
         (X.to_sparse(), TypeError, r"x is sparse \(torch.sparse_coo\); pass a dense tensor, x.to_dense\(\)"),
         (X.to("meta"), ValueError, "x is on the meta device and has no values"),
         (X.numpy().astype(np.int64), TypeError, "x has dtype torch.int64"),
-        (X.numpy().astype(object), TypeError, r"x has dtype object, .* convert it with .astype\(np.float32\)"),
+        (
+            X.numpy().astype(object),
+            TypeError,
+            r"x has dtype object, .* convert it with .astype\(np.float32\)",
+        ),
         (X.tolist(), TypeError, "x must be a torch.Tensor or a numpy.ndarray, got list"),
         (None, TypeError, "x must be a torch.Tensor or a numpy.ndarray, got NoneType"),
         (0.5, TypeError, "x must be a torch.Tensor or a numpy.ndarray, got float"),
@@ -105,7 +109,7 @@ def test_a_packed_tensor_is_not_packed_again():
         tq.pack(tq.pack(X))
 
 
-# Schemes and roundings ----------------------------------------------------------------------------------------
+# Schemes and roundings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,11 +120,19 @@ def test_a_packed_tensor_is_not_packed_again():
         ({"bits": True}, TypeError, "bits must be an int, got True"),
         ({"bits": "4"}, TypeError, "bits must be an int, got '4'"),
         ({"bits": 4.0}, TypeError, "bits must be an int, got 4.0"),
-        ({"group_size": 7}, ValueError, "group_size must be at least 8, got 7; use 32, 64, 128 or group_size=None"),
+        (
+            {"group_size": 7},
+            ValueError,
+            "group_size must be at least 8, got 7; use 32, 64, 128 or group_size=None",
+        ),
         ({"group_size": 0}, ValueError, "group_size must be at least 8, got 0"),
         ({"group_size": -64}, ValueError, "group_size must be at least 8, got -64"),
         ({"group_size": 64.0}, TypeError, "group_size must be an int, got 64.0"),
-        ({"bits": 1, "symmetric": False}, ValueError, "one-bit codes are symmetric only; use symmetric=True or"),
+        (
+            {"bits": 1, "symmetric": False},
+            ValueError,
+            "one-bit codes are symmetric only; use symmetric=True or",
+        ),
         ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1"),
         ({"scale": "max"}, ValueError, 'scale must be "extreme" or "mse", got \'max\''),
         ({"scale_dtype": "f64"}, ValueError, "scale_dtype must be one of bf16, f16, f32, got 'f64'"),
@@ -181,7 +193,7 @@ def test_other_arguments_of_pack_are_checked():
         tq.pack(X, nan=None)
 
 
-# Memory of the caller -----------------------------------------------------------------------------------------
+# Memory of the caller -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,7 +246,7 @@ def test_unpack_takes_float_dtypes_only():
         tq.unpack(X)
 
 
-# Prefixes -----------------------------------------------------------------------------------------------------
+# Prefixes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,7 +278,7 @@ def test_a_table_and_subtractive_dither_are_read_whole():
         dithered.at(4)
 
 
-# Matmul -------------------------------------------------------------------------------------------------------
+# Matmul ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -308,7 +320,7 @@ def test_unknown_activations_are_refused():
         tq.matmul(X, tq.pack(X), activations="int4")
 
 
-# Everything else PyTorch might try ----------------------------------------------------------------------------
+# Everything else PyTorch might try ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -320,11 +332,13 @@ def test_functions_that_know_no_packed_tensors_name_dequantize(use):
 
 
 def test_a_dtype_is_no_device():
-    with refused(TypeError, r"keeps its codes, got dtype torch.float16; use dequantize\(dtype=torch.float16\)"):
+    with refused(
+        TypeError, r"keeps its codes, got dtype torch.float16; use dequantize\(dtype=torch.float16\)"
+    ):
         tq.pack(X).to(torch.float16)
 
 
-# The hierarchy ------------------------------------------------------------------------------------------------
+# The hierarchy --------------------------------------------------------------------------------------------
 
 
 def test_errors_are_the_built_in_kinds_and_three_of_our_own():

@@ -142,10 +142,9 @@ def test_block_draws_refuse_an_offset_inside_a_row(backend: Backend, mode: str) 
 # Means ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draw_bits", [16, 32])
-def test_iid_rounding_is_unbiased_and_independent_of_the_lane(fast: Backend, draw_bits: int) -> None:
-    """33 fractions × 2^22 draws: each mean within 5σ; χ² of the counts over fraction × lane at p > 1e-6."""
-    n = 2**22
+@pytest.mark.parametrize(("draw_bits", "n"), [(16, 2**22), (32, 2**20)])
+def test_iid_rounding_is_unbiased_and_independent_of_the_lane(fast: Backend, draw_bits: int, n: int) -> None:
+    """33 fractions × n draws: each mean within 5σ; χ² of the counts over fraction × lane within 5σ too."""
     chi_square, cells = 0.0, 0
     for i in range(33):
         fraction = i / 32

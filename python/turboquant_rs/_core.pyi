@@ -1,19 +1,35 @@
-"""The compiled kernels. Only `turboquant_rs.ops.cpu` calls them.
-
-Arrays have one dimension and are contiguous. bfloat16 and float16 come as uint16, named by the dtype argument
-beside them: "f32", "f64", "bf16" or "f16". Scales are uint16 (bf16, f16) or float32; zero points are uint8,
-float32 (`preserve_variance`), or an empty uint8 array where the scheme has a constant one. `seed` is a u64 in
-two's complement, `stream` a CRC-32. Outputs are memory of the caller. The interpreter is released while a kernel
-runs; results do not depend on `threads`.
-
-Errors: TypeError for wrong element types, ValueError for everything else, each naming the numbers and a way out.
-"""
+# The compiled kernels; what each does is in its docstring. Only `turboquant_rs.ops.cpu` calls them.
+#
+# Arrays have one dimension and are contiguous. bfloat16 and float16 come as uint16, named by the dtype
+# argument beside them: "f32", "f64", "bf16" or "f16". Scales are uint16 (bf16, f16) or float32; zero points
+# are uint8, float32 (`preserve_variance`), or empty uint8 where the scheme has a constant one. `seed` is a u64
+# in two's complement, `stream` a CRC-32. Outputs are memory of the caller. The interpreter is released while
+# a kernel runs, and results do not depend on `threads`.
+#
+# Errors: TypeError for wrong element types, else ValueError; each names the numbers and a way out.
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = [
+    "active_isa",
+    "after_fork",
+    "available_isas",
+    "compiled_isas",
+    "copy_bandwidth",
+    "force_isa",
+    "matmul",
+    "pack",
+    "pack_codes",
+    "philox",
+    "read_bandwidth",
+    "unpack",
+    "unpack_codes",
+    "version",
+]
 
 _Bytes: TypeAlias = NDArray[np.uint8]
 _Elements: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | NDArray[np.uint16]
@@ -47,9 +63,7 @@ def pack(
     scales: _Scales,
     zero_points: _ZeroPoints,
     threads: int,
-) -> None:
-    """Quantize x (rows · k) and pack its codes into packed, scales and zero_points."""
-
+) -> None: ...
 def unpack(
     packed: _Bytes,
     scales: _Scales,
@@ -76,19 +90,13 @@ def unpack(
     out: _Elements,
     dtype: str,
     threads: int,
-) -> None:
-    """Unpack and dequantize the top read_bits bits into out (rows · k)."""
-
+) -> None: ...
 def pack_codes(
     codes: _Bytes, rows: int, k: int, planes: Sequence[int], packed: _Bytes, threads: int
-) -> None:
-    """Stack codes (rows · k) into bit planes."""
-
+) -> None: ...
 def unpack_codes(
     packed: _Bytes, rows: int, k: int, planes: Sequence[int], read_bits: int, codes: _Bytes, threads: int
-) -> None:
-    """Read the top read_bits bits of every code into codes (rows · k)."""
-
+) -> None: ...
 def matmul(
     x: _Elements,
     dtype: str,
@@ -120,35 +128,13 @@ def matmul(
     out: _Elements,
     out_dtype: str,
     threads: int,
-) -> None:
-    """out (m · n) = x (m · k) times the transposed packed matrix (n · k), plus bias (n).
-
-    activations is "int8" (x quantized by row and group) or "float" (weights dequantized).
-    """
-
-def active_isa() -> str:
-    """Name of the instruction set in use."""
-
-def available_isas() -> list[str]:
-    """Names of the instruction sets that this CPU can run, best first."""
-
-def compiled_isas() -> list[str]:
-    """Names of the instruction sets that this build has, best first."""
-
-def force_isa(name: str | None) -> None:
-    """Use the instruction set name from now on; None chooses the best again."""
-
-def version() -> str:
-    """Version of the package."""
-
-def philox(counter: _Words, key: tuple[int, int]) -> _Words:
-    """Philox4x32-10: four words of counter and two of key to four random words."""
-
-def read_bandwidth(buffer: _Bytes, threads: int) -> int:
-    """Read buffer once; return a checksum. Timing is the caller's."""
-
-def copy_bandwidth(source: _Bytes, target: _Bytes, threads: int) -> None:
-    """Copy source to target once. Timing is the caller's."""
-
-def after_fork() -> None:
-    """Forget the threads that a child process did not inherit."""
+) -> None: ...
+def active_isa() -> str: ...
+def available_isas() -> list[str]: ...
+def compiled_isas() -> list[str]: ...
+def force_isa(name: str | None) -> None: ...
+def version() -> str: ...
+def philox(counter: _Words, key: tuple[int, int]) -> _Words: ...
+def read_bandwidth(buffer: _Bytes, threads: int) -> int: ...
+def copy_bandwidth(source: _Bytes, target: _Bytes, threads: int) -> None: ...
+def after_fork() -> None: ...

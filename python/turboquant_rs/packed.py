@@ -28,7 +28,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SCALE_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
-def _as_tensor(x: Any, name: str) -> Tensor:
+def as_tensor(x: Any, name: str) -> Tensor:
     """A tensor as it is, a NumPy array (ml_dtypes' bfloat16 included) as a tensor that shares its memory."""
     if isinstance(x, Tensor):
         return x
@@ -312,6 +312,12 @@ class PackedTensor:
             raise ValueError(f"only a matrix is transposed, got shape {tuple(self.shape)}")
         return _Transposed(self)
 
+    def __rmatmul__(self, x: Any) -> Tensor:
+        raise TypeError(
+            "x @ p does not take a PackedTensor; its rows lie along k, so a linear layer is x @ p.T, and the "
+            "product with W itself is x @ p.dequantize()"
+        )
+
     @classmethod
     def __torch_function__(
         cls,
@@ -453,7 +459,7 @@ def pack(
         ValueError: NaN, ±Inf or |x| > 2^120 (the first index is named); x requires a gradient; fields that
             contradict each other; `out` that does not fit.
     """
-    x = _as_tensor(x, "x")
+    x = as_tensor(x, "x")
     _check_floats(x, "x")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -528,7 +534,7 @@ def unpack(
     arguments = (*p._stored, *p._op_args(), p.bits)
     if out is None:
         return ops.unpack(*arguments, p.shape, dtype or p.dtype)
-    out = _as_tensor(out, "out") if isinstance(out, Tensor) else _shared(out)
+    out = as_tensor(out, "out") if isinstance(out, Tensor) else _shared(out)
     _check_floats(out, "out")
     if out.shape != p.shape or out.device != p.device or out.dtype != (dtype or out.dtype):
         raise ValueError(
@@ -543,7 +549,7 @@ def unpack(
 
 def _shared(out: Any) -> Tensor:
     """A NumPy array as a tensor on its own memory, never on a copy."""
-    tensor = _as_tensor(out, "out")
+    tensor = as_tensor(out, "out")
     if tensor.data_ptr() != out.ctypes.data:
         raise ValueError("out must be a writable array in native byte order with positive strides")
     return tensor
@@ -575,7 +581,7 @@ def matmul(
     """
     if not isinstance(p, PackedTensor):
         raise TypeError(f"p must be a PackedTensor, got {type(p).__name__}; make one with tq.pack")
-    x = _as_tensor(x, "x")
+    x = as_tensor(x, "x")
     _check_operand(x, "x", p)
     if p.ndim != 2:
         raise ValueError(
@@ -588,7 +594,7 @@ def matmul(
             f"dimension of x must be k = {k}"
         )
     if bias is not None:
-        bias = _as_tensor(bias, "bias")
+        bias = as_tensor(bias, "bias")
         _check_operand(bias, "bias", p)
         if bias.shape != (n,):
             raise ValueError(

@@ -320,8 +320,10 @@ class Rounding:
     def __post_init__(self) -> None:
         if self.mode not in ("nearest", *MODES):
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        _integer("seed", self.seed, 0, 2**64 - 1, "a seed is a u64")
-        _integer("step", self.step, 0, 2**32 - 1, "a step is a u32")
+        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, 2**64 - 1, "a seed is a u64"))
+        object.__setattr__(self, "step", _integer("step", self.step, 0, 2**32 - 1, "a step is a u32"))
+        draw_bits = _integer("draw_bits", self.draw_bits, 1, None, "draws have 16 or 32 bits")
+        object.__setattr__(self, "draw_bits", draw_bits)
         if not isinstance(self.stream, str):
             raise TypeError(f"stream must be a str (the tensor's name, say), got {self.stream!r}")
         # Here and not in op_args: torch.compile traces that, and cannot trace zlib.
@@ -330,10 +332,16 @@ class Rounding:
             raise TypeError(f"variance must be a number within 0 to 1, got {self.variance!r}")
         if not 0.0 <= self.variance <= 1.0:
             raise ValueError(f"variance must be within 0 (nearest) to 1 (stochastic), got {self.variance}")
+        object.__setattr__(self, "variance", float(self.variance))
         if self.preserve not in ("mean", "mean+var"):
             raise ValueError(f'preserve must be "mean" or "mean+var", got {self.preserve!r}')
         if self.draw_bits not in (16, 32):
             raise ValueError(f"draw_bits must be 16 or 32, got {self.draw_bits!r}")
+        if self.mode == "nearest" and self.preserve != "mean":
+            raise ValueError(
+                f"nearest rounding has no variance to remove, got preserve={self.preserve!r}; use "
+                "Rounding.stochastic"
+            )
         if self.mode == "subtractive" and (self.variance != 1.0 or self.preserve != "mean"):
             raise ValueError(
                 f"subtractive dither has a variance of its own, got variance={self.variance}, "
@@ -416,6 +424,11 @@ class Rounding:
         return self.mode != "nearest"
 
     @property
+    def has_integer_form(self) -> bool:
+        """Whether codes and zero points are integers, which matmul with activations="int8" needs."""
+        return self.mode != "subtractive" and self.preserve == "mean"
+
+    @property
     def bias(self) -> float:
         """Root mean square of the bias of an element, in steps, over fractions spread evenly."""
         if self.mode == "nearest":
@@ -439,7 +452,7 @@ class Rounding:
             self.step,
             self._stream_number,
             self.draw_bits,
-            float(self.variance),
+            self.variance,
             preserve_variance,
             offset,
         )

@@ -7,8 +7,8 @@ use numpy::{
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use turboquant_core::{
-    Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scales, ScalesMut, Scheme, Shape, Source, Target, ZeroPoints,
-    ZeroPointsMut,
+    Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scales, ScalesMut, Scheme, Shape, Source, Target,
+    ZeroPoints, ZeroPointsMut,
 };
 
 use crate::enter::to_python;
@@ -37,7 +37,9 @@ fn element_type(array: Borrowed<'_, '_, PyAny>) -> PyResult<(u8, usize)> {
 
 fn unknown_type(array: Borrowed<'_, '_, PyAny>) -> PyErr {
     let name = array.getattr("dtype").map_or_else(|_| "unknown".to_owned(), |dtype| dtype.to_string());
-    PyTypeError::new_err(format!("arrays hold float32, float64, uint16 or uint8, got {name}; convert it first"))
+    PyTypeError::new_err(format!(
+        "arrays hold float32, float64, uint16 or uint8, got {name}; convert it first"
+    ))
 }
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Array<'py> {
@@ -186,15 +188,18 @@ fn wrong_zero_points(got: &str) -> PyErr {
 /// An argument that must fit an unsigned type of the core.
 pub(crate) fn unsigned<T: TryFrom<i64>>(name: &str, value: i64) -> PyResult<T> {
     let bits = 8 * size_of::<T>();
-    T::try_from(value)
-        .map_err(|_| PyValueError::new_err(format!("{name} must be an unsigned number of {bits} bits, got {value}")))
+    T::try_from(value).map_err(|_| {
+        PyValueError::new_err(format!("{name} must be an unsigned number of {bits} bits, got {value}"))
+    })
 }
 
 /// `rows` rows of `k` elements.
 pub(crate) fn shape(rows: i64, k: i64) -> PyResult<Shape> {
     let (rows, k): (usize, usize) = (unsigned("rows", rows)?, unsigned("k", k)?);
     if rows.checked_mul(k).is_none_or(|len| len > isize::MAX as usize / 8) {
-        return Err(PyValueError::new_err(format!("rows={rows} times k={k} elements do not fit into memory")));
+        return Err(PyValueError::new_err(format!(
+            "rows={rows} times k={k} elements do not fit into memory"
+        )));
     }
     Ok(Shape { rows, k })
 }

@@ -7,10 +7,7 @@ use turboquant_core::Error;
 /// Runs `work` with the interpreter released and turns its error into a Python exception.
 ///
 /// Everything `work` touches has been borrowed before: it sees slices, never Python objects.
-pub(crate) fn enter<T: Send>(
-    py: Python<'_>,
-    work: impl FnOnce() -> Result<T, Error> + Send,
-) -> PyResult<T> {
+pub(crate) fn enter<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T, Error> + Send) -> PyResult<T> {
     py.detach(work).map_err(to_python)
 }
 

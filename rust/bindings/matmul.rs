@@ -56,6 +56,8 @@ pub(crate) fn matmul(
     let (bias, read) = (bias.as_ref().map(slice).transpose()?, convert::unsigned("read_bits", read_bits)?);
     let how = Activations::from_name(activations).map_err(to_python)?;
     enter(py, || {
-        core::matmul(x, m, packed, scales, zeros, bias, shape, scheme, rounding, planes, read, how, out, threads)
+        core::matmul(
+            x, m, packed, scales, zeros, bias, shape, scheme, rounding, planes, read, how, out, threads,
+        )
     })
 }

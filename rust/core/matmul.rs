@@ -14,9 +14,7 @@ use crate::Shape;
 use crate::error::Error;
 use crate::parallel;
 use crate::planes::check_packed;
-use crate::quantize::{
-    Element, Rows, Scales, Source, Target, ZeroPoints, check_groups, load_tile, readable,
-};
+use crate::quantize::{Rows, Scales, Source, Target, ZeroPoints, check_groups, readable};
 use crate::scheme::{Mode, Planes, Rounding, Scheme};
 use crate::simd::dot::dispatch_dot;
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
@@ -90,16 +88,8 @@ pub fn matmul(
     check_groups(shape, scheme, rounding, scales, zero_points)?;
     let prefix = readable(scheme, rounding, planes, read_bits)?;
     check_packed(packed, shape, planes, &prefix)?;
-    let weight = Rows {
-        packed,
-        scales,
-        zero_points,
-        shape,
-        scheme: *scheme,
-        rounding: *rounding,
-        prefix,
-        read_bits,
-    };
+    let weight =
+        Rows { packed, scales, zero_points, shape, scheme: *scheme, rounding: *rounding, prefix, read_bits };
     matmul_on(Token::active(), x, m, &weight, bias, activations, out, threads)
 }
 
@@ -115,8 +105,8 @@ fn matmul_on(
     threads: usize,
 ) -> Result<(), Error> {
     let Shape { rows: n, k } = weight.shape;
-    Shape { rows: m, k }.check("x", source_len(x), m * k)?;
-    Shape { rows: m, k: n }.check("out", target_len(&out), m * n)?;
+    Shape { rows: m, k }.check("x", x.len(), m * k)?;
+    Shape { rows: m, k: n }.check("out", out.len(), m * n)?;
     if let Some(bias) = bias {
         Shape { rows: 1, k: n }.check("bias", bias.len(), n)?;
     }
@@ -129,16 +119,8 @@ fn matmul_on(
     let widened;
     let x = match x {
         Source::F32(x) => x,
-        Source::F64(x) => {
-            widened = widen(isa, x, k, threads);
-            &widened
-        }
-        Source::Bf16(x) => {
-            widened = widen(isa, x, k, threads);
-            &widened
-        }
-        Source::F16(x) => {
-            widened = widen(isa, x, k, threads);
+        _ => {
+            widened = widen(isa, x, threads);
             &widened
         }
     };
@@ -200,48 +182,33 @@ fn cut(out: Target<'_>, m: usize, n: usize, k: usize, threads: usize) -> Vec<Par
     output::cut(out, n, row_step, column_step)
 }
 
-fn source_len(x: Source<'_>) -> usize {
-    match x {
-        Source::F32(x) => x.len(),
-        Source::F64(x) => x.len(),
-        Source::Bf16(x) => x.len(),
-        Source::F16(x) => x.len(),
-    }
-}
-
-fn target_len(out: &Target<'_>) -> usize {
-    match out {
-        Target::F32(out) => out.len(),
-        Target::F64(out) => out.len(),
-        Target::Bf16(out) => out.len(),
-        Target::F16(out) => out.len(),
-    }
-}
+/// Elements a task of [`widen`].
+const WIDEN: usize = 1 << 16;
 
 /// x as f32; f64 rounds to nearest even.
-fn widen<E: Element>(isa: Token, x: &[E], k: usize, threads: usize) -> Vec<f32> {
+fn widen(isa: Token, x: Source<'_>, threads: usize) -> Vec<f32> {
     let mut widened = vec![0.0; x.len()];
-    let step = k.max(MIN_WORK / 4);
-    let tasks = x.chunks(step).zip(widened.chunks_mut(step)).map(|(x, to)| Widen { x, to });
+    let tasks = widened.chunks_mut(WIDEN).enumerate().map(|(i, to)| Widen { x, begin: i * WIDEN, to });
     parallel::for_each(threads, tasks.collect(), |task| isa.run(task));
     widened
 }
 
-struct Widen<'a, E> {
-    x: &'a [E],
+struct Widen<'a> {
+    x: Source<'a>,
+    begin: usize,
     to: &'a mut [f32],
 }
 
-impl<E: Element> Kernel for Widen<'_, E> {
+impl Kernel for Widen<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        for (x, to) in self.x.chunks(TILE).zip(self.to.chunks_mut(TILE)) {
+        for (i, to) in self.to.chunks_mut(TILE).enumerate() {
             let mut tile = [0.0; TILE];
             let (vectors, _) = tile.as_chunks_mut::<LANES>();
-            for (to, v) in vectors.iter_mut().zip(load_tile(isa, x)) {
-                isa.store::<false>(to, v);
+            for (vector, v) in vectors.iter_mut().zip(self.x.tile(isa, self.begin + i * TILE)) {
+                isa.store::<false>(vector, v);
             }
             to.copy_from_slice(&tile[..to.len()]);
         }

@@ -3,7 +3,7 @@
 //! element's index, and on nothing else.
 
 use crate::scheme::Rounding;
-use crate::simd::{Isa, LANES};
+use crate::simd::{Isa, LANES, array, four};
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -70,7 +70,7 @@ impl Generator {
     #[inline(always)]
     pub(crate) fn tile<I: Isa>(&self, isa: I, purpose: Purpose, tile: u64) -> [I::I32; 4] {
         let [n, c1, c2, c3] = self.counter(purpose, tile * LANES as u64);
-        let lanes = isa.load_i32(&std::array::from_fn(|j| j as u32));
+        let lanes = isa.load_i32(&array(|j| j as u32));
         let counter = isa.wide(isa.add_i32(isa.splat_i32(n as i32), lanes));
 
         let [k0, k1] = self.key;
@@ -99,7 +99,7 @@ impl Generator {
                 low0,
             ];
         }
-        c.map(|word| isa.narrow_wide(word))
+        four!(w => isa.narrow_wide(c[w]))
     }
 }
 

@@ -55,16 +55,10 @@ impl<'a> PlaneWriter<'a> {
             shift -= width;
             let out = take_mut(plane, row_bytes(len, *width));
             match width {
-                8 => write_plane::<I, 64>(out, tiles, |to, codes| isa.store_u8(to, isa.load_u8(codes))),
-                4 => write_plane::<I, 32>(out, tiles, |to, codes| {
-                    isa.pack4(to, isa.shr_and_u8(isa.load_u8(codes), shift, 15));
-                }),
-                2 => write_plane::<I, 16>(out, tiles, |to, codes| {
-                    isa.pack2(to, isa.shr_and_u8(isa.load_u8(codes), shift, 3));
-                }),
-                _ => write_plane::<I, 8>(out, tiles, |to, codes| {
-                    isa.pack1(to, isa.shr_and_u8(isa.load_u8(codes), shift, 1));
-                }),
+                8 => write_plane::<I, 64>(isa, out, tiles, shift),
+                4 => write_plane::<I, 32>(isa, out, tiles, shift),
+                2 => write_plane::<I, 16>(isa, out, tiles, shift),
+                _ => write_plane::<I, 8>(isa, out, tiles, shift),
             }
         }
     }
@@ -72,19 +66,32 @@ impl<'a> PlaneWriter<'a> {
 
 /// Packs tile by tile into `out`, `N` bytes a tile, the last one perhaps cut short.
 #[inline(always)]
-fn write_plane<I: Isa, const N: usize>(
-    out: &mut [u8],
-    tiles: &[[u8; TILE]],
-    pack: impl Fn(&mut [u8; N], &[u8; TILE]),
-) {
-    let (whole, rest) = out.as_chunks_mut::<N>();
-    for (to, codes) in whole.iter_mut().zip(tiles) {
-        pack(to, codes);
+fn write_plane<I: Isa, const N: usize>(isa: I, out: &mut [u8], tiles: &[[u8; TILE]], shift: u32) {
+    for (to, codes) in out.chunks_mut(N).zip(tiles) {
+        let codes = isa.load_u8(codes);
+        match to.first_chunk_mut::<N>() {
+            Some(to) => pack_tile(isa, to, codes, shift),
+            None => {
+                let mut last = [0; N];
+                pack_tile(isa, &mut last, codes, shift);
+                to.copy_from_slice(&last[..to.len()]);
+            }
+        }
     }
-    if !rest.is_empty() {
-        let mut last = [0; N];
-        pack(&mut last, &tiles[whole.len()]);
-        rest.copy_from_slice(&last[..rest.len()]);
+}
+
+/// Packs 64 fields of N / 8 bits, which begin at bit `shift` of the codes.
+#[inline(always)]
+fn pack_tile<I: Isa, const N: usize>(isa: I, to: &mut [u8; N], codes: I::U8, shift: u32) {
+    let fields = if N == 64 { codes } else { isa.shr_and_u8(codes, shift, ((1 << (N / 8)) - 1) as u8) };
+    if let Some(to) = to.first_chunk_mut::<64>() {
+        isa.store_u8(to, fields);
+    } else if let Some(to) = to.first_chunk_mut::<32>() {
+        isa.pack4(to, fields);
+    } else if let Some(to) = to.first_chunk_mut::<16>() {
+        isa.pack2(to, fields);
+    } else if let Some(to) = to.first_chunk_mut::<8>() {
+        isa.pack1(to, fields);
     }
 }
 

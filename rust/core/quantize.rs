@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::parallel::{self, Span, group_spans, take, take_mut};
 use crate::planes::{PlaneReader, PlaneWriter, check_packed, padded};
 use crate::scheme::{Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scheme};
-use crate::simd::{Isa, Kernel, LANES, TILE, Token};
+use crate::simd::{Isa, Kernel, LANES, TILE, Token, four};
 
 mod coders;
 mod draws;
@@ -335,6 +335,17 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// 16 elements from `at` on as f32, zeros behind the end.
+    #[inline(always)]
+    fn vector<I: Isa>(&self, isa: I, at: usize) -> I::F32 {
+        match self {
+            Self::F32(x) => load_vector(isa, &x[at..]),
+            Self::F64(x) => load_vector(isa, &x[at..]),
+            Self::Bf16(x) => load_vector(isa, &x[at..]),
+            Self::F16(x) => load_vector(isa, &x[at..]),
+        }
+    }
+
     /// 64 elements from `at` on as f32, zeros behind the end.
     #[inline(always)]
     pub(crate) fn tile<I: Isa>(&self, isa: I, at: usize) -> [I::F32; 4] {
@@ -344,6 +355,15 @@ impl<'a> Source<'a> {
             Self::Bf16(x) => load_tile(isa, &x[at..]),
             Self::F16(x) => load_tile(isa, &x[at..]),
         }
+    }
+}
+
+/// One vector of elements, zeros behind the end of `x`.
+#[inline(always)]
+fn load_vector<I: Isa, E: Element>(isa: I, x: &[E]) -> I::F32 {
+    match x.first_chunk::<LANES>() {
+        Some(vector) => E::load(isa, vector),
+        None => E::load(isa, &padded(x)),
     }
 }
 
@@ -359,7 +379,7 @@ pub(crate) fn load_tile<I: Isa, E: Element>(isa: I, x: &[E]) -> [I::F32; 4] {
         }
     };
     let (vectors, _) = tile.as_chunks::<LANES>();
-    std::array::from_fn(|j| E::load(isa, &vectors[j]))
+    four!(j => E::load(isa, &vectors[j]))
 }
 
 impl<'a> Target<'a> {
@@ -423,8 +443,8 @@ fn store_tile<I: Isa, E: Element>(
 #[inline(always)]
 fn store_vectors<I: Isa, E: Element, const STREAM: bool>(isa: I, to: &mut [E], v: [I::F32; 4]) {
     let (vectors, _) = to.as_chunks_mut::<LANES>();
-    for (to, v) in vectors.iter_mut().zip(v) {
-        E::store::<I, STREAM>(isa, to, v);
+    for j in 0..4 {
+        E::store::<I, STREAM>(isa, &mut vectors[j], v[j]);
     }
 }
 
@@ -858,15 +878,16 @@ impl Kernel for UnpackSpan<'_> {
                     if let Some(table) = &table {
                         tile = isa.lookup_u8(tile, table);
                     }
-                    let mut v = isa.widen(tile).map(|k| {
-                        let k = isa.mul(isa.to_f32(k), unit);
+                    let k = isa.widen(tile);
+                    let mut v = four!(j => {
+                        let k = isa.mul(isa.to_f32(k[j]), unit);
                         isa.sub(isa.add(k, centre), z)
                     });
                     if let Some(draws) = &mut dither {
                         let draw = draws.tile(isa, first + done as u64);
-                        v = std::array::from_fn(|j| isa.add(v[j], dither_of(isa, wide, draw[j])));
+                        v = four!(j => isa.add(v[j], dither_of(isa, wide, draw[j])));
                     }
-                    out.push(isa, *stream, count, v.map(|v| isa.mul(s, v)));
+                    out.push(isa, *stream, count, four!(j => isa.mul(s, v[j])));
                     done += count;
                 }
             }

@@ -168,7 +168,7 @@ fn choose(x: &[f32], scheme: &Scheme, rounding: &Rounding) -> (f32, f32) {
         }
         let (steps, target) = (f64::from(levels) - 2.0, f64::from(max) - f64::from(min));
         let s = smallest(dtype, target / steps, |s| s * steps >= target);
-        return (s, if s == 0.0 { 0.0 } else { (-f64::from(min) / f64::from(s)).ceil() as f32 });
+        return (s, if s == 0.0 { 0.0 } else { (-f64::from(min) / f64::from(s)).ceil() as f32 + 0.0 });
     }
     if scheme.bits() == 1 {
         return (round_scale(dtype, 2.0 * sum(x.iter().map(|x| x.abs())) / n), 0.5);
@@ -178,7 +178,7 @@ fn choose(x: &[f32], scheme: &Scheme, rounding: &Rounding) -> (f32, f32) {
         (round_scale(dtype, far * -1.0 / middle), middle)
     } else {
         let s = round_scale(dtype, (max - min) / last);
-        (s, if s == 0.0 { 0.0 } else { (-min / s).round_ties_even().clamp(0.0, last) })
+        (s, if s == 0.0 { 0.0 } else { (-min / s).round_ties_even().clamp(0.0, last) + 0.0 })
     };
     (search(x, s, scheme, |x, inv| ((x * inv).round_ties_even() + z).clamp(0.0, last) - z), z)
 }
@@ -218,6 +218,9 @@ fn encode(
 ) -> Vec<u8> {
     let last = f64::from((1u32 << scheme.bits()) - 1);
     let one_bit = scheme.bits() == 1;
+    if one_bit && s == 0.0 {
+        return x.iter().map(|x| u8::from(*x >= 0.0)).collect();
+    }
     if !rounding.is_stochastic() {
         let inv = if s == 0.0 { 0.0 } else { 1.0 / s };
         return x

@@ -214,6 +214,44 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn unpack1(self, from: &[u8; 8]) -> Self::U8;
 }
 
+/// `$value` for each of the four vectors of a tile, `$j` counting them.
+///
+/// A macro, not a closure: the compiler may leave a closure on its own, and what is not inlined into
+/// [`Isa::vectorize`] is compiled without the instruction set.
+macro_rules! four {
+    ($j:ident => $value:expr) => {
+        [
+            {
+                let $j = 0;
+                $value
+            },
+            {
+                let $j = 1;
+                $value
+            },
+            {
+                let $j = 2;
+                $value
+            },
+            {
+                let $j = 3;
+                $value
+            },
+        ]
+    };
+}
+pub(crate) use four;
+
+/// `f` of each index; unlike [`std::array::from_fn`] certain to be inlined.
+#[inline(always)]
+pub(crate) fn array<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
+    let mut array = [T::default(); N];
+    for i in 0..N {
+        array[i] = f(i);
+    }
+    array
+}
+
 /// Combines the 16 lanes of each of 16 vectors: lane `r` of the result is row `r` folded with `op`.
 ///
 /// Lanes j and j + 8 are combined first, then j + 4, j + 2, j + 1: the order of every sum in the contract.
@@ -222,7 +260,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
 pub(crate) fn fold<I: Isa>(isa: I, rows: &[I::F32; 16], op: impl Fn(I::F32, I::F32) -> I::F32) -> I::F32 {
     // The order of rows that the four exchanges turn into lanes 0 to 15.
     const ROW: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
-    let mut v: [I::F32; 16] = std::array::from_fn(|i| rows[ROW[i]]);
+    let mut v = *rows;
+    for i in 0..16 {
+        v[i] = rows[ROW[i]];
+    }
     for i in 0..8 {
         let (low, high) = isa.split::<8>(v[i], v[i + 8]);
         v[i] = op(low, high);

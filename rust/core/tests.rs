@@ -265,13 +265,13 @@ fn shrunk_and_variance_preserving_rounding_equal_the_reference() {
 
 #[test]
 fn magnitudes_at_the_ends_of_the_domain_equal_the_reference() {
-    for exponent in [-149, -130, -127, -126, -124, -122, -118, -110, -100, -93, -66, -60, -59, -20, 15, 100, 119] {
+    for exponent in [-149, -130, -127, -126, -124, -122, -118, -110, -100, -93, -66, -60, -59, -20, 14, 100, 119] {
         let x: Vec<f32> = normal(300, 3).iter().map(|x| (f64::from(x.clamp(-1.9, 1.9)) * 2f64.powi(exponent)) as f32).collect();
         let shape = Shape { rows: 3, k: 100 };
         for bits in [1, 2, 4, 8] {
             for symmetric in [true, bits == 1] {
                 for dtype in [ScaleDtype::Bf16, ScaleDtype::F32, ScaleDtype::F16] {
-                    if dtype == ScaleDtype::F16 && exponent > 15 {
+                    if dtype == ScaleDtype::F16 && exponent > 14 {
                         continue;
                     }
                     let scheme = uniform(bits, 64, symmetric, ScaleRule::Extreme, dtype);

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantized: a rule over names and shapes, with a reason for every other one."""
+"""Which tensors of a checkpoint are quantized: a rule over names and shapes, and a reason for every other."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from turboquant_rs.errors import NoLayersMatched
 from turboquant_rs.nn.patterns import Pattern, no_match, summary
 
-__all__ = ["FLOATS", "select"]
+__all__ = ["select"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""safetensors' names of the dtypes that can be quantized."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # The default rule leaves these alone: tables that are looked up, not multiplied, and small matrices whose
-# errors decide much. A word is matched against each part of the dotted name.
+# errors decide much. An expression is matched against each part of the dotted name.
 SPARED = {
     "an embedding": re.compile(r".*embed.*|wte|wpe|shared|.*relative_attention_bias"),
     "a norm": re.compile(r".*norm.*|ln(_.*|\d+)?"),
@@ -25,32 +26,33 @@ SPARED = {
 
 
 def select(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], include: Sequence[str] = (), exclude: Sequence[str] = ()
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> dict[str, str]:
     """Name → reason to leave the tensor alone; an empty reason means: quantize it.
 
-    tensors: name → (safetensors dtype, shape). Without `include`, the floating-point matrices named `*.weight`
-    that are no embedding, norm, output head or router are selected; with it, every floating-point tensor of two
-    or more dimensions that a pattern matches. `exclude` removes from either. Patterns are globs, or `re:` and a
+    tensors: name → dtype and shape. Without `include`, the floating-point matrices named `*.weight` that are
+    no embedding, norm, output head or router are selected; with it, every floating-point tensor of two or
+    more dimensions that a pattern matches. `exclude` removes from either. Patterns are globs, or `re:` and a
     regular expression, over whole names.
 
-    Raises NoLayersMatched if a pattern, or the call as a whole, matches nothing.
+    Raises: NoLayersMatched if a pattern, or the call as a whole, matches nothing.
     """
     names = list(tensors)
-    for text in (*include, *exclude):
-        if not any(map(Pattern(text).matches, names)):
-            raise no_match(text, names)
     included, excluded = [Pattern(text) for text in include], [Pattern(text) for text in exclude]
+    for pattern in (*included, *excluded):
+        if not any(map(pattern.matches, names)):
+            raise no_match(pattern.text, names)
     reasons = {}
     for name, (dtype, shape) in tensors.items():
         out = next((pattern for pattern in excluded if pattern.matches(name)), None)
         if out is not None:
             reasons[name] = f"--exclude {out.text}"
-        elif included:
-            chosen = any(pattern.matches(name) for pattern in included)
-            reasons[name] = _obstacle(dtype, shape) if chosen else "no --include pattern selects it"
+        elif included and not any(pattern.matches(name) for pattern in included):
+            reasons[name] = "no --include pattern selects it"
         else:
-            reasons[name] = _obstacle(dtype, shape) or _spared(name, shape)
+            reasons[name] = _obstacle(dtype, shape) or ("" if included else _spared(name, shape))
     if all(reasons.values()):
         raise NoLayersMatched(
             f"none of the {len(names)} tensors is quantized ({_first(reasons)}); "
@@ -59,9 +61,9 @@ def select(
     return reasons
 
 
-def _obstacle(dtype: str, shape: Sequence[int]) -> str:
+def _obstacle(dtype: torch.dtype, shape: Sequence[int]) -> str:
     if dtype not in FLOATS:
-        return f"{dtype} is no floating-point type that can be quantized"
+        return f"{str(dtype).removeprefix('torch.')}: only f32, f64, f16 and bf16 are quantized"
     if len(shape) < 2:
         return f"{len(shape)}-dimensional"
     return "" if math.prod(shape) else "empty"

@@ -55,9 +55,10 @@ def _fail(error: Exception, code: int) -> int:
 def describe(error: Exception) -> str:
     """`error` as one line; errors nobody has foreseen say how to see where they come from."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{os.fspath(error.filename)}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}{_ADVICE.get(error.errno or 0, '')}"
+    if isinstance(error, OSError):
+        if error.filename is None:  # raised by us, with a sentence
+            return error.strerror or text
+        return f"{os.fspath(error.filename)}: {error.strerror}{_ADVICE.get(error.errno or 0, '')}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory; free some, or give the machine more"
     if isinstance(error, ValueError | TypeError | RuntimeError | UsageError) and text:

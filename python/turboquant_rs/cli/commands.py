@@ -6,10 +6,11 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from turboquant_rs.info import info as machine_info
 
 from turboquant_rs.checkpoint import (
     Comparison,
@@ -19,6 +20,7 @@ from turboquant_rs.checkpoint import (
     quantize_checkpoint,
 )
 from turboquant_rs.cli import bench as bench_
+from turboquant_rs.info import info as machine_info
 from turboquant_rs.report import describe_scheme
 from turboquant_rs.scheme import Rounding, Scheme
 from turboquant_rs.table import human_bytes, table
@@ -92,7 +94,7 @@ def bench(options: argparse.Namespace) -> None:
     """`turboquant-rs bench`"""
     _set_threads(options)
     for bits in options.bits:
-        _usage(lambda bits=bits: Scheme(bits=bits))
+        _usage(partial(Scheme, bits=bits))
     timings = bench_.run(options.rows, options.columns, options.bits, options.repeats)
     if options.json:
         return _print_json(
@@ -169,7 +171,10 @@ def _rounding(options: argparse.Namespace) -> Rounding:
     return _usage(lambda: Rounding.stochastic(options.seed, mode=mode))
 
 
-def _usage(build: Callable[[], Scheme] | Callable[[], Rounding]) -> Scheme | Rounding:
+T = TypeVar("T")
+
+
+def _usage(build: Callable[[], T]) -> T:
     """Calls `build`; what is wrong with its values is wrong with the command line."""
     try:
         return build()

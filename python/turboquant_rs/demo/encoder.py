@@ -126,7 +126,8 @@ class _Block(nn.Module):
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         x = x + self.output(mixed.transpose(1, 2).reshape(rows, length, width))
-        return x + self.down(F.gelu(self.up(self.feed_norm(x))))
+        fed: Tensor = self.down(F.gelu(self.up(self.feed_norm(x))))
+        return x + fed
 
 
 class _SmallEncoder(nn.Module):
@@ -164,7 +165,7 @@ def train_small_encoder(
             rows = torch.randint(len(ids), (64,))
             loss = _contrastive_loss(model, ids[rows], mask[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
             optimizer.step()
             schedule.step()
             each(step)

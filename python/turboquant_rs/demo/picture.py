@@ -68,8 +68,8 @@ def _draw_curve(error_axes: Any, overlap_axes: Any, name: str, curve: Curve, ind
         for b, error in zip(bits, errors, strict=True):
             if b in (4, 8):
                 error_axes.annotate(
-                    f"{error:.2g}", (b, error), (9, 9), textcoords="offset points", ha="center",
-                    fontsize=9, color=color, fontweight="bold",
+                    f"{error:.2g}", (b, error), (7, 8), textcoords="offset points",
+                    ha="left" if b < 8 else "right", fontsize=9, color=color, fontweight="bold",
                 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 __all__ = ["SOURCE", "library_sentences"]
@@ -41,13 +42,18 @@ def library_sentences(count: int = 256) -> list[str]:
 
     Raises RuntimeError where Python came without its source files and fewer are to be had.
     """
-    found = list(dict.fromkeys(s for module in MODULES for s in _module_sentences(module)))
+    found = _all_sentences()
     if len(found) < count:
         raise RuntimeError(
             f"this Python has only {len(found)} documentation sentences, {count} are needed; "
             "use a Python with its standard library as source files (not zipped, not stripped with -OO)"
         )
     return [found[i * len(found) // count] for i in range(count)]
+
+
+@cache
+def _all_sentences() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(s for module in MODULES for s in _module_sentences(module)))
 
 
 def _module_sentences(module: str) -> Iterator[str]:

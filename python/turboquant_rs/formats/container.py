@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ from typing_extensions import Self
 
 from turboquant_rs.errors import QuantizationFormatError
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "Reader", "Writer"]
+__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "Reader", "Writer", "partial_path", "sync_directory"]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -70,9 +72,43 @@ def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+class Checksum:
+    """CRC-32 of a tensor's bytes, piece by piece: a piece that is read alone is checked alone.
+
+    Each sum begins with the tensor's name, dtype and shape, so that tensors in each other's place show.
+    """
+
+    def __init__(self, name: str, entry: Entry, pieces: Sequence[int] | None = None) -> None:
+        size = entry.end - entry.begin
+        self.pieces = [n for n in (pieces if pieces is not None else [size]) if n]
+        if sum(self.pieces) != size:
+            raise ValueError(f"{name} has {size} bytes, its pieces are {self.pieces}")
+        identity = json.dumps([name, DTYPE_NAMES[entry.dtype], list(entry.shape)])
+        self._sums = [zlib.crc32(identity.encode())] * len(self.pieces)
+        self._at = self._done = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes."""
+        data = memoryview(data)
+        while len(data):
+            part = data[: self.pieces[self._at] - self._done]
+            self._sums[self._at] = zlib.crc32(part, self._sums[self._at])
+            data, self._done = data[len(part) :], self._done + len(part)
+            if self._done == self.pieces[self._at]:
+                self._at, self._done = self._at + 1, 0
+
+    def to_json(self) -> list[list[Any]]:
+        """[bytes, sum in hexadecimal] of each piece; the text's length is the same from the start."""
+        return [[size, f"{value:08x}"] for size, value in zip(self.pieces, self._sums, strict=True)]
+
+
+Sums = dict[str, list[list[Any]]]
+"""The checksums of a file's tensors, as JSON knows them."""
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a tensor, contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
@@ -91,8 +127,14 @@ class Writer:
         self,
         path: str | os.PathLike[str],
         entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-        metadata: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | Callable[[Sums], Mapping[str, str]] | None = None,
+        pieces: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        """
+        entries: key → dtype and shape of every tensor.
+        metadata: str → str, or a function that makes it of the tensors' checksums.
+        pieces: key → bytes of the pieces that get a checksum of their own; default: one piece.
+        """
         self.path = Path(path)
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a directory; name a file inside it")
@@ -100,8 +142,12 @@ class Writer:
             raise FileNotFoundError(f"{self.path.parent} is no directory; create it before writing {path}")
         self._entries = _lay_out(entries)
         self._written = dict.fromkeys(self._entries, 0)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        header = _header(self._entries, metadata or {})
+        self._partial = partial_path(self.path)
+        self._sums = {
+            key: Checksum(key, entry, (pieces or {}).get(key)) for key, entry in self._entries.items()
+        }
+        self._metadata = metadata or {}
+        header = self._header()
         self._start = len(header)
         with self._naming_the_path():
             self._file = open(self._partial, "wb")
@@ -130,7 +176,15 @@ class Writer:
             self._file.seek(self._start + entry.begin + done)
             for at in range(0, len(data), CHUNK):
                 self._file.write(data[at : at + CHUNK])
+        self._sums[name].update(data)
         self._written[name] = done + len(data)
+
+    def _header(self) -> bytes:
+        """The header with the checksums so far; its length does not depend on them."""
+        metadata = self._metadata
+        if callable(metadata):
+            metadata = metadata({name: checksum.to_json() for name, checksum in self._sums.items()})
+        return _header(self._entries, metadata)
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
@@ -144,7 +198,11 @@ class Writer:
         missing = [n for n, e in self._entries.items() if self._written[n] != e.end - e.begin]
         if missing:
             raise ValueError(f"{len(missing)} tensors were declared and not written whole: {missing[:8]}")
+        header = self._header()
+        assert len(header) == self._start
         with self._naming_the_path():
+            self._file.seek(0)
+            self._file.write(header)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -192,6 +250,11 @@ class _NamePath:
                 f"{self.path} could not be written ({error.strerror}); nothing was left under that name, "
                 "choose another place or make room",
             ) from error
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden name beside `path` under which this thread lets it grow."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.partial")
 
 
 def sync_directory(folder: Path) -> None:
@@ -248,6 +311,7 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._sums: Sums = {}
         self._file = open(self.path, "rb", buffering=0)
         try:
             self._start, header = self._read_header()
@@ -265,8 +329,40 @@ class Reader:
     ) -> None:
         self._file.close()
 
+    def expect(self, sums: Mapping[str, Any]) -> None:
+        """Checks from now on what is read against `sums`, as a `Writer` gave them.
+
+        Raises: QuantizationFormatError if they do not fit the tensors of the file.
+        """
+        for name, stated in sums.items():
+            if name not in self.entries:
+                raise self._bad(f"tensor {name} has a checksum and is missing")
+            try:
+                pieces = [size for size, _ in stated]
+                fits = Checksum(name, self.entries[name], pieces).pieces == pieces
+            except (TypeError, ValueError):
+                fits = False
+            if not fits or not all(isinstance(value, str) for _, value in stated):
+                raise self._bad(f"tensor {name} has the checksum {stated!r}, which does not fit it")
+        self._sums = dict(sums)
+
+    def _check(self, name: str, data: memoryview) -> None:
+        """Compares the pieces at the beginning of a tensor that `data` holds whole with their checksums."""
+        if name not in self._sums:
+            return
+        checksum = Checksum(name, self.entries[name], [size for size, _ in self._sums[name]])
+        checksum.update(data)
+        done = 0
+        for stated, (size, value) in zip(self._sums[name], checksum.to_json(), strict=True):
+            done += size
+            if done <= len(data) and stated != [size, value]:
+                raise self._bad(f"tensor {name} has not the checksum that the file states; it was damaged")
+
     def read(self, name: str, begin: int = 0, count: int | None = None) -> Tensor:
-        """A tensor; or, with `count`, that many of its elements from element `begin` on, flat."""
+        """A tensor; or, with `count`, that many of its elements from element `begin` on, flat.
+
+        What is read from the beginning is checked against the checksums, where the file has them.
+        """
         entry = self.entries[name]
         size = entry.dtype.itemsize
         total = (entry.end - entry.begin) // size
@@ -277,6 +373,8 @@ class Reader:
         if length:
             view = memoryview(out.view(torch.uint8).numpy().data)
             self._read_into(name, view, self._start + entry.begin + begin * size)
+            if begin == 0:
+                self._check(name, view)
         return out.view(entry.shape) if count is None and begin == 0 else out
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -350,7 +448,7 @@ class Reader:
         if need > MAX_BYTES or end - begin != need or end > self._data_size:
             raise self._bad(
                 f"tensor {name}, {dtype} {shape}, needs {need} bytes and is given {begin} to {end} of "
-                f"{self._data_size}"
+                f"{self._data_size}; the file is truncated or damaged"
             )
         return Entry(DTYPES[dtype], tuple(shape), begin, end)
 

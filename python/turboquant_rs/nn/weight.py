@@ -213,11 +213,6 @@ class PackedWeight(nn.Module):
         """The keys of its state_dict that `packed_parameters` stands for."""
         return (*BUFFERS, "_extra_state")
 
-    def packed_state_keys(self) -> tuple[str, ...]:
-        """The keys of this module's own state_dict that `packed_parameters` stands for."""
-        present = tuple(name for name in BUFFERS if self._buffers[name] is not None)
-        return (*present, "_extra_state")
-
     @property
     def readable_bits(self) -> tuple[int, ...]:
         """The values that `read_bits` can take: the prefixes of the scheme that are in memory."""
@@ -281,8 +276,8 @@ class PackedWeight(nn.Module):
         self.check_rounding(packed.rounding)
         if packed.offset and packed.rounding.mode == "subtractive":
             raise ValueError(
-                f"a slice (offset {packed.offset}) of a tensor of subtractive dither cannot stand alone; pack "
-                "the rows by themselves"
+                f"a slice (offset {packed.offset}) of a tensor of subtractive dither cannot stand alone; "
+                "pack the rows by themselves"
             )
         self.scheme, self.rounding = packed.scheme, packed.rounding
         self._stored_bits, self._read_bits = packed.bits, None

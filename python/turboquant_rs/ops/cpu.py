@@ -10,11 +10,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from turboquant_rs import _core
+import turboquant_rs._core as _core
 from turboquant_rs.ops.schema import FLOAT_NAMES, LIBRARY, rows_and_k
 
 # Threads do not survive a fork: the child's first call builds a new pool.

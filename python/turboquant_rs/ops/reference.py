@@ -298,7 +298,7 @@ def _levels(codes: Tensor, scheme: SchemeArgs) -> Tensor:
     if not scheme.table:
         return codes.float()
     table = torch.tensor(list(scheme.table), dtype=torch.float32, device=codes.device)
-    return table[codes.clamp(max=len(scheme.table) - 1)]
+    return table[codes.long().clamp(max=len(scheme.table) - 1)]
 
 
 def nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
@@ -516,22 +516,27 @@ def pack_codes(codes: Tensor, planes: Sequence[int]) -> Tensor:
     shift, blob = sum(planes), []
     for width in planes:
         shift -= width
-        field = (codes.long() >> shift) & ((1 << width) - 1)
-        fields = _to_groups(field, 8 // width) << torch.arange(0, 8, width, device=codes.device)
-        blob.append(fields.sum(-1).to(torch.uint8).flatten())
+        field = (codes >> shift) & ((1 << width) - 1)
+        fields = _to_groups(field, 8 // width) << _shifts(width, codes.device)
+        blob.append(fields.sum(-1, dtype=torch.uint8).flatten())
     return torch.cat(blob)
 
 
+def _shifts(width: int, device: torch.device) -> Tensor:
+    """Where the fields of a byte begin."""
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+
+
 def unpack_codes(packed: Tensor, planes: Sequence[int], read_bits: int, rows: int, k: int) -> Tensor:
-    """The top read_bits bits of the codes, int64 `(rows, k)`."""
-    codes = torch.zeros(rows, k, dtype=torch.int64, device=packed.device)
+    """The top read_bits bits of the codes, u8 `(rows, k)`."""
+    codes = torch.zeros(rows, k, dtype=torch.uint8, device=packed.device)
     start, bits = 0, 0
     for width in planes:
         if bits == read_bits:
             break
         stop = start + packed_nbytes(rows, k, [width])
-        plane = packed[start:stop].view(rows, packed_nbytes(1, k, [width])).long()
-        fields = plane[..., None] >> torch.arange(0, 8, width, device=packed.device)
+        plane = packed[start:stop].view(rows, packed_nbytes(1, k, [width]))
+        fields = plane[..., None] >> _shifts(width, packed.device)
         field = (fields & ((1 << width) - 1)).flatten(1)[:, :k]
         codes, start, bits = (codes << width) | field, stop, bits + width
     if bits != read_bits:

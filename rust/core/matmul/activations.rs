@@ -30,7 +30,14 @@ pub(super) struct Row<'a> {
 
 impl Activations {
     /// Quantizes `rows` rows of `x`: rows · k.
-    pub(super) fn new(token: Token, x: &[f32], rows: usize, k: usize, layout: &Layout, threads: usize) -> Self {
+    pub(super) fn new(
+        token: Token,
+        x: &[f32],
+        rows: usize,
+        k: usize,
+        layout: &Layout,
+        threads: usize,
+    ) -> Self {
         let (words_a_row, segments) = (layout.words, layout.segments.len());
         let mut all = Self {
             words: vec![[0; 4]; rows * words_a_row],

@@ -31,18 +31,13 @@ impl Kernel for Panels<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let k = self.weight.shape.k;
-        let stride = k.next_multiple_of(LANES);
         let mut by_row = vec![0.0; LANES * k];
-        let mut padded = vec![0.0; LANES * stride];
-        let mut panel: Vec<Lanes> = vec![[0; LANES]; stride];
+        let mut panel: Vec<Lanes> = vec![[0; LANES]; k.next_multiple_of(LANES)];
         let (begin, end) = (self.outputs.start, self.outputs.end);
         for first in (begin..end).step_by(LANES) {
             let count = LANES.min(end - first);
             self.weight.unpack(isa, first..first + count, &mut by_row[..count * k]);
-            for (to, from) in padded.chunks_exact_mut(stride.max(1)).zip(by_row.chunks_exact(k.max(1))) {
-                to[..k].copy_from_slice(from);
-            }
-            transpose_rows(isa, &padded, stride.max(LANES), &mut panel);
+            transpose_rows(isa, &by_row[..count * k], k, &mut panel);
             self.multiply(isa, &panel[..k], first, count);
         }
     }

@@ -22,7 +22,7 @@ use crate::simd::{Isa, LANES, TILE};
 use super::activations::{Activations, Row};
 use super::layout::{Block, Layout};
 use super::output::Columns;
-use super::panel::{Lanes, row_readers, store_transposed, transpose_rows};
+use super::panel::{Ahead, Lanes, row_readers, store_transposed, transpose_rows};
 
 /// How the codes that are read stand to integers: `2^shift · (Σ k_r·q − z_r·Σq)` is one, with
 /// `2^shift · z_r = zero` (or the stored zero point z: `2^shift · z_r = z_factor · z − z_offset`).
@@ -80,10 +80,11 @@ impl DotKernel for Panels<'_> {
             let count = LANES.min(end - first);
             scratch.load_scales(isa, self.weight, self.affine, first, count);
             scratch.sums.fill([0; LANES]);
-            let mut readers =
-                row_readers(self.weight.packed, self.weight.prefix, self.weight.shape, first, count);
+            let Rows { packed, prefix, shape, ref scheme, .. } = *self.weight;
+            let mut readers = row_readers(packed, prefix, shape, first, count);
+            let mut ahead = Ahead::new(packed, prefix, shape, first + LANES);
             for block in &self.layout.blocks {
-                scratch.read_block(dot, &self.weight.scheme, &mut readers, self.layout, block);
+                scratch.read_block(dot, scheme, &mut readers, &mut ahead, self.layout, block);
                 self.multiply(dot, block, &mut scratch);
             }
             self.write(isa, &scratch.sums, first, count);
@@ -141,7 +142,7 @@ impl Panels<'_> {
             let segment = self.layout.segments[number];
             let codes = &scratch.words[segment.word - block.words.start..][..segment.words()];
             let dots = dot_segment::<D, R, C>(dot, codes, &x, segment.word);
-            let scale = isa.load(&scratch.scales[segment.group]);
+            let scale = isa.from_bits(isa.load_i32(&scratch.scales[segment.group]));
             for r in 0..R {
                 let zero = match scratch.zeros.get(segment.group) {
                     Some(zeros) => isa.mul_i32(isa.load_i32(zeros), isa.splat_i32(x[r].sums[number])),
@@ -234,8 +235,10 @@ struct Scratch {
     spread: Vec<u8>,
     /// Bytes of a row in `codes` and in `spread`.
     strides: (usize, usize),
-    /// Scales of the panel by group: `s · 2^(bits − read_bits)`.
-    scales: Vec<[f32; LANES]>,
+    /// Scales of the panel by group, `s · 2^(bits − read_bits)`, as bits of f32.
+    scales: Vec<Lanes>,
+    /// The same row by row.
+    scales_by_row: Vec<f32>,
     /// Zero points of the panel by group in units of 2^−shift; empty if the scheme fixes it.
     zeros: Vec<Lanes>,
     /// Running results, a row of x each, as bits of f32.
@@ -255,6 +258,7 @@ impl Scratch {
             spread: vec![0; LANES * strides.1],
             strides,
             scales: Vec::new(),
+            scales_by_row: Vec::new(),
             zeros: Vec::new(),
             sums: vec![[0; LANES]; rows],
         }
@@ -264,18 +268,13 @@ impl Scratch {
     #[inline(always)]
     fn load_scales<I: Isa>(&mut self, isa: I, weight: &Rows<'_>, affine: Affine, first: usize, count: usize) {
         let groups = weight.scheme.groups(weight.shape.k);
-        let stride = groups.next_multiple_of(LANES);
-        let mut by_row = vec![0.0; count * stride];
-        let mut lanes = vec![[0; LANES]; stride];
-        for (row, to) in by_row.chunks_exact_mut(stride.max(1)).enumerate() {
-            for (group, to) in to[..groups].iter_mut().enumerate() {
-                *to = weight.scales.get((first + row) * groups + group) * affine.scale;
-            }
-        }
-        transpose_rows(isa, &by_row, stride.max(LANES), &mut lanes);
-        self.scales = lanes[..groups].iter().map(|lanes| lanes.map(f32::from_bits)).collect();
+        self.scales_by_row.resize(count * groups, 0.0);
+        weight.scales.widen(first * groups, &mut self.scales_by_row);
+        self.scales_by_row.iter_mut().for_each(|scale| *scale *= affine.scale);
+        self.scales.resize(groups.next_multiple_of(LANES), [0; LANES]);
+        transpose_rows(isa, &self.scales_by_row, groups, &mut self.scales);
         if let ZeroPoints::U8(zeros) = weight.zero_points {
-            self.zeros = vec![[0; LANES]; groups];
+            self.zeros.resize(groups, [0; LANES]);
             for row in 0..count {
                 for (lanes, z) in self.zeros.iter_mut().zip(&zeros[(first + row) * groups..][..groups]) {
                     lanes[row] = (affine.z_factor * i32::from(*z) - affine.z_offset) as u32;
@@ -291,6 +290,7 @@ impl Scratch {
         dot: D,
         scheme: &Scheme,
         readers: &mut [PlaneReader<'_>],
+        ahead: &mut Ahead<'_>,
         layout: &Layout,
         block: &Block,
     ) {
@@ -317,6 +317,7 @@ impl Scratch {
                 }
             }
             store_transposed(isa, &lanes, to);
+            ahead.fetch(dot);
         }
     }
 

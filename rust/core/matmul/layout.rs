@@ -56,7 +56,8 @@ impl Layout {
         for (number, first) in (0..k).step_by(group).enumerate() {
             let end = k.min(first + group);
             for begin in (first..end).step_by(MAX_SEGMENT) {
-                let segment = Segment { begin, len: MAX_SEGMENT.min(end - begin), word: words, group: number };
+                let segment =
+                    Segment { begin, len: MAX_SEGMENT.min(end - begin), word: words, group: number };
                 words += segment.words();
                 segments.push(segment);
             }

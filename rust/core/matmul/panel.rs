@@ -2,9 +2,10 @@
 
 use crate::Shape;
 use crate::parallel::Span;
-use crate::planes::PlaneReader;
-use crate::scheme::Planes;
-use crate::simd::{Isa, LANES};
+use crate::planes::{PlaneReader, padded};
+use crate::scheme::{MAX_PLANES, Planes, row_bytes};
+use crate::simd::dot::Dot;
+use crate::simd::{Isa, LANES, TILE};
 
 /// 16 lanes in memory, by their bits.
 pub(super) type Lanes = [u32; LANES];
@@ -42,13 +43,16 @@ pub(super) fn store_transposed<I: Isa>(isa: I, rows: &[I::F32; LANES], to: &mut 
     }
 }
 
-/// Transposes up to 16 rows of f32, given row by row in `rows` with `stride` elements each (a multiple of 16).
+/// Transposes up to 16 rows of `k` elements of f32, given one behind the other.
 #[inline(always)]
-pub(super) fn transpose_rows<I: Isa>(isa: I, rows: &[f32], stride: usize, to: &mut [Lanes]) {
-    for (column, to) in (0..stride).step_by(LANES).zip(to.chunks_mut(LANES)) {
+pub(super) fn transpose_rows<I: Isa>(isa: I, rows: &[f32], k: usize, to: &mut [Lanes]) {
+    for (column, to) in (0..k).step_by(LANES).zip(to.chunks_mut(LANES)) {
         let mut lanes = [isa.splat(0.0); LANES];
-        for (lane, row) in lanes.iter_mut().zip(rows.chunks_exact(stride)) {
-            *lane = isa.load(row[column..].first_chunk().expect("the stride is a multiple of 16"));
+        for (lane, row) in lanes.iter_mut().zip(rows.chunks_exact(k)) {
+            *lane = match row[column..].first_chunk() {
+                Some(whole) => isa.load(whole),
+                None => isa.load(&padded(&row[column..])),
+            };
         }
         store_transposed(isa, &lanes, to);
     }
@@ -66,4 +70,36 @@ pub(super) fn row_readers<'a>(
     let spans: Vec<Span> =
         [span(0, first)].into_iter().chain((first..first + count).map(|row| span(row, 1))).collect();
     PlaneReader::cut(packed, prefix, shape, &spans).split_off(1)
+}
+
+/// The bytes of a panel in every plane, fetched a tile at a time while the panel before it is multiplied: its
+/// rows are too short for the hardware to see streams in them.
+pub(super) struct Ahead<'a> {
+    planes: Planes,
+    rest: [&'a [u8]; MAX_PLANES],
+}
+
+impl<'a> Ahead<'a> {
+    /// The panel of the rows from `first` on.
+    pub(super) fn new(packed: &'a [u8], planes: Planes, shape: Shape, first: usize) -> Self {
+        let mut rest: [&[u8]; MAX_PLANES] = Default::default();
+        let mut begin = 0;
+        for (rest, width) in rest.iter_mut().zip(planes.widths()) {
+            let row = row_bytes(shape.k, *width);
+            let (from, to) = (first.min(shape.rows), (first + LANES).min(shape.rows));
+            *rest = &packed[begin + from * row..begin + to * row];
+            begin += shape.rows * row;
+        }
+        Self { planes, rest }
+    }
+
+    /// Asks for as many bytes as a tile of the panel takes.
+    #[inline(always)]
+    pub(super) fn fetch<D: Dot>(&mut self, dot: D) {
+        for (rest, width) in self.rest.iter_mut().zip(self.planes.widths()) {
+            let (now, later) = rest.split_at(rest.len().min(LANES * TILE / 8 * *width as usize));
+            now.iter().step_by(64).for_each(|byte| dot.prefetch(byte));
+            *rest = later;
+        }
+    }
 }

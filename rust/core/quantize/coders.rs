@@ -4,7 +4,7 @@ use super::draws::{BlockDraws, Draws, STRATUM};
 use super::groups::flush;
 use super::scales::{self, MIN_NORMAL};
 use crate::scheme::{Mode, Rounding, Scheme};
-use crate::simd::{Isa, LANES, TILE};
+use crate::simd::{Isa, LANES, TILE, four};
 
 /// Elements of a systematic block.
 pub(super) const BLOCK: usize = TILE;
@@ -40,7 +40,7 @@ impl<I: Isa> Group<I> {
     /// Subnormal inputs to 0, where they could matter.
     #[inline(always)]
     fn flushed(&self, isa: I, x: [I::F32; 4]) -> [I::F32; 4] {
-        if self.small { x.map(|x| flush(isa, x)) } else { x }
+        if self.small { four!(j => flush(isa, x[j])) } else { x }
     }
 
     /// x / s, correctly rounded.
@@ -50,12 +50,12 @@ impl<I: Isa> Group<I> {
     #[inline(always)]
     fn quotients(&self, isa: I, x: [I::F32; 4]) -> [I::F32; 4] {
         if self.small {
-            return x.map(|x| isa.div(flush(isa, x), self.s));
+            return four!(j => isa.div(flush(isa, x[j]), self.s));
         }
-        x.map(|x| {
-            let q = isa.mul(x, self.inverse);
-            let q = isa.mul_add(isa.neg_mul_add(q, self.s, x), self.inverse, q);
-            isa.mul_add(isa.neg_mul_add(q, self.s, x), self.inverse, q)
+        four!(j => {
+            let q = isa.mul(x[j], self.inverse);
+            let q = isa.mul_add(isa.neg_mul_add(q, self.s, x[j]), self.inverse, q);
+            isa.mul_add(isa.neg_mul_add(q, self.s, x[j]), self.inverse, q)
         })
     }
 }
@@ -75,7 +75,7 @@ impl<I: Isa> Coder<I> for Nearest {
     #[inline(always)]
     fn encode(&mut self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
         let x = group.flushed(isa, x);
-        let t = x.map(|x| isa.round(isa.mul(x, group.inverse)));
+        let t = four!(j => isa.round(isa.mul(x[j], group.inverse)));
         isa.narrow(t, group.z, self.last)
     }
 }
@@ -86,8 +86,8 @@ pub(super) struct Sign;
 impl<I: Isa> Coder<I> for Sign {
     #[inline(always)]
     fn encode(&mut self, isa: I, _group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
-        let positive = |x| isa.gt(x, isa.splat(-MIN_NORMAL));
-        let bits = x.map(|x| isa.select_i32(positive(x), isa.splat_i32(1), isa.splat_i32(0)));
+        let (limit, one, zero) = (isa.splat(-MIN_NORMAL), isa.splat_i32(1), isa.splat_i32(0));
+        let bits = four!(j => isa.select_i32(isa.gt(x[j], limit), one, zero));
         isa.narrow(bits, 0, 1)
     }
 }
@@ -108,7 +108,8 @@ impl Levels {
 impl<I: Isa> Coder<I> for Levels {
     #[inline(always)]
     fn encode(&mut self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
-        let t = group.flushed(isa, x).map(|x| isa.mul(x, group.inverse));
+        let x = group.flushed(isa, x);
+        let t = four!(j => isa.mul(x[j], group.inverse));
         let (zero, one) = (isa.splat_i32(0), isa.splat_i32(1));
         let mut level = [zero; 4];
         for threshold in &self.thresholds[..self.len] {
@@ -202,11 +203,12 @@ impl<I: Isa> Coder<I> for Drawn {
                 self.draws.stratified(isa, index, blocks, block)
             }
         };
-        let parts = group.quotients(isa, x).map(|t| split(isa, self.one_bit, t));
+        let t = group.quotients(isa, x);
+        let parts = four!(j => split(isa, self.one_bit, t[j]));
         let codes = if self.wide {
-            std::array::from_fn(|j| round_by_32(isa, parts[j], draws[j]))
+            four!(j => round_by_32(isa, parts[j], draws[j]))
         } else {
-            std::array::from_fn(|j| round_by_16(isa, parts[j], draws[j]))
+            four!(j => round_by_16(isa, parts[j], draws[j]))
         };
         let z = if self.one_bit { 0 } else { group.z };
         isa.narrow(codes, z, self.last)
@@ -238,14 +240,16 @@ impl<I: Isa> Coder<I> for Systematic {
         }
         let block = group.number * self.blocks_a_group + (at / BLOCK) as u64;
         let mut sum = isa.splat_i32(self.blocks.phase(isa, block) as i32);
-        let high = group.quotients(isa, x).map(|t| {
-            let (whole, fraction) = split(isa, self.one_bit, t);
+        let t = group.quotients(isa, x);
+        let mut high = [sum; 4];
+        for j in 0..4 {
+            let (whole, fraction) = split(isa, self.one_bit, t[j]);
             let fraction = isa.round(isa.mul(fraction, isa.splat((1u32 << 24) as f32)));
             let fixed = isa.add_i32(isa.shl::<24>(isa.round(whole)), fraction);
             let sums = isa.add_i32(isa.prefix_sum(fixed), sum);
             sum = isa.splat_last(sums);
-            isa.shr::<24>(sums)
-        });
+            high[j] = isa.shr::<24>(sums);
+        }
         let high = isa.narrow(high, 0, u8::MAX);
         let steps = isa.sub_u8(high, isa.previous_u8(high));
         let z = if self.one_bit { 0 } else { group.z as u8 };

@@ -2,7 +2,7 @@
 
 use crate::philox::{Generator, Purpose};
 use crate::scheme::{FULL_RANDOMNESS, Mode, Rounding};
-use crate::simd::{Isa, Kernel, LANES, TILE};
+use crate::simd::{Isa, Kernel, LANES, TILE, array, four};
 
 /// Elements drawn at once. Fits L1 beside the codes.
 const WINDOW: usize = 1024;
@@ -59,7 +59,7 @@ impl Draws {
         }
         let at = (index - self.begin) as usize;
         let (vectors, _) = self.window[at..at + TILE].as_chunks::<LANES>();
-        std::array::from_fn(|j| isa.load_i32(&vectors[j]))
+        four!(j => isa.load_i32(&vectors[j]))
     }
 
     #[inline(always)]
@@ -95,7 +95,7 @@ impl Draws {
     #[inline(always)]
     fn pair<I: Isa>(&mut self, isa: I) {
         let ones = u32::MAX >> (32 - self.bits());
-        let odd = isa.load_i32(&std::array::from_fn(|i| if i % 2 == 1 { ones } else { 0 }));
+        let odd = isa.load_i32(&array(|i| if i % 2 == 1 { ones } else { 0 }));
         let (vectors, _) = self.window.as_chunks_mut::<LANES>();
         for vector in vectors {
             let draw = isa.load_i32(vector);
@@ -132,7 +132,7 @@ impl Draws {
             strata.iter_mut().for_each(|draw| *draw = shrunk(*draw, bits, self.shrink));
         }
         let (vectors, _) = strata.as_chunks::<LANES>();
-        std::array::from_fn(|j| isa.load_i32(&vectors[j]))
+        four!(j => isa.load_i32(&vectors[j]))
     }
 }
 
@@ -154,7 +154,7 @@ impl Kernel for Refill<'_> {
 /// The permutation of 0…7 that a random word picks (Fisher and Yates, with the word as a fraction).
 #[inline(always)]
 fn permutation(word: u32) -> [u32; STRATUM] {
-    let mut order: [u32; STRATUM] = std::array::from_fn(|i| i as u32);
+    let mut order: [u32; STRATUM] = array(|i| i as u32);
     let mut fraction = u64::from(word);
     for i in (1..STRATUM).rev() {
         let scaled = fraction * (i as u64 + 1);

@@ -7,7 +7,7 @@ use super::coders::{Group, fraction};
 use super::scales::{Groups, MAX_BITS, MIN_NORMAL, Statistics, Sum, inverses, round_scales, thresholds};
 use crate::quantize::MSE_MULTIPLES;
 use crate::scheme::Scheme;
-use crate::simd::{Isa, Kernel, LANES, TILE, fold};
+use crate::simd::{Isa, Kernel, LANES, TILE, array, fold, four};
 
 /// Elements of one or more groups.
 #[derive(Clone, Copy)]
@@ -32,17 +32,14 @@ impl<'a> Elements<'a> {
     #[inline(always)]
     pub(super) fn tile<I: Isa>(&self, isa: I, at: usize) -> [I::F32; 4] {
         let x = self.x.tile(isa, at);
-        if self.nan_zero { x.map(|x| zero_nan(isa, x)) } else { x }
+        if self.nan_zero { four!(j => zero_nan(isa, x[j])) } else { x }
     }
 
-    /// The vectors of the elements in order, subnormals as 0, each with the number of elements it holds.
+    /// 16 elements from `at` on, subnormals as 0, zeros behind the end.
     #[inline(always)]
-    fn for_each_vector<I: Isa>(&self, isa: I, mut f: impl FnMut(I::F32, usize)) {
-        for at in (0..self.len()).step_by(TILE) {
-            for (j, x) in self.tile(isa, at).into_iter().enumerate() {
-                f(flush(isa, x), (self.len() - at).saturating_sub(j * LANES));
-            }
-        }
+    fn vector<I: Isa>(&self, isa: I, at: usize) -> I::F32 {
+        let x = self.x.vector(isa, at);
+        flush(isa, if self.nan_zero { zero_nan(isa, x) } else { x })
     }
 }
 
@@ -68,7 +65,7 @@ fn magnitude<I: Isa>(isa: I, x: I::F32) -> I::F32 {
 /// `x` in the first `n` lanes, 0 in the others.
 #[inline(always)]
 fn first_lanes<I: Isa>(isa: I, x: I::F32, n: usize) -> I::F32 {
-    let lanes = isa.load(&std::array::from_fn(|i| i as f32));
+    let lanes = isa.load(&array(|i| i as f32));
     isa.select(isa.gt(isa.splat(n.min(LANES) as f32), lanes), x, isa.splat(0.0))
 }
 
@@ -109,10 +106,10 @@ impl Kernel for Survey<'_> {
             let none = isa.splat_i32(0);
             let (mut top, mut bottom) = ([none; 4], [none; 4]);
             for at in (0..group.len()).step_by(TILE) {
-                let x = group.tile(isa, at).map(|x| isa.to_bits(x));
+                let x = group.tile(isa, at);
                 for j in 0..4 {
-                    top[j] = isa.max_i32(top[j], x[j]);
-                    bottom[j] = isa.max_u32(bottom[j], x[j]);
+                    top[j] = isa.max_i32(top[j], isa.to_bits(x[j]));
+                    bottom[j] = isa.max_u32(bottom[j], isa.to_bits(x[j]));
                 }
             }
             let top = isa.max_i32(isa.max_i32(top[0], top[1]), isa.max_i32(top[2], top[3]));
@@ -158,10 +155,11 @@ impl Kernel for Sums<'_> {
         let mut rows = [isa.splat(0.0); LANES];
         for (row, first) in rows.iter_mut().zip((0..self.x.len()).step_by(self.group_len)) {
             let group = self.x.part(first, self.group_len.min(self.x.len() - first));
-            group.for_each_vector(isa, |x, _| {
+            for at in (0..group.len()).step_by(LANES) {
+                let x = group.vector(isa, at);
                 let term = if self.sum == Sum::Square { isa.mul(x, x) } else { magnitude(isa, x) };
                 *row = isa.add(*row, term);
-            });
+            }
         }
         totals(isa, &rows)
     }
@@ -210,7 +208,8 @@ impl Search<'_> {
         let (lowest, highest) = (isa.splat(-self.z), isa.splat(last - self.z));
         let table = self.scheme.table().map(|table| (table.levels(), thresholds(table.levels()).0));
         let mut sum = isa.splat(0.0);
-        self.x.for_each_vector(isa, |x, n| {
+        for at in (0..self.x.len()).step_by(LANES) {
+            let x = self.x.vector(isa, at);
             let t = isa.mul(x, inverse);
             let v = match &table {
                 None => isa.max(lowest, isa.min(highest, isa.to_f32(isa.round(t)))),
@@ -224,8 +223,8 @@ impl Search<'_> {
                 }
             };
             let d = isa.sub(x, isa.mul(s, v));
-            sum = isa.add(sum, first_lanes(isa, isa.mul(d, d), n));
-        });
+            sum = isa.add(sum, first_lanes(isa, isa.mul(d, d), self.x.len() - at));
+        }
         sum
     }
 }
@@ -248,17 +247,20 @@ impl Kernel for PreserveVariance<'_> {
         let zero = isa.splat(0.0);
         let n = x.len() as f32;
         let mut rows = [zero; LANES];
-        x.for_each_vector(isa, |x, _| rows[0] = isa.add(rows[0], x));
+        for at in (0..x.len()).step_by(LANES) {
+            rows[0] = isa.add(rows[0], x.vector(isa, at));
+        }
         let mean = totals(isa, &rows)[0] / n;
 
         let group = Group::new(isa, s, inverses(&[s; LANES])[0], z, 0, 0);
         let (mut squares, mut noise) = (zero, zero);
-        x.for_each_vector(isa, |x, n| {
-            let d = isa.sub(x, isa.splat(mean));
-            squares = isa.add(squares, first_lanes(isa, isa.mul(d, d), n));
-            let f = fraction(isa, &group, x);
+        for at in (0..x.len()).step_by(LANES) {
+            let v = x.vector(isa, at);
+            let d = isa.sub(v, isa.splat(mean));
+            squares = isa.add(squares, first_lanes(isa, isa.mul(d, d), x.len() - at));
+            let f = fraction(isa, &group, v);
             noise = isa.add(noise, isa.mul(f, isa.sub(isa.splat(1.0), f)));
-        });
+        }
         (rows[0], rows[1]) = (squares, noise);
         let sums = totals(isa, &rows);
         let variance = sums[0] / n;

@@ -55,3 +55,22 @@ impl Rows<'_> {
         isa.vectorize(UnpackSpan { job: &job, span, planes, scales, zero_points, out });
     }
 }
+
+impl Scales<'_> {
+    /// Widens the scales from `first` on.
+    #[inline(always)]
+    pub(crate) fn widen(&self, first: usize, to: &mut [f32]) {
+        match self {
+            Self::Bf16(s) => {
+                for (to, s) in to.iter_mut().zip(&s[first..]) {
+                    *to = f32::from_bits(u32::from(*s) << 16);
+                }
+            }
+            _ => {
+                for (i, to) in to.iter_mut().enumerate() {
+                    *to = self.get(first + i);
+                }
+            }
+        }
+    }
+}

@@ -6,7 +6,7 @@
 use half::f16;
 
 use crate::scheme::{ScaleDtype, ScaleRule, Scheme, TABLE_ZERO};
-use crate::simd::LANES;
+use crate::simd::{LANES, array};
 
 /// A number for each of sixteen groups.
 pub(super) type Groups = [f32; LANES];
@@ -96,7 +96,7 @@ impl Rule {
 /// `f` of each group.
 #[inline(always)]
 fn each(f: impl Fn(usize) -> f32) -> Groups {
-    std::array::from_fn(f)
+    array(f)
 }
 
 /// Rounds to half precision and back; not inlined sixteen times over.
@@ -116,11 +116,11 @@ fn step_f16(s: f32, ulps: i32) -> f32 {
 #[inline(always)]
 fn round_to(dtype: ScaleDtype, s: Groups) -> Groups {
     match dtype {
-        ScaleDtype::Bf16 => s.map(|s| {
-            let bits = s.to_bits();
+        ScaleDtype::Bf16 => each(|i| {
+            let bits = s[i].to_bits();
             f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
         }),
-        ScaleDtype::F16 => s.map(through_f16),
+        ScaleDtype::F16 => each(|i| through_f16(s[i])),
         ScaleDtype::F32 => s,
     }
 }
@@ -128,7 +128,7 @@ fn round_to(dtype: ScaleDtype, s: Groups) -> Groups {
 /// Magnitudes below the least normal one become 0. (No f16 but 0 is that small.)
 #[inline(always)]
 fn without_subnormals(s: Groups) -> Groups {
-    s.map(|s| if s.abs() < MIN_NORMAL { 0.0 } else { s })
+    each(|i| if s[i].abs() < MIN_NORMAL { 0.0 } else { s[i] })
 }
 
 /// Scales as they are stored: rounded to their type, none subnormal as f32.
@@ -142,9 +142,9 @@ pub(super) fn round_scales(dtype: ScaleDtype, s: Groups) -> Groups {
 fn neighbours(dtype: ScaleDtype, s: Groups, ulps: i32) -> Groups {
     let step = |s: f32, ulp: i32| f32::from_bits((s.to_bits() as i32 + ulps * ulp).max(0) as u32);
     match dtype {
-        ScaleDtype::Bf16 => s.map(|s| step(s, 1 << 16)),
-        ScaleDtype::F16 => s.map(|s| step_f16(s, ulps)),
-        ScaleDtype::F32 => s.map(|s| step(s, 1)),
+        ScaleDtype::Bf16 => each(|i| step(s[i], 1 << 16)),
+        ScaleDtype::F16 => each(|i| step_f16(s[i], ulps)),
+        ScaleDtype::F32 => each(|i| step(s[i], 1)),
     }
 }
 
@@ -202,7 +202,8 @@ pub(super) fn zero_points(rule: Rule, scheme: &Scheme, x: &Statistics, s: &Group
         return [z; LANES];
     }
     let last = (1u32 << scheme.bits()) as f32 - 1.0;
-    let clamped = |i: usize, z: f32| if s[i] == 0.0 { 0.0 } else { z.clamp(0.0, last) };
+    // The addition turns −0 into 0: zero points are integers.
+    let clamped = |i: usize, z: f32| if s[i] == 0.0 { 0.0 } else { z.clamp(0.0, last) + 0.0 };
     match rule {
         Rule::CoveringRange(_) => each(|i| clamped(i, (-f64::from(x.min[i]) / f64::from(s[i])).ceil() as f32)),
         _ => each(|i| clamped(i, (-x.min[i] / s[i]).round_ties_even())),

@@ -3,11 +3,10 @@
 #![expect(unsafe_code, reason = "vendor intrinsics; the token proves that the CPU has them")]
 
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 use half::{bf16, f16};
 
-use super::{Isa, Kernel};
+use super::{Isa, Kernel, four};
 
 /// Proof that the CPU has AVX2, FMA, F16C, BMI1 and BMI2.
 #[derive(Debug, Clone, Copy)]
@@ -64,19 +63,39 @@ fn halves_mut<T, const N: usize, const H: usize>(a: &mut [T; N]) -> [&mut [T; H]
     [first, second]
 }
 
-/// The same operation on both registers.
+/// The same on both registers, halves in memory, or other pairs.
 macro_rules! both {
+    ($a:expr, |$x:ident| $value:expr) => {{
+        let [first, second] = $a;
+        [
+            {
+                let $x = first;
+                $value
+            },
+            {
+                let $x = second;
+                $value
+            },
+        ]
+    }};
+}
+
+/// An intrinsic on the registers of up to three vectors.
+macro_rules! each {
     ($a:expr, |$x:ident| $call:expr) => {
-        $a.map(|$x| op!($call))
+        both!([0, 1], |i| {
+            let $x = $a[i];
+            op!($call)
+        })
     };
     ($a:expr, $b:expr, |$x:ident, $y:ident| $call:expr) => {
-        from_fn(|i| {
+        both!([0, 1], |i| {
             let ($x, $y) = ($a[i], $b[i]);
             op!($call)
         })
     };
     ($a:expr, $b:expr, $c:expr, |$x:ident, $y:ident, $z:ident| $call:expr) => {
-        from_fn(|i| {
+        both!([0, 1], |i| {
             let ($x, $y, $z) = ($a[i], $b[i], $c[i]);
             op!($call)
         })
@@ -105,11 +124,11 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn load(self, from: &[f32; 16]) -> Self::F32 {
-        halves::<_, 16, 8>(from).map(|half| mem!(_mm256_loadu_ps(half.as_ptr())))
+        both!(halves::<_, 16, 8>(from), |half| mem!(_mm256_loadu_ps(half.as_ptr())))
     }
     #[inline(always)]
     fn load_f64(self, from: &[f64; 16]) -> Self::F32 {
-        halves::<_, 16, 8>(from).map(|half| {
+        both!(halves::<_, 16, 8>(from), |half| {
             let [low, high] = halves::<_, 8, 4>(half);
             let low = mem!(_mm256_cvtpd_ps(_mm256_loadu_pd(low.as_ptr())));
             let high = mem!(_mm256_cvtpd_ps(_mm256_loadu_pd(high.as_ptr())));
@@ -118,14 +137,14 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn load_bf16(self, from: &[bf16; 16]) -> Self::F32 {
-        halves::<_, 16, 8>(from).map(|half| {
+        both!(halves::<_, 16, 8>(from), |half| {
             let bits = mem!(_mm256_cvtepu16_epi32(_mm_loadu_si128(half.as_ptr().cast())));
             op!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
         })
     }
     #[inline(always)]
     fn load_f16(self, from: &[f16; 16]) -> Self::F32 {
-        halves::<_, 16, 8>(from).map(|half| mem!(_mm256_cvtph_ps(_mm_loadu_si128(half.as_ptr().cast()))))
+        both!(halves::<_, 16, 8>(from), |half| mem!(_mm256_cvtph_ps(_mm_loadu_si128(half.as_ptr().cast()))))
     }
     #[inline(always)]
     fn store<const STREAM: bool>(self, to: &mut [f32; 16], v: Self::F32) {
@@ -162,7 +181,7 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: Self::F32) {
-        let [low, high] = v.map(|v| op!(_mm256_cvtps_ph::<RNE>(v)));
+        let [low, high] = each!(v, |v| _mm256_cvtps_ph::<RNE>(v));
         self.store_16(to.as_mut_ptr().cast(), op!(_mm256_set_m128i(high, low)), STREAM);
     }
     #[inline(always)]
@@ -172,59 +191,59 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(a, b, |a, b| _mm256_add_ps(a, b))
+        each!(a, b, |a, b| _mm256_add_ps(a, b))
     }
     #[inline(always)]
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(a, b, |a, b| _mm256_sub_ps(a, b))
+        each!(a, b, |a, b| _mm256_sub_ps(a, b))
     }
     #[inline(always)]
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(a, b, |a, b| _mm256_mul_ps(a, b))
+        each!(a, b, |a, b| _mm256_mul_ps(a, b))
     }
     #[inline(always)]
     fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(a, b, |a, b| _mm256_div_ps(a, b))
+        each!(a, b, |a, b| _mm256_div_ps(a, b))
     }
     #[inline(always)]
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
-        both!(a, b, c, |a, b, c| _mm256_fmadd_ps(a, b, c))
+        each!(a, b, c, |a, b, c| _mm256_fmadd_ps(a, b, c))
     }
     #[inline(always)]
     fn neg_mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
-        both!(a, b, c, |a, b, c| _mm256_fnmadd_ps(a, b, c))
+        each!(a, b, c, |a, b, c| _mm256_fnmadd_ps(a, b, c))
     }
     #[inline(always)]
     fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(a, b, |a, b| _mm256_min_ps(a, b))
+        each!(a, b, |a, b| _mm256_min_ps(a, b))
     }
     #[inline(always)]
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(a, b, |a, b| _mm256_max_ps(a, b))
+        each!(a, b, |a, b| _mm256_max_ps(a, b))
     }
     #[inline(always)]
     fn floor(self, a: Self::F32) -> Self::F32 {
-        both!(a, |a| _mm256_floor_ps(a))
+        each!(a, |a| _mm256_floor_ps(a))
     }
     #[inline(always)]
     fn to_bits(self, a: Self::F32) -> Self::I32 {
-        both!(a, |a| _mm256_castps_si256(a))
+        each!(a, |a| _mm256_castps_si256(a))
     }
     #[inline(always)]
     fn from_bits(self, a: Self::I32) -> Self::F32 {
-        both!(a, |a| _mm256_castsi256_ps(a))
+        each!(a, |a| _mm256_castsi256_ps(a))
     }
     #[inline(always)]
     fn round(self, a: Self::F32) -> Self::I32 {
-        both!(a, |a| _mm256_cvtps_epi32(a))
+        each!(a, |a| _mm256_cvtps_epi32(a))
     }
     #[inline(always)]
     fn to_f32(self, a: Self::I32) -> Self::F32 {
-        both!(a, |a| _mm256_cvtepi32_ps(a))
+        each!(a, |a| _mm256_cvtepi32_ps(a))
     }
     #[inline(always)]
     fn gt(self, a: Self::F32, b: Self::F32) -> Self::Mask {
-        both!(a, b, |a, b| _mm256_cmp_ps::<_CMP_GT_OQ>(a, b))
+        each!(a, b, |a, b| _mm256_cmp_ps::<_CMP_GT_OQ>(a, b))
     }
     #[inline(always)]
     fn negative(self, a: Self::F32) -> Self::Mask {
@@ -232,7 +251,7 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
-        both!(mask, a, b, |mask, a, b| _mm256_blendv_ps(b, a, mask))
+        each!(mask, a, b, |mask, a, b| _mm256_blendv_ps(b, a, mask))
     }
     #[inline(always)]
     fn select_i32(self, mask: Self::Mask, a: Self::I32, b: Self::I32) -> Self::I32 {
@@ -251,12 +270,12 @@ impl Isa for Avx2 {
                 pair([a_low, b_low], [a_high, b_high])
             }
             2 => pair(
-                both!(a, b, |a, b| _mm256_shuffle_ps::<0x44>(a, b)),
-                both!(a, b, |a, b| _mm256_shuffle_ps::<0xee>(a, b)),
+                each!(a, b, |a, b| _mm256_shuffle_ps::<0x44>(a, b)),
+                each!(a, b, |a, b| _mm256_shuffle_ps::<0xee>(a, b)),
             ),
             _ => pair(
-                both!(a, b, |a, b| _mm256_shuffle_ps::<0x88>(a, b)),
-                both!(a, b, |a, b| _mm256_shuffle_ps::<0xdd>(a, b)),
+                each!(a, b, |a, b| _mm256_shuffle_ps::<0x88>(a, b)),
+                each!(a, b, |a, b| _mm256_shuffle_ps::<0xdd>(a, b)),
             ),
         }
     }
@@ -267,7 +286,7 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn load_i32(self, from: &[u32; 16]) -> Self::I32 {
-        halves::<_, 16, 8>(from).map(|half| mem!(_mm256_loadu_si256(half.as_ptr().cast())))
+        both!(halves::<_, 16, 8>(from), |half| mem!(_mm256_loadu_si256(half.as_ptr().cast())))
     }
     #[inline(always)]
     fn store_i32(self, to: &mut [u32; 16], v: Self::I32) {
@@ -277,55 +296,55 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_add_epi32(a, b))
+        each!(a, b, |a, b| _mm256_add_epi32(a, b))
     }
     #[inline(always)]
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_sub_epi32(a, b))
+        each!(a, b, |a, b| _mm256_sub_epi32(a, b))
     }
     #[inline(always)]
     fn mul_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_mullo_epi32(a, b))
+        each!(a, b, |a, b| _mm256_mullo_epi32(a, b))
     }
     #[inline(always)]
     fn and(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_and_si256(a, b))
+        each!(a, b, |a, b| _mm256_and_si256(a, b))
     }
     #[inline(always)]
     fn or(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_or_si256(a, b))
+        each!(a, b, |a, b| _mm256_or_si256(a, b))
     }
     #[inline(always)]
     fn xor(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_xor_si256(a, b))
+        each!(a, b, |a, b| _mm256_xor_si256(a, b))
     }
     #[inline(always)]
     fn shl<const N: u32>(self, a: Self::I32) -> Self::I32 {
-        both!(a, |a| _mm256_sll_epi32(a, _mm_cvtsi32_si128(N as i32)))
+        each!(a, |a| _mm256_sll_epi32(a, _mm_cvtsi32_si128(N as i32)))
     }
     #[inline(always)]
     fn shr<const N: u32>(self, a: Self::I32) -> Self::I32 {
-        both!(a, |a| _mm256_srl_epi32(a, _mm_cvtsi32_si128(N as i32)))
+        each!(a, |a| _mm256_srl_epi32(a, _mm_cvtsi32_si128(N as i32)))
     }
     #[inline(always)]
     fn sar<const N: u32>(self, a: Self::I32) -> Self::I32 {
-        both!(a, |a| _mm256_sra_epi32(a, _mm_cvtsi32_si128(N as i32)))
+        each!(a, |a| _mm256_sra_epi32(a, _mm_cvtsi32_si128(N as i32)))
     }
     #[inline(always)]
     fn max_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_max_epi32(a, b))
+        each!(a, b, |a, b| _mm256_max_epi32(a, b))
     }
     #[inline(always)]
     fn max_u32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
-        both!(a, b, |a, b| _mm256_max_epu32(a, b))
+        each!(a, b, |a, b| _mm256_max_epu32(a, b))
     }
     #[inline(always)]
     fn repeat_even(self, a: Self::I32) -> Self::I32 {
-        both!(a, |a| _mm256_shuffle_epi32::<0xa0>(a))
+        each!(a, |a| _mm256_shuffle_epi32::<0xa0>(a))
     }
     #[inline(always)]
     fn prefix_sum(self, a: Self::I32) -> Self::I32 {
-        let [low, high] = a.map(|a| {
+        let [low, high] = both!(a, |a| {
             let a = op!(_mm256_add_epi32(a, _mm256_slli_si256::<4>(a)));
             let a = op!(_mm256_add_epi32(a, _mm256_slli_si256::<8>(a)));
             // The sum of the lower four lanes, to be added to the upper four.
@@ -341,7 +360,7 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn wide(self, a: Self::I32) -> Self::Wide {
-        let odd: [__m256i; 2] = both!(a, |a| _mm256_srli_epi64::<32>(a));
+        let odd: [__m256i; 2] = each!(a, |a| _mm256_srli_epi64::<32>(a));
         [a[0], odd[0], a[1], odd[1]]
     }
     #[inline(always)]
@@ -350,25 +369,25 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn wide_mul(self, a: Self::Wide, m: u32) -> Self::Wide {
-        both!(a, |a| _mm256_mul_epu32(a, _mm256_set1_epi32(m as i32)))
+        let m = op!(_mm256_set1_epi32(m as i32));
+        four!(i => op!(_mm256_mul_epu32(a[i], m)))
     }
     #[inline(always)]
     fn wide_high(self, a: Self::Wide) -> Self::Wide {
-        both!(a, |a| _mm256_srli_epi64::<32>(a))
+        four!(i => op!(_mm256_srli_epi64::<32>(a[i])))
     }
     #[inline(always)]
     fn wide_xor3(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
-        both!(a, b, c, |a, b, c| _mm256_xor_si256(_mm256_xor_si256(a, b), c))
+        four!(i => op!(_mm256_xor_si256(_mm256_xor_si256(a[i], b[i]), c[i])))
     }
     #[inline(always)]
     fn narrow_wide(self, a: Self::Wide) -> Self::I32 {
-        let merge = |even, odd| op!(_mm256_blend_epi32::<0xaa>(even, _mm256_slli_epi64::<32>(odd)));
-        [merge(a[0], a[1]), merge(a[2], a[3])]
+        both!([0, 2], |i| op!(_mm256_blend_epi32::<0xaa>(a[i], _mm256_slli_epi64::<32>(a[i + 1]))))
     }
 
     #[inline(always)]
     fn load_u8(self, from: &[u8; 64]) -> Self::U8 {
-        halves::<_, 64, 32>(from).map(|half| mem!(_mm256_loadu_si256(half.as_ptr().cast())))
+        both!(halves::<_, 64, 32>(from), |half| mem!(_mm256_loadu_si256(half.as_ptr().cast())))
     }
     #[inline(always)]
     fn store_u8(self, to: &mut [u8; 64], v: Self::U8) {
@@ -382,20 +401,20 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn add_u8(self, a: Self::U8, b: Self::U8) -> Self::U8 {
-        both!(a, b, |a, b| _mm256_add_epi8(a, b))
+        each!(a, b, |a, b| _mm256_add_epi8(a, b))
     }
     #[inline(always)]
     fn sub_u8(self, a: Self::U8, b: Self::U8) -> Self::U8 {
-        both!(a, b, |a, b| _mm256_sub_epi8(a, b))
+        each!(a, b, |a, b| _mm256_sub_epi8(a, b))
     }
     #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
-        let shifted = both!(a, |a| _mm256_srl_epi16(a, _mm_cvtsi32_si128(shift as i32)));
+        let shifted = each!(a, |a| _mm256_srl_epi16(a, _mm_cvtsi32_si128(shift as i32)));
         self.and(shifted, self.splat_u8(mask))
     }
     #[inline(always)]
     fn shl_or_u8(self, a: Self::U8, shift: u32, b: Self::U8) -> Self::U8 {
-        self.or(both!(a, |a| _mm256_sll_epi16(a, _mm_cvtsi32_si128(shift as i32))), b)
+        self.or(each!(a, |a| _mm256_sll_epi16(a, _mm_cvtsi32_si128(shift as i32))), b)
     }
     #[inline(always)]
     fn previous_u8(self, a: Self::U8) -> Self::U8 {
@@ -408,14 +427,14 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn lookup_u8(self, a: Self::U8, table: &[u8; 16]) -> Self::U8 {
         let table = mem!(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())));
-        both!(a, |a| _mm256_shuffle_epi8(table, a))
+        each!(a, |a| _mm256_shuffle_epi8(table, a))
     }
     #[inline(always)]
     fn narrow(self, v: [Self::I32; 4], z: i32, max: u8) -> Self::U8 {
         let z = op!(_mm256_set1_epi16(z as i16));
         let order = op!(_mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        let words: [__m256i; 4] = v.map(|v| op!(_mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), z)));
-        from_fn(|i| {
+        let words = four!(j => op!(_mm256_adds_epi16(_mm256_packs_epi32(v[j][0], v[j][1]), z)));
+        both!([0, 1], |i| {
             let bytes = op!(_mm256_packus_epi16(words[2 * i], words[2 * i + 1]));
             let bytes = op!(_mm256_permutevar8x32_epi32(bytes, order));
             op!(_mm256_min_epu8(bytes, _mm256_set1_epi8(max as i8)))
@@ -423,8 +442,8 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn widen(self, a: Self::U8) -> [Self::I32; 4] {
-        from_fn(|j| {
-            let half = a[j / 2];
+        four!(j => {
+            let half: __m256i = a[j / 2];
             let quarter = if j % 2 == 0 {
                 op!(_mm256_castsi256_si128(half))
             } else {
@@ -435,33 +454,36 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn pack4(self, to: &mut [u8; 32], a: Self::U8) {
-        let [low, high] = both!(a, |a| _mm256_maddubs_epi16(a, _mm256_set1_epi16(0x1001)));
+        let [low, high] = each!(a, |a| _mm256_maddubs_epi16(a, _mm256_set1_epi16(0x1001)));
         let packed = op!(_mm256_permute4x64_epi64::<0xd8>(_mm256_packus_epi16(low, high)));
         mem!(_mm256_storeu_si256(to.as_mut_ptr().cast(), packed));
     }
     #[inline(always)]
     fn pack2(self, to: &mut [u8; 16], a: Self::U8) {
-        let pairs: [__m256i; 2] = both!(a, |a| _mm256_maddubs_epi16(a, _mm256_set1_epi16(0x0401)));
-        let [low, high] = both!(pairs, |pairs| _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x0010_0001)));
+        let pairs: [__m256i; 2] = each!(a, |a| _mm256_maddubs_epi16(a, _mm256_set1_epi16(0x0401)));
+        let [low, high] = each!(pairs, |pairs| _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x0010_0001)));
         let words = op!(_mm256_permute4x64_epi64::<0xd8>(_mm256_packus_epi32(low, high)));
-        let bytes = op!(_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)));
+        let bytes =
+            op!(_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)));
         mem!(_mm_storeu_si128(to.as_mut_ptr().cast(), bytes));
     }
     #[inline(always)]
     fn pack1(self, to: &mut [u8; 8], a: Self::U8) {
-        let [low, high] = a.map(|a| op!(_mm256_movemask_epi8(_mm256_slli_epi16::<7>(a))) as u32);
+        let [low, high] = each!(a, |a| _mm256_movemask_epi8(_mm256_slli_epi16::<7>(a)) as u32);
         *to = (u64::from(high) << 32 | u64::from(low)).to_le_bytes();
     }
     #[inline(always)]
     fn unpack4(self, from: &[u8; 32]) -> Self::U8 {
-        let x = halves::<_, 32, 16>(from)
-            .map(|half| mem!(_mm256_cvtepu8_epi16(_mm_loadu_si128(half.as_ptr().cast()))));
-        self.and(self.or(x, both!(x, |x| _mm256_slli_epi16::<4>(x))), self.splat_u8(15))
+        let x = both!(halves::<_, 32, 16>(from), |half| mem!(_mm256_cvtepu8_epi16(_mm_loadu_si128(
+            half.as_ptr().cast()
+        ))));
+        self.and(self.or(x, each!(x, |x| _mm256_slli_epi16::<4>(x))), self.splat_u8(15))
     }
     #[inline(always)]
     fn unpack2(self, from: &[u8; 16]) -> Self::U8 {
-        let x = halves::<_, 16, 8>(from)
-            .map(|half| mem!(_mm256_cvtepu8_epi32(_mm_loadl_epi64(half.as_ptr().cast()))));
+        let x = both!(halves::<_, 16, 8>(from), |half| mem!(_mm256_cvtepu8_epi32(_mm_loadl_epi64(
+            half.as_ptr().cast()
+        ))));
         let spread = self.or(self.or(x, self.shl::<6>(x)), self.or(self.shl::<12>(x), self.shl::<18>(x)));
         self.and(spread, self.splat_u8(3))
     }
@@ -471,7 +493,7 @@ impl Isa for Avx2 {
             0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3
         ));
         let bit = op!(_mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64));
-        halves::<_, 8, 4>(from).map(|half| {
+        both!(halves::<_, 8, 4>(from), |half| {
             let bytes = op!(_mm256_shuffle_epi8(_mm256_set1_epi32(i32::from_le_bytes(*half)), byte_of_bit));
             let set = op!(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit));
             op!(_mm256_and_si256(set, _mm256_set1_epi8(1)))

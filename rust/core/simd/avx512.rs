@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Isa, Kernel};
+use super::{Isa, Kernel, array};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VBMI.
 #[derive(Debug, Clone, Copy)]
@@ -303,15 +303,19 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn wide_mul(self, a: [__m512i; 2], m: u32) -> [__m512i; 2] {
-        a.map(|a| op!(_mm512_mul_epu32(a, _mm512_set1_epi32(m as i32))))
+        let m = self.splat_i32(m as i32);
+        op!([_mm512_mul_epu32(a[0], m), _mm512_mul_epu32(a[1], m)])
     }
     #[inline(always)]
     fn wide_high(self, a: [__m512i; 2]) -> [__m512i; 2] {
-        a.map(|a| op!(_mm512_srli_epi64::<32>(a)))
+        op!([_mm512_srli_epi64::<32>(a[0]), _mm512_srli_epi64::<32>(a[1])])
     }
     #[inline(always)]
     fn wide_xor3(self, a: [__m512i; 2], b: [__m512i; 2], c: [__m512i; 2]) -> [__m512i; 2] {
-        std::array::from_fn(|i| op!(_mm512_ternarylogic_epi64::<0x96>(a[i], b[i], c[i])))
+        op!([
+            _mm512_ternarylogic_epi64::<0x96>(a[0], b[0], c[0]),
+            _mm512_ternarylogic_epi64::<0x96>(a[1], b[1], c[1]),
+        ])
     }
     #[inline(always)]
     fn narrow_wide(self, a: [__m512i; 2]) -> __m512i {
@@ -349,7 +353,7 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn previous_u8(self, a: __m512i) -> __m512i {
-        let before = self.load_u8(&std::array::from_fn(|i| (i as u8).wrapping_sub(1)));
+        let before = self.load_u8(&array(|i| (i as u8).wrapping_sub(1)));
         op!(_mm512_maskz_permutexvar_epi8(!1, before, a))
     }
     #[inline(always)]
@@ -360,7 +364,7 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn narrow(self, v: [__m512i; 4], z: i32, max: u8) -> __m512i {
         // Quarter q of the packed bytes holds the quarters q of v[0] to v[3]; the permutation transposes that.
-        let order = self.load_i32(&std::array::from_fn(|i| (i % 4 * 4 + i / 4) as u32));
+        let order = self.load_i32(&array(|i| (i % 4 * 4 + i / 4) as u32));
         let z = op!(_mm512_set1_epi16(z as i16));
         let low = op!(_mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), z));
         let high = op!(_mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), z));

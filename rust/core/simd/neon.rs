@@ -4,11 +4,13 @@
 //! trampoline is needed. Half precision is converted by inline assembly (`fcvtl`, `fcvtn`): the instructions are
 //! baseline too, their intrinsics are younger than the oldest compiler supported.
 
-#![expect(unsafe_code, reason = "vector intrinsics are unsafe to call from functions without target features")]
+#![expect(
+    unsafe_code,
+    reason = "vector intrinsics are unsafe to call from functions without target features"
+)]
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
-use std::array::from_fn;
 
 use half::{bf16, f16};
 
@@ -32,6 +34,13 @@ pub struct Wide {
     high: [uint32x4_t; 4],
 }
 
+/// Four values, one a register. Spelled out: `array::from_fn` and `map` reach the same code, but the compiler
+/// takes several times as long to get there.
+#[inline(always)]
+fn quads<T>(f: impl Fn(usize) -> T) -> [T; 4] {
+    [f(0), f(1), f(2), f(3)]
+}
+
 /// An intrinsic without memory operands.
 macro_rules! simd {
     ($call:expr) => {
@@ -44,7 +53,7 @@ macro_rules! simd {
 /// The same intrinsic on each of the four registers.
 macro_rules! each {
     ($f:ident $(::<$n:literal>)? ($($a:expr),*)) => {
-        from_fn(|i| simd!($f $(::<$n>)? ($($a[i]),*)))
+        quads(|i| simd!($f $(::<$n>)? ($($a[i]),*)))
     };
 }
 
@@ -53,16 +62,17 @@ macro_rules! load {
     ($f:ident, $from:expr, $lanes:literal) => {
         // SAFETY: NEON as above; register `i` covers `$lanes` elements from `i * $lanes`, and the array the
         // reference points to has four times that many. The cast is from bf16 or f16 to their bits.
-        from_fn(|i| unsafe { $f($from.as_ptr().add($lanes * i).cast()) })
+        quads(|i| unsafe { $f($from.as_ptr().add($lanes * i).cast()) })
     };
 }
 
 /// Four registers to memory.
 macro_rules! store {
     ($f:ident, $to:expr, $v:expr, $lanes:literal) => {
-        for (i, v) in $v.into_iter().enumerate() {
+        let v = $v;
+        for i in 0..4 {
             // SAFETY: as for `load!`; the reference is exclusive.
-            unsafe { $f($to.as_mut_ptr().add($lanes * i).cast(), v) }
+            unsafe { $f($to.as_mut_ptr().add($lanes * i).cast(), v[i]) }
         }
     };
 }
@@ -149,12 +159,12 @@ impl Isa for Neon {
     #[inline(always)]
     fn load_bf16(self, from: &[bf16; 16]) -> Self::F32 {
         let bits: [uint16x4_t; 4] = load!(vld1_u16, from, 4);
-        from_fn(|i| simd!(vreinterpretq_f32_u32(vshll_n_u16::<16>(bits[i]))))
+        quads(|i| simd!(vreinterpretq_f32_u32(vshll_n_u16::<16>(bits[i]))))
     }
     #[inline(always)]
     fn load_f16(self, from: &[f16; 16]) -> Self::F32 {
         let bits: [uint16x4_t; 4] = load!(vld1_u16, from, 4);
-        bits.map(widen_f16)
+        quads(|i| widen_f16(bits[i]))
     }
     // Arm's non-temporal pair (`stnp`) is a hint that cores are free to ignore: STREAM stores plainly.
     #[inline(always)]
@@ -163,18 +173,18 @@ impl Isa for Neon {
     }
     #[inline(always)]
     fn store_f64<const STREAM: bool>(self, to: &mut [f64; 16], v: Self::F32) {
-        let low = v.map(|v| simd!(vcvt_f64_f32(vget_low_f32(v))));
-        let high = v.map(|v| simd!(vcvt_high_f64_f32(v)));
+        let low = quads(|i| simd!(vcvt_f64_f32(vget_low_f32(v[i]))));
+        let high = quads(|i| simd!(vcvt_high_f64_f32(v[i])));
         store!(vst1q_f64, to[..8], [low[0], high[0], low[1], high[1]], 2);
         store!(vst1q_f64, to[8..], [low[2], high[2], low[3], high[3]], 2);
     }
     #[inline(always)]
     fn store_bf16<const STREAM: bool>(self, to: &mut [bf16; 16], v: Self::F32) {
-        store!(vst1_u16, to, v.map(narrow_bf16), 4);
+        store!(vst1_u16, to, quads(|i| narrow_bf16(v[i])), 4);
     }
     #[inline(always)]
     fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: Self::F32) {
-        store!(vst1_u16, to, v.map(narrow_f16), 4);
+        store!(vst1_u16, to, quads(|i| narrow_f16(v[i])), 4);
     }
     #[inline(always)]
     fn fence(self) {}
@@ -237,7 +247,7 @@ impl Isa for Neon {
     }
     #[inline(always)]
     fn negative(self, a: Self::F32) -> Self::Mask {
-        from_fn(|i| simd!(vcltzq_s32(vreinterpretq_s32_f32(a[i]))))
+        quads(|i| simd!(vcltzq_s32(vreinterpretq_s32_f32(a[i]))))
     }
     #[inline(always)]
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
@@ -305,16 +315,16 @@ impl Isa for Neon {
     // A shift by a register of equal constants becomes the immediate form.
     #[inline(always)]
     fn shl<const N: u32>(self, a: Self::I32) -> Self::I32 {
-        from_fn(|i| simd!(vshlq_s32(a[i], vdupq_n_s32(N as i32))))
+        quads(|i| simd!(vshlq_s32(a[i], vdupq_n_s32(N as i32))))
     }
     #[inline(always)]
     fn shr<const N: u32>(self, a: Self::I32) -> Self::I32 {
         let right = |v| simd!(vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-(N as i32))));
-        from_fn(|i| simd!(vreinterpretq_s32_u32(right(a[i]))))
+        quads(|i| simd!(vreinterpretq_s32_u32(right(a[i]))))
     }
     #[inline(always)]
     fn sar<const N: u32>(self, a: Self::I32) -> Self::I32 {
-        from_fn(|i| simd!(vshlq_s32(a[i], vdupq_n_s32(-(N as i32)))))
+        quads(|i| simd!(vshlq_s32(a[i], vdupq_n_s32(-(N as i32)))))
     }
     #[inline(always)]
     fn max_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
@@ -324,7 +334,7 @@ impl Isa for Neon {
     fn max_u32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
         let unsigned = |v: Self::I32| -> [uint32x4_t; 4] { each!(vreinterpretq_u32_s32(v)) };
         let (a, b) = (unsigned(a), unsigned(b));
-        from_fn(|i| simd!(vreinterpretq_s32_u32(vmaxq_u32(a[i], b[i]))))
+        quads(|i| simd!(vreinterpretq_s32_u32(vmaxq_u32(a[i], b[i]))))
     }
     #[inline(always)]
     fn repeat_even(self, a: Self::I32) -> Self::I32 {
@@ -333,15 +343,17 @@ impl Isa for Neon {
     #[inline(always)]
     fn prefix_sum(self, a: Self::I32) -> Self::I32 {
         let zero = simd!(vdupq_n_s32(0));
-        let mut before = zero; // the sum of all earlier lanes, in every lane
-        a.map(|v| {
+        let within = quads(|i| {
             simd!({
-                let pairs = vaddq_s32(v, vextq_s32::<3>(zero, v));
-                let sums = vaddq_s32(vaddq_s32(pairs, vextq_s32::<2>(zero, pairs)), before);
-                before = vdupq_laneq_s32::<3>(sums);
-                sums
+                let pairs = vaddq_s32(a[i], vextq_s32::<3>(zero, a[i]));
+                vaddq_s32(pairs, vextq_s32::<2>(zero, pairs))
             })
-        })
+        });
+        let after = |sums, v| simd!(vaddq_s32(v, vdupq_laneq_s32::<3>(sums)));
+        let first = within[0];
+        let second = after(first, within[1]);
+        let third = after(second, within[2]);
+        [first, second, third, after(third, within[3])]
     }
     #[inline(always)]
     fn splat_last(self, a: Self::I32) -> Self::I32 {
@@ -369,8 +381,8 @@ impl Isa for Neon {
                 (vuzp1q_u32(first, second), vuzp2q_u32(first, second))
             })
         };
-        let products = a.low.map(halves);
-        Wide { low: products.map(|(low, _)| low), high: products.map(|(_, high)| high) }
+        let products = quads(|i| halves(a.low[i]));
+        Wide { low: quads(|i| products[i].0), high: quads(|i| products[i].1) }
     }
     #[inline(always)]
     fn wide_high(self, a: Self::Wide) -> Self::Wide {
@@ -378,7 +390,7 @@ impl Isa for Neon {
     }
     #[inline(always)]
     fn wide_xor3(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
-        let xor3 = |a: [_; 4], b: [_; 4], c: [_; 4]| from_fn(|i| simd!(veorq_u32(veorq_u32(a[i], b[i]), c[i])));
+        let xor3 = |a: [_; 4], b: [_; 4], c: [_; 4]| quads(|i| simd!(veorq_u32(veorq_u32(a[i], b[i]), c[i])));
         Wide { low: xor3(a.low, b.low, c.low), high: xor3(a.high, b.high, c.high) }
     }
     #[inline(always)]
@@ -412,12 +424,12 @@ impl Isa for Neon {
     #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
         let (left, mask) = simd!((vdupq_n_s8(-(shift as i8)), vdupq_n_u8(mask)));
-        from_fn(|i| simd!(vandq_u8(vshlq_u8(a[i], left), mask)))
+        quads(|i| simd!(vandq_u8(vshlq_u8(a[i], left), mask)))
     }
     #[inline(always)]
     fn shl_or_u8(self, a: Self::U8, shift: u32, b: Self::U8) -> Self::U8 {
         let left = simd!(vdupq_n_s8(shift as i8));
-        from_fn(|i| simd!(vorrq_u8(vshlq_u8(a[i], left), b[i])))
+        quads(|i| simd!(vorrq_u8(vshlq_u8(a[i], left), b[i])))
     }
     #[inline(always)]
     fn previous_u8(self, a: Self::U8) -> Self::U8 {
@@ -428,7 +440,7 @@ impl Isa for Neon {
     fn lookup_u8(self, a: Self::U8, table: &[u8; 16]) -> Self::U8 {
         // SAFETY: NEON as everywhere here; the array has the 16 bytes that are read.
         let table = unsafe { vld1q_u8(table.as_ptr()) };
-        a.map(|v| simd!(vqtbl1q_u8(table, v)))
+        quads(|i| simd!(vqtbl1q_u8(table, a[i])))
     }
     #[inline(always)]
     fn narrow(self, v: [Self::I32; 4], z: i32, max: u8) -> Self::U8 {
@@ -436,20 +448,19 @@ impl Isa for Neon {
         // Each step saturates: to i32, to 0…65535, to 0…255.
         let unsigned = |v| simd!(vqmovun_s32(vqaddq_s32(v, z)));
         let narrow = |a, b| simd!(vqmovn_u16(vcombine_u16(unsigned(a), unsigned(b))));
-        v.map(|v| simd!(vminq_u8(vcombine_u8(narrow(v[0], v[1]), narrow(v[2], v[3])), max)))
+        quads(|i| simd!(vminq_u8(vcombine_u8(narrow(v[i][0], v[i][1]), narrow(v[i][2], v[i][3])), max)))
     }
     #[inline(always)]
     fn widen(self, a: Self::U8) -> [Self::I32; 4] {
-        a.map(|v| {
+        quads(|i| {
             simd!({
-                let (low, high) = (vmovl_u8(vget_low_u8(v)), vmovl_high_u8(v));
-                let words = [
-                    vmovl_u16(vget_low_u16(low)),
-                    vmovl_high_u16(low),
-                    vmovl_u16(vget_low_u16(high)),
-                    vmovl_high_u16(high),
-                ];
-                words.map(|words| vreinterpretq_s32_u32(words))
+                let (low, high) = (vmovl_u8(vget_low_u8(a[i])), vmovl_high_u8(a[i]));
+                [
+                    vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))),
+                    vreinterpretq_s32_u32(vmovl_high_u16(low)),
+                    vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))),
+                    vreinterpretq_s32_u32(vmovl_high_u16(high)),
+                ]
             })
         })
     }
@@ -473,8 +484,8 @@ impl Isa for Neon {
         let bytes = simd!({
             // Element `i` to its bit, then neighbours added three times: eight bits a byte, in order.
             let place = vreinterpretq_s8_u64(vdupq_n_u64(0x0706_0504_0302_0100));
-            let [a, b, c, d] = a.map(|v| vshlq_u8(v, place));
-            let fours = vpaddq_u8(vpaddq_u8(a, b), vpaddq_u8(c, d));
+            let bits = |i: usize| vshlq_u8(a[i], place);
+            let fours = vpaddq_u8(vpaddq_u8(bits(0), bits(1)), vpaddq_u8(bits(2), bits(3)));
             vget_low_u8(vpaddq_u8(fours, fours))
         });
         // SAFETY: NEON as everywhere here; half a register fills the 8 bytes.
@@ -484,14 +495,15 @@ impl Isa for Neon {
     fn unpack4(self, from: &[u8; 32]) -> Self::U8 {
         // SAFETY: NEON as everywhere here; two registers cover the 32 bytes.
         let bytes = unsafe { [vld1q_u8(from.as_ptr()), vld1q_u8(from.as_ptr().add(16))] };
-        let [[a, b], [c, d]] = bytes.map(part::<4>);
+        let ([a, b], [c, d]) = (part::<4>(bytes[0]), part::<4>(bytes[1]));
         [a, b, c, d]
     }
     #[inline(always)]
     fn unpack2(self, from: &[u8; 16]) -> Self::U8 {
         // SAFETY: NEON as everywhere here; one register covers the 16 bytes.
         let bytes = unsafe { vld1q_u8(from.as_ptr()) };
-        let [[a, b], [c, d]] = part::<4>(bytes).map(part::<2>);
+        let [low, high] = part::<4>(bytes);
+        let ([a, b], [c, d]) = (part::<2>(low), part::<2>(high));
         [a, b, c, d]
     }
     #[inline(always)]
@@ -501,7 +513,7 @@ impl Isa for Neon {
         simd!({
             let bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
             let one = vdupq_n_u8(1);
-            from_fn(|i| {
+            quads(|i| {
                 // Byte 2i eight times, then byte 2i + 1 eight times.
                 let source = vcombine_u8(vdup_n_u8(2 * i as u8), vdup_n_u8(2 * i as u8 + 1));
                 vandq_u8(vtstq_u8(vqtbl1q_u8(vcombine_u8(bytes, bytes), source), bit), one)

@@ -2,20 +2,24 @@
 
 use half::{bf16, f16};
 
-use super::{Isa, Kernel};
+use super::{Isa, Kernel, array, four};
 
 /// Needs nothing of the CPU.
 #[derive(Debug, Clone, Copy)]
 pub struct Scalar;
 
 #[inline(always)]
-fn map<T: Copy, U, const N: usize>(a: [T; N], f: impl Fn(T) -> U) -> [U; N] {
-    std::array::from_fn(|i| f(a[i]))
+fn map<T: Copy, U: Copy + Default, const N: usize>(a: [T; N], f: impl Fn(T) -> U) -> [U; N] {
+    array(|i| f(a[i]))
 }
 
 #[inline(always)]
-fn zip<T: Copy, S: Copy, U, const N: usize>(a: [T; N], b: [S; N], f: impl Fn(T, S) -> U) -> [U; N] {
-    std::array::from_fn(|i| f(a[i], b[i]))
+fn zip<T: Copy, S: Copy, U: Copy + Default, const N: usize>(
+    a: [T; N],
+    b: [S; N],
+    f: impl Fn(T, S) -> U,
+) -> [U; N] {
+    array(|i| f(a[i], b[i]))
 }
 
 /// Packs `8 / W` fields a byte.
@@ -30,7 +34,7 @@ fn pack<const W: usize>(to: &mut [u8], a: [u8; 64]) {
 #[inline(always)]
 fn unpack<const W: usize>(from: &[u8]) -> [u8; 64] {
     let fields = 8 / W;
-    std::array::from_fn(|i| from[i / fields] >> (i % fields * W) & ((1 << W) - 1))
+    array(|i| from[i / fields] >> (i % fields * W) & ((1 << W) - 1))
 }
 
 impl Isa for Scalar {
@@ -104,11 +108,11 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+        array(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
     fn neg_mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
-        std::array::from_fn(|i| (-a[i]).mul_add(b[i], c[i]))
+        array(|i| (-a[i]).mul_add(b[i], c[i]))
     }
     #[inline(always)]
     fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
@@ -148,11 +152,11 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
-        std::array::from_fn(|i| if mask[i] { a[i] } else { b[i] })
+        array(|i| if mask[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
     fn select_i32(self, mask: Self::Mask, a: Self::I32, b: Self::I32) -> Self::I32 {
-        std::array::from_fn(|i| if mask[i] { a[i] } else { b[i] })
+        array(|i| if mask[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
     fn split<const H: usize>(self, a: Self::F32, b: Self::F32) -> (Self::F32, Self::F32) {
@@ -164,7 +168,7 @@ impl Isa for Scalar {
             _ => i / 4 * 4 + i % 2 * 2 + i % 4 / 2 * 16,
         };
         let pick = |i: usize| if i < 16 { a[i] } else { b[i - 16] };
-        (std::array::from_fn(|i| pick(source(i))), std::array::from_fn(|i| pick(source(i) + H)))
+        (array(|i| pick(source(i))), array(|i| pick(source(i) + H)))
     }
 
     #[inline(always)]
@@ -225,7 +229,7 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn repeat_even(self, a: Self::I32) -> Self::I32 {
-        std::array::from_fn(|i| a[i & !1])
+        array(|i| a[i & !1])
     }
     #[inline(always)]
     fn prefix_sum(self, mut a: Self::I32) -> Self::I32 {
@@ -257,7 +261,7 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn wide_xor3(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
-        std::array::from_fn(|i| a[i] ^ b[i] ^ c[i])
+        array(|i| a[i] ^ b[i] ^ c[i])
     }
     #[inline(always)]
     fn narrow_wide(self, a: Self::Wide) -> Self::I32 {
@@ -294,7 +298,7 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn previous_u8(self, a: Self::U8) -> Self::U8 {
-        std::array::from_fn(|i| if i == 0 { 0 } else { a[i - 1] })
+        array(|i| if i == 0 { 0 } else { a[i - 1] })
     }
     #[inline(always)]
     fn lookup_u8(self, a: Self::U8, table: &[u8; 16]) -> Self::U8 {
@@ -302,11 +306,11 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn narrow(self, v: [Self::I32; 4], z: i32, max: u8) -> Self::U8 {
-        std::array::from_fn(|i| v[i / 16][i % 16].saturating_add(z).clamp(0, i32::from(max)) as u8)
+        array(|i| v[i / 16][i % 16].saturating_add(z).clamp(0, i32::from(max)) as u8)
     }
     #[inline(always)]
     fn widen(self, a: Self::U8) -> [Self::I32; 4] {
-        std::array::from_fn(|j| std::array::from_fn(|i| i32::from(a[16 * j + i])))
+        four!(j => array(|i| i32::from(a[16 * j + i])))
     }
     #[inline(always)]
     fn pack4(self, to: &mut [u8; 32], a: Self::U8) {
