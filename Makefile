@@ -46,7 +46,7 @@ format: setup ## let ruff and rustfmt rewrite the sources
 	cargo fmt --all
 
 bench: setup ## time us and our peers in one process; record the ratios in benches/results/
-	$(BIN)/python -m pytest benches --benchmark-enable --benchmark-only --benchmark-disable-gc -q
+	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-only --benchmark-columns median
 	$(BIN)/python benches/tables.py
 
 bench-compare: setup ## time again; fail where a recorded ratio has lost more than 10 %

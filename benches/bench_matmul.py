@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import Contender
 from torch.nn import functional as F
 
 import turboquant_rs as tq
+from conftest import Contender
 
 N, K = 32768, 4096  # 512 MiB in f32, 68 MiB at 4 bits
 

@@ -1,14 +1,14 @@
-"""f32 tensor to packed planes, nearest rounding: against a copy of as many bytes and against other packers."""
+"""f32 tensor to packed planes, to nearest: against a copy of as many bytes and other packers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+import turboquant_rs as tq
 from conftest import Contender
 from peers import copies, gguf_blocks, numpy_groups, torch_eager
 from workload import GROUP_SIZE, bytes_moved, gaussian
-
-import turboquant_rs as tq
 
 
 def packer(x: torch.Tensor, packed: tq.PackedTensor, **rounding: object):
@@ -37,9 +37,7 @@ def test_pack_other_widths(contest, bits: int) -> None:
     x = gaussian()
     packed = tq.pack(x, bits=bits, group_size=GROUP_SIZE)
     moved = bytes_moved(x, packed)
-    contest(
-        Contender("ours", packer(x, packed)), Contender("copy", copies.plain_copy(moved)), moved=moved
-    )
+    contest(Contender("ours", packer(x, packed)), Contender("copy", copies.plain_copy(moved)), moved=moved)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +66,7 @@ def test_pack_halves(contest, dtype: torch.dtype) -> None:
     x = gaussian(dtype)
     packed = tq.pack(x, bits=4, group_size=GROUP_SIZE)
     moved = bytes_moved(x, packed)
-    contest(
-        Contender("ours", packer(x, packed)), Contender("copy", copies.plain_copy(moved)), moved=moved
-    )
+    contest(Contender("ours", packer(x, packed)), Contender("copy", copies.plain_copy(moved)), moved=moved)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

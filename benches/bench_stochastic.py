@@ -1,13 +1,13 @@
-"""Stochastic rounding, fused with packing: against nearest and against `torch.rand` added before the floor."""
+"""Stochastic rounding, fused with packing: against nearest and `torch.rand` added before the floor."""
 
 from __future__ import annotations
 
 import pytest
+
+import turboquant_rs as tq
 from conftest import Contender
 from peers import copies, torch_eager
 from workload import GROUP_SIZE, bytes_moved, gaussian
-
-import turboquant_rs as tq
 
 MODES = ["iid", "antithetic", "stratified", "systematic", "subtractive"]
 

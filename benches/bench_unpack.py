@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Contender
-from peers import copies, gguf_blocks, torch_eager
-from workload import GROUP_SIZE, K, ROWS, bytes_moved, gaussian
 
 import turboquant_rs as tq
+from conftest import Contender
+from peers import copies, gguf_blocks, torch_eager
+from workload import GROUP_SIZE, ROWS, K, bytes_moved, gaussian
 
 
 @pytest.mark.parametrize("bits", [4, 8])

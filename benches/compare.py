@@ -34,7 +34,7 @@ def main() -> int:
     if record["machine"]["cpu"] != machine.cpu_model():
         print(
             f"{RECORD.name} was recorded on {record['machine']['cpu']}, this is {machine.cpu_model()}; "
-            "ratios of two machines do not compare: check out the older commit and run `make bench` here first",
+            "ratios of two machines do not compare; record the older commit here first (`make bench`)",
             file=sys.stderr,
         )
         return 2
@@ -67,8 +67,9 @@ def loss(before: float, now: float) -> float:
 def measure(expression: str) -> Ratios:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "speed.json"
-        bench = [sys.executable, "-m", "pytest", str(BENCHES), "--benchmark-enable", "--benchmark-only"]
-        subprocess.run([*bench, "-q", "-k", expression, "--results", str(results)], check=True)
+        bench = [sys.executable, "-m", "pytest", "-q", str(BENCHES), "-k", expression]
+        options = ["--benchmark-enable", "--benchmark-only", "--benchmark-columns", "median"]
+        subprocess.run([*bench, *options, "--results", str(results)], check=True)
         return ratios(json.loads(results.read_text()))
 
 

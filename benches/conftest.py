@@ -1,22 +1,24 @@
 """The harness of the speed benches: contenders take turns, medians are compared, ratios are recorded.
 
-A time says little on a shared machine; the ratio of two medians taken in alternating rounds of one process says
-what it did there. So every test below `benches/` is one `contest`: our call and its peers, timed in turn. Our
-call is what pytest-benchmark reports; all of it goes to the file named by `--results`.
+A time says little on a shared machine; the ratio of two medians taken in alternating rounds of one process
+says more. So every test below `benches/` is one `contest`: our call and its peers, timed in turn. Our call is
+what pytest-benchmark reports; all of it goes to the file named by `--results`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
 import pytest
 import torch
+
+import machine
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 ROUNDS = 15
@@ -96,13 +98,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if rows:
         path = session.config.getoption("--results")
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine.describe(), "rounds": ROUNDS, "rows": rows}
+        load = [round(average, 2) for average in os.getloadavg()]  # ours included: a quiet machine is near 1
+        record = {"machine": machine.describe(), "rounds": ROUNDS, "load": load, "rows": rows}
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for row in config.stash[ROWS]:
         ratios = "  ".join(f"{name} ×{ratio:.2f}" for name, ratio in row["ratios"].items())
-        terminalreporter.write_line(
-            f"{row['row']:44} {row['seconds'] * 1e3:8.2f} ms {row['gigabytes_per_second']:6.1f} GB/s   {ratios}"
-        )
+        ours = f"{row['seconds'] * 1e3:8.2f} ms {row['gigabytes_per_second']:6.1f} GB/s"
+        terminalreporter.write_line(f"{row['row']:34} {ours}   {ratios}")

@@ -38,8 +38,16 @@ fn moved(elements: usize, planes: &Planes) -> usize {
     elements * 4 + planes.nbytes(1, elements) + elements / GROUP * 2
 }
 
-/// Copies as many bytes, read and written taken together.
+/// Reads and copies as many bytes, read and written taken together.
 fn bench_copy(c: &mut Criterion) {
+    let mut group = c.benchmark_group("read");
+    for (place, elements) in SIZES {
+        let from = vec![1u8; moved(elements, &Planes::of_bits(4))];
+        group.throughput(Throughput::Bytes(from.len() as u64));
+        group.bench_function(place, |b| b.iter(|| read_bandwidth(black_box(&from), 1)));
+    }
+    group.finish();
+
     let mut group = c.benchmark_group("copy");
     for (place, elements) in SIZES {
         let moved = moved(elements, &Planes::of_bits(4));

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turboquant_rs import ops
-from turboquant_rs.scheme import Rounding, Scheme
+from turboquant_rs import Rounding, Scheme, ops
 
 NEAREST = Rounding.nearest()
 VECTORS = Path(__file__).parent / "vectors"
@@ -159,7 +158,11 @@ class Specification(Backend):
 def _key(value: Any) -> Any:
     """What stands for an argument in a dictionary: tensors by their content."""
     if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return (
+            value.dtype,
+            tuple(value.shape),
+            value.contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
     return tuple(map(_key, value)) if isinstance(value, tuple | list) else value
 
 

@@ -11,12 +11,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import Backend, Specification
 
+from backends import Backend, Specification
 from turboquant_rs import ops
 
 ISAS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "avx512")
 COMPILED = (*(f"cpu:{isa}" for isa in ISAS), "cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tensors here are small: waking threads, torch's or ours, would cost more than the work. Tests of
+    threads set their number themselves."""
+    torch.set_num_threads(1)
 
 
 def _backend(name: str) -> Iterator[Backend]:

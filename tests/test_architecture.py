@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CARGO = shutil.which("cargo")
 
-needs_cargo = pytest.mark.skipif(CARGO is None, reason="cargo is not on PATH, the package was installed built")
+needs_cargo = pytest.mark.skipif(CARGO is None, reason="cargo is not on PATH")
 
 
 def test_python_rooms_import_only_what_lies_below_them() -> None:

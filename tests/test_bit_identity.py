@@ -16,11 +16,10 @@ from functools import cache
 
 import pytest
 import torch
-from backends import NEAREST, VECTORS, Backend, assert_identical
 from torch import Tensor
 
-from turboquant_rs import ops
-from turboquant_rs.scheme import Rounding, Scheme
+from backends import NEAREST, VECTORS, Backend, assert_identical
+from turboquant_rs import Rounding, Scheme, ops
 
 FILE = VECTORS / "bit_identity.json"
 ROWS, K = 1024, 1024
@@ -29,12 +28,12 @@ THREADS = (1, 2, 7)
 
 INPUT = {
     "values": "2^20 f32 values: x[i] = (int32(w) >> 8) * 2^(-20 - (w & 7)), arithmetic shift, exact; "
-    "w is the 32-bit draw of element i (format: tiles of 64, word-major) of purpose 0, seed 2024, stream 0, step 0",
+    "w is the 32-bit draw of element i (tiles of 64, word-major) of purpose 0, seed 2024, stream 0, step 0",
     "quantize": "x as 1024 rows of 1024; group_size 64 for even bits and 100 for odd bits; scale_dtype bf16; "
-    "rounding seed 0x123456789abcdef0, step 7, stream crc32('layer'); the hash is over the codes (one byte each), "
-    "then the planes of the scheme, then the scales (u16 LE), then the zero points (u8; f32 LE with mean+var; "
-    "nothing if symmetric)",
-    "matmul": "x as activations: its first 8 rows, int8; x as weights: its first 48 rows, quantized as 'nearest'; "
+    "rounding seed 0x123456789abcdef0, step 7, stream crc32('layer'); the hash is over the codes (a byte "
+    "each), then the planes of the scheme, then the scales (u16 LE), then the zero points (u8; f32 LE with "
+    "mean+var; nothing if symmetric)",
+    "matmul": "activations: the first 8 rows of x, int8; weights: its first 48 rows, quantized as 'nearest'; "
     "bias: the first 48 values of row 1023; the hash is over the 8 x 48 f32 results (LE), row by row",
 }
 
@@ -170,6 +169,9 @@ def test_slices_change_nothing(compiled: Backend, reference: Backend, row: int) 
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     recorded = all_hashes(Backend("reference"), golden_input())
-    FILE.write_text(json.dumps({"input": INPUT, "all": together(recorded), "sha256": recorded}, indent=1) + "\n")
+    FILE.write_text(
+        json.dumps({"input": INPUT, "all": together(recorded), "sha256": recorded}, indent=1) + "\n"
+    )
     sys.stdout.write(f"{FILE}: {together(recorded)}\n")

@@ -58,10 +58,12 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
         encoders.load_minilm()
 
 
-def test_demo_on_the_small_encoder_says_that_it_is_not_minilm(monkeypatch, small):
+def test_demo_on_the_small_encoder_says_that_it_is_not_minilm(monkeypatch, tmp_path, small):
     monkeypatch.setattr(demo, "train_small_encoder", lambda *arguments, **keywords: small)
-    result = demo.run(sentences=200, package=False)
+    monkeypatch.setattr(demo, "can_draw", lambda: False)
+    result = demo.run(sentences=200, package=False, picture=tmp_path / "picture.png")
     text = str(result)
+    assert "No picture was drawn: it needs matplotlib" in text and result.picture is None
     assert "a small encoder was trained instead; its figures say nothing about MiniLM" in text
     assert [m.scheme.bits for m in result.measured] == [8, 4]
     assert result.measured[0].linear_bytes * 3.8 < result.linear_bytes < result.measured[0].linear_bytes * 4

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backends import NEAREST, assert_identical
 from torch import Tensor
 
-from turboquant_rs import ops
-from turboquant_rs.scheme import Rounding, Scheme
+from backends import NEAREST, assert_identical
+from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.ops import schema
 
 SCHEMES = {
@@ -81,7 +83,9 @@ def test_shape_rules_give_the_shapes_and_dtypes_of_the_results(kind: str) -> Non
 def test_shape_rules_of_odd_shapes(shape: tuple[int, ...]) -> None:
     for scheme, rounding in SCHEMES.values():
         args = (*scheme.op_args(), *rounding.op_args(), list(scheme.planes), False)
-        for a, b in zip(ops.pack(torch.ones(shape), *args), ops.pack(torch.ones(shape, device="meta"), *args), strict=True):
+        for a, b in zip(
+            ops.pack(torch.ones(shape), *args), ops.pack(torch.ones(shape, device="meta"), *args), strict=True
+        ):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
@@ -90,7 +94,8 @@ def test_the_operators_that_return_are_the_ones_that_fill(kind: str) -> None:
     scheme, rounding = SCHEMES[kind]
     arguments = calls(scheme, rounding)
     for name in ("pack", "pack_codes", "unpack_codes", "matmul"):
-        *inputs, last = arguments[name] if name == "unpack_codes" else (*arguments[name], None)
+        # The shape, the last argument of unpack_codes, is that of the memory to fill.
+        inputs = arguments[name][: -1 if name == "unpack_codes" else None]
         result = getattr(ops, name)(*arguments[name])
         outputs = result if isinstance(result, tuple) else (result,)
         filled = tuple(torch.empty_like(part) for part in outputs)
@@ -164,3 +169,25 @@ def test_the_widest_instruction_set_is_active_and_any_can_be_forced() -> None:
         ops.cpu.force_isa(None)
     with pytest.raises(ValueError, match=r'"sse9" is not available here'):
         ops.cpu.force_isa("sse9")
+
+
+FORKED = """
+import os, torch
+from turboquant_rs import Scheme, Rounding, ops
+torch.set_num_threads(2)
+args = (*Scheme().op_args(), *Rounding.nearest().op_args(), [4], False)
+x = torch.randn(512, 4096)
+before = ops.pack(x, *args)
+child = os.fork()
+after = ops.pack(x, *args)
+same = all(map(torch.equal, before, after))
+if child == 0:
+    os._exit(0 if same else 1)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    """Data loaders fork: a child that waited for its parent's threads would wait for ever."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)

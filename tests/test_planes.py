@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import Backend, assert_identical
 
-from turboquant_rs.scheme import Scheme
+from backends import Backend, assert_identical
+from turboquant_rs import Scheme
 
 STATIC = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 NESTED = ((4, 4), (4, 1, 1, 2), (2, 1, 1, 1, 1, 2))
@@ -77,7 +77,9 @@ def test_strided_codes_are_packed_as_their_copy(backend: Backend) -> None:
 @pytest.mark.parametrize("read", [1, 3, 5, 8])
 def test_a_prefix_ends_at_a_plane(backend: Backend, read: int) -> None:
     packed = backend.pack_codes(random_codes(2, 10, bits=6), (4, 2))
-    with pytest.raises(ValueError, match=rf"cannot read {read} bits of planes \[4, 2\]; readable are \[4, 6\]"):
+    with pytest.raises(
+        ValueError, match=rf"cannot read {read} bits of planes \[4, 2\]; readable are \[4, 6\]"
+    ):
         backend.unpack_codes(packed, (4, 2), (2, 10), read)
 
 

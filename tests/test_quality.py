@@ -51,7 +51,7 @@ def test_distance_of_blocks_adds_up_to_the_distance_of_the_whole(cut):
     rest.update(a[cut:], b[cut:])
     merged.merge(rest)
     for other in (blocks, merged):
-        assert other.to_dict() == pytest.approx(whole.to_dict(), rel=1e-6)
+        assert other.to_dict() == pytest.approx(whole.to_dict(), rel=1e-6, abs=1e-6)
 
 
 def test_distance_keeps_a_nan_in_sight():

@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
-from backends import NEAREST, VECTORS, Backend, assert_identical
 from torch import Tensor
 
-from turboquant_rs import ops
-from turboquant_rs.scheme import Rounding, Scheme
+from backends import NEAREST, VECTORS, Backend, assert_identical
+from turboquant_rs import Rounding, Scheme, ops
 
 SQNR_TOLERANCE = 0.1
 """dB. The gates are model-free: Gaussian data, groups of 64, bf16 scales."""
@@ -46,7 +45,9 @@ def assert_as_specified(
     what = (scheme, tuple(x.shape))
     assert_identical(compiled.quantize(x, scheme, rounding), expected, what)
     assert_identical(
-        compiled.dequantize(expected, scheme, rounding), reference.dequantize(expected, scheme, rounding), what
+        compiled.dequantize(expected, scheme, rounding),
+        reference.dequantize(expected, scheme, rounding),
+        what,
     )
 
 
@@ -64,9 +65,7 @@ def test_every_scheme_at_every_kind_of_length(
 
 
 @pytest.mark.parametrize("scale_dtype", ["bf16", "f16", "f32"])
-def test_every_scheme_with_every_scale_dtype(
-    compiled: Backend, reference: Backend, scale_dtype: str
-) -> None:
+def test_every_scheme_with_every_scale_dtype(compiled: Backend, reference: Backend, scale_dtype: str) -> None:
     for scheme in schemes(64, scale_dtype):
         assert_as_specified(compiled, reference, normal(9, 200, seed=3), scheme)
     for bits in range(1, 9):
@@ -101,9 +100,7 @@ def test_every_input_dtype_is_first_rounded_to_f32(
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 64), (64, 0), (2, 3, 70), (1, 1, 1, 5)])
 @pytest.mark.parametrize("rounding", [NEAREST, STOCHASTIC], ids=["nearest", "stochastic"])
-def test_any_shape(
-    compiled: Backend, reference: Backend, shape: tuple[int, ...], rounding: Rounding
-) -> None:
+def test_any_shape(compiled: Backend, reference: Backend, shape: tuple[int, ...], rounding: Rounding) -> None:
     for scheme in (Scheme(), Scheme(bits=3, group_size=None), Scheme(bits=8, symmetric=False)):
         x = normal(*shape)
         assert_as_specified(compiled, reference, x, scheme, rounding)
@@ -227,7 +224,9 @@ def test_a_level_in_the_middle_takes_the_lower_one(backend: Backend) -> None:
 # Signal to noise ------------------------------------------------------------------------------------------
 
 
-def sqnr(backend: Backend, x: Tensor, scheme: Scheme, rounding: Rounding = NEAREST, bits: int | None = None) -> float:
+def sqnr(
+    backend: Backend, x: Tensor, scheme: Scheme, rounding: Rounding = NEAREST, bits: int | None = None
+) -> float:
     """Signal power over error power, in dB."""
     stored = backend.pack(x, scheme, rounding)
     error = backend.unpack(stored, scheme, x.shape, rounding, bits=bits).double() - x.double()

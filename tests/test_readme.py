@@ -1,4 +1,4 @@
-"""The README is run: its Python blocks in order, as one session in an empty folder; its commands must exist."""
+"""The README is run: its Python blocks in order, as one session; its commands must exist."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from turboquant_rs import ops
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +30,14 @@ def test_make_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z0-9-]+)", "\n".join(blocks("sh"))))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_worked_example_of_the_format_is_right() -> None:
+    codes = torch.tensor(
+        [[int(code) for code in re.search(r"one row of codes +([\d ]+?)  ", README)[1].split()]]
+    )
+    packed = ops.pack_codes(codes.to(torch.uint8), [2, 1])
+    assert packed.tolist() == [int(byte, 16) for byte in re.findall(r"= (0x[0-9a-f]{2})", README)]
 
 
 def test_links_to_files_hold() -> None:

@@ -11,11 +11,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from backends import Backend, assert_identical
 from torch import Tensor
 
-from turboquant_rs import ops
-from turboquant_rs.scheme import Rounding, Scheme
+from backends import Backend, assert_identical
+from turboquant_rs import Rounding, Scheme, ops
 
 UNBIASED = ("iid", "antithetic", "stratified", "systematic")
 MODES = (*UNBIASED, "subtractive")
@@ -79,7 +78,9 @@ def test_draws_are_word_major_in_tiles(index: int, draw_bits: int) -> None:
     seed, step, stream = 2**63 + 5, 9, 77
     tile, j = divmod(index, 64 if draw_bits == 32 else 128)
     n = 16 * tile + j % 16
-    word = ops.cpu.philox((n & 0xFFFFFFFF, n >> 32, stream, step), (seed & 0xFFFFFFFF, seed >> 32))[j % 64 // 16]
+    word = ops.cpu.philox((n & 0xFFFFFFFF, n >> 32, stream, step), (seed & 0xFFFFFFFF, seed >> 32))[
+        j % 64 // 16
+    ]
     expected = word if draw_bits == 32 else (word >> 16 * (j // 64)) & 0xFFFF
     args = ops.reference.RoundingArgs("iid", seed - 2**64, step, stream, draw_bits, 1.0, False, 0)
     assert int(ops.reference.element_draws(args, index, 1, torch.device("cpu"))) == expected
@@ -103,7 +104,11 @@ def test_codes_are_those_of_the_specification_at_any_offset(
     rounding = stochastic(mode, seed=2**64 - 1, step=3, stream="layer.0", draw_bits=draw_bits)
     if mode in ("stratified", "systematic"):
         offset *= 100
-    for scheme in (Scheme(bits=4, group_size=32), Scheme(bits=1, group_size=None), Scheme(8, symmetric=False)):
+    for scheme in (
+        Scheme(bits=4, group_size=32),
+        Scheme(bits=1, group_size=None),
+        Scheme(8, symmetric=False),
+    ):
         got = compiled.quantize(x, scheme, rounding, offset=offset)
         expected = reference.quantize(x, scheme, rounding, offset=offset)
         assert_identical(got, expected, scheme)
@@ -126,7 +131,9 @@ def test_a_slice_of_rows_draws_the_bits_of_the_whole(backend: Backend, mode: str
 
 @pytest.mark.parametrize("change", [{"seed": 12}, {"step": 1}, {"stream": "other"}])
 @pytest.mark.parametrize("mode", MODES)
-def test_seed_step_and_stream_each_give_other_draws(backend: Backend, mode: str, change: dict[str, object]) -> None:
+def test_seed_step_and_stream_each_give_other_draws(
+    backend: Backend, mode: str, change: dict[str, object]
+) -> None:
     x = uniform(4, 500)
     codes = backend.quantize(x, STEP_OF_1, stochastic(mode))[0]
     others = backend.quantize(x, STEP_OF_1, stochastic(mode, **change))[0]

@@ -1,4 +1,4 @@
-"""The machine itself: copies and reads of as many bytes as a job must move. Nothing that moves them is faster."""
+"""The machine itself: copies and reads of as many bytes as a job must move."""
 
 from __future__ import annotations
 

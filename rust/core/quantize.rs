@@ -24,11 +24,11 @@ mod groups;
 mod rows;
 mod scales;
 
-use coders::{Coder, Drawn, Group, Levels, Nearest, Sign, Systematic};
+use coders::{Coefficients, Drawn, Encode, Levels, Nearest, Sign, Systematic};
 use draws::Draws;
-use groups::{Elements, PreserveVariance, Search, Survey};
+use groups::{Batch, Choose, PreserveVariance, Search, Survey, as_f32};
 pub(crate) use rows::Rows;
-use scales::{Groups, MAX_BITS, Rule, Statistics};
+use scales::{MAX_BITS, Rule};
 
 /// Candidates of `scale="mse"`: multiples of the extreme scale, the first of several equals wins.
 pub const MSE_MULTIPLES: [f32; 9] =
@@ -325,6 +325,14 @@ impl<'a> Source<'a> {
         each_type!(Source, self, |x| &x[at..at + len])
     }
 
+    /// The elements from `at` on, if they are f32 in memory.
+    fn f32_from(&self, at: usize) -> &'a [f32] {
+        match self {
+            Self::F32(x) => &x[at..],
+            _ => &[],
+        }
+    }
+
     /// Element `at` as f64 (exact).
     pub(crate) fn get(&self, at: usize) -> f64 {
         match self {
@@ -332,17 +340,6 @@ impl<'a> Source<'a> {
             Self::F64(x) => x[at],
             Self::Bf16(x) => x[at].into(),
             Self::F16(x) => x[at].into(),
-        }
-    }
-
-    /// 16 elements from `at` on as f32, zeros behind the end.
-    #[inline(always)]
-    fn vector<I: Isa>(&self, isa: I, at: usize) -> I::F32 {
-        match self {
-            Self::F32(x) => load_vector(isa, &x[at..]),
-            Self::F64(x) => load_vector(isa, &x[at..]),
-            Self::Bf16(x) => load_vector(isa, &x[at..]),
-            Self::F16(x) => load_vector(isa, &x[at..]),
         }
     }
 
@@ -480,70 +477,103 @@ impl Job {
 struct PackSpan<'a> {
     job: &'a Job,
     span: Span,
-    x: Elements<'a>,
+    x: Source<'a>,
+    nan_zero: bool,
     planes: PlaneWriter<'a>,
     scales: ScalesMut<'a>,
     zero_points: ZeroPointsMut<'a>,
 }
 
-/// Elements whose codes wait for packing.
-const PENDING: usize = 16 * TILE;
+/// Elements of a batch of groups: read twice, the second time from L1.
+const BATCH: usize = 4096;
 
-/// Codes of a row on their way to the planes.
+/// Codes of a row on their way to the planes: what the last batch left over, then those of a batch.
 struct Codes {
-    /// One tile more than is packed at once: tiles are stored whole, wherever they begin.
-    bytes: [u8; PENDING + TILE],
+    bytes: [u8; TILE + BATCH + TILE],
     len: usize,
 }
 
 impl Codes {
-    /// Appends the first `len` bytes of `codes`.
-    #[inline(always)]
-    fn push<I: Isa>(&mut self, isa: I, codes: I::U8, len: usize, planes: &mut PlaneWriter<'_>) {
-        if let Some(to) = self.bytes[self.len..].first_chunk_mut::<TILE>() {
-            isa.store_u8(to, codes);
-        }
-        self.len += len;
-        if self.len >= PENDING {
-            let (tiles, _) = self.bytes.as_chunks::<TILE>();
-            isa.vectorize(WriteTiles { planes, tiles: &tiles[..PENDING / TILE], len: PENDING });
-            self.bytes.copy_within(PENDING.., 0);
-            self.len -= PENDING;
-        }
+    /// Room for a batch, behind what is waiting.
+    fn room(&mut self) -> &mut [u8; BATCH + TILE] {
+        let room = self.bytes[self.len..].first_chunk_mut();
+        room.expect("less than a tile is left over")
     }
 
-    /// Packs what is left of the row.
+    /// Packs whole tiles; at the `end` of the row also what is left.
     #[inline(always)]
-    fn finish<I: Isa>(&mut self, isa: I, planes: &mut PlaneWriter<'_>) {
-        if self.len > 0 {
-            let whole = self.len.next_multiple_of(TILE);
-            self.bytes[self.len..whole].fill(0);
-            let (tiles, _) = self.bytes[..whole].as_chunks::<TILE>();
-            isa.vectorize(WriteTiles { planes, tiles, len: self.len });
-            self.len = 0;
+    fn pack<I: Isa>(&mut self, isa: I, end: bool, planes: &mut PlaneWriter<'_>) {
+        let len = if end { self.len } else { self.len / TILE * TILE };
+        if end {
+            self.bytes[len..len.next_multiple_of(TILE)].fill(0);
         }
+        let (tiles, _) = self.bytes.as_chunks::<TILE>();
+        isa.vectorize(WriteTiles { planes, tiles: &tiles[..len.div_ceil(TILE)], len });
+        self.bytes.copy_within(len..len + TILE, 0);
+        self.len -= len;
     }
 }
 
-/// Elements of a batch of groups: read twice, the second time from L1.
-const BATCH: usize = 4096;
+/// The coder of a call, chosen once a span.
+enum AnyCoder {
+    Nearest(Nearest),
+    Sign(Sign),
+    Levels(Levels),
+    Drawn(Box<Drawn>),
+    Systematic(Systematic),
+}
+
+impl AnyCoder {
+    fn new(job: &Job, limit: u64) -> Self {
+        let Job { scheme, rounding, .. } = job;
+        let group_len = job.group_len();
+        match (rounding.mode(), scheme.table()) {
+            (Mode::Nearest, Some(table)) => Self::Levels(Levels::new(table.levels())),
+            (Mode::Nearest, None) if scheme.bits() == 1 => Self::Sign(Sign),
+            (Mode::Nearest, None) => Self::Nearest(Nearest::new(scheme)),
+            (Mode::Systematic, _) => Self::Systematic(Systematic::new(scheme, rounding, group_len)),
+            _ => Self::Drawn(Box::new(Drawn::new(scheme, rounding, group_len, limit))),
+        }
+    }
+}
 
 impl Kernel for PackSpan<'_> {
     type Output = Result<(), Failure>;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> Self::Output {
-        let Job { scheme, rounding, .. } = self.job;
-        let last = (u32::MAX >> (32 - scheme.bits())) as u8;
+    fn run<I: Isa>(mut self, isa: I) -> Self::Output {
         let group_len = self.job.group_len();
-        let limit = self.logical(self.x.len());
-        match (rounding.mode(), scheme.table()) {
-            (Mode::Nearest, Some(table)) => self.encode(isa, Levels::new(table.levels())),
-            (Mode::Nearest, None) if scheme.bits() == 1 => self.encode(isa, Sign),
-            (Mode::Nearest, None) => self.encode(isa, Nearest { last }),
-            (Mode::Systematic, _) => self.encode(isa, Systematic::new(scheme, rounding, group_len)),
-            _ => self.encode(isa, Drawn::new(scheme, rounding, group_len, limit)),
+        let batch_len = (BATCH / group_len).clamp(1, LANES) * group_len;
+        let row_len = self.span.end - self.span.begin;
+        let mut coder = AnyCoder::new(self.job, self.logical(self.x.len()));
+        let mut codes = Codes { bytes: [0; TILE + BATCH + TILE], len: 0 };
+        let mut scratch = Vec::new();
+        let mut numbers = Batch::default();
+        let mut group = 0;
+        for row in (0..self.x.len()).step_by(row_len) {
+            for first in (row..row + row_len).step_by(batch_len) {
+                let end = row + row_len.min(first - row + batch_len);
+                let batch = as_f32(isa, self.x.part(first, end - first), self.nan_zero, &mut scratch);
+                self.choose(isa, &mut numbers, batch, first, group)?;
+                // More than one part only if there is one group, a long one.
+                for (part, x) in batch.chunks(BATCH).enumerate() {
+                    let begin = part * BATCH;
+                    let next = self.x.f32_from((first + begin + x.len() + PFD.load(std::sync::atomic::Ordering::Relaxed)).min(self.x.len()));
+                    self.encode(isa, &mut coder, x, begin, next, &numbers, first, group, codes.room());
+                    codes.len += x.len();
+                    let last = first + begin + x.len() == row + row_len;
+                    codes.pack(isa, last, &mut self.planes);
+                }
+                if self.job.rounding.preserve_variance() {
+                    self.preserve_variance(isa, batch, &mut numbers);
+                }
+                let count = batch.len().div_ceil(group_len);
+                self.scales.store(group, &numbers.s[..count]);
+                self.zero_points.store(group, &numbers.z[..count]);
+                group += count;
+            }
         }
+        Ok(())
     }
 }
 
@@ -554,40 +584,45 @@ impl PackSpan<'_> {
         self.job.rounding.offset() + (first + at) as u64
     }
 
+    /// Encodes a batch, whose first group is number `group` of the span and begins at element `first`.
     #[inline(always)]
-    fn encode<I: Isa>(mut self, isa: I, mut coder: impl Coder<I>) -> Result<(), Failure> {
+    fn encode<I: Isa>(
+        &self,
+        isa: I,
+        coder: &mut AnyCoder,
+        x: &[f32],
+        begin: usize,
+        next: &[f32],
+        numbers: &Batch,
+        first: usize,
+        group: usize,
+        codes: &mut [u8; BATCH + TILE],
+    ) {
         let group_len = self.job.group_len();
-        let batch_len = (BATCH / group_len).clamp(1, LANES) * group_len;
-        let row_len = self.span.end - self.span.begin;
-        let mut codes = Codes { bytes: [0; PENDING + TILE], len: 0 };
-        let mut group_index = 0;
-        for row in (0..self.x.len()).step_by(row_len) {
-            for first in (row..row + row_len).step_by(batch_len) {
-                let batch = self.x.part(first, batch_len.min(row + row_len - first));
-                let (mut s, mut z) = self.choose(isa, batch, first, group_index)?;
-                let inverse = scales::inverses(&s);
-                let mut count = 0;
-                for begin in (0..batch.len()).step_by(group_len) {
-                    let x = batch.part(begin, group_len.min(batch.len() - begin));
-                    let number = self.job.first_group + self.group_number(group_index + count) as u64;
-                    let index = self.logical(first + begin);
-                    let group = Group::new(isa, s[count], inverse[count], z[count], number, index);
-                    for at in (0..x.len()).step_by(TILE) {
-                        let tile = coder.encode(isa, &group, at, x.tile(isa, at));
-                        codes.push(isa, tile, (x.len() - at).min(TILE), &mut self.planes);
-                    }
-                    count += 1;
-                }
-                if self.job.rounding.preserve_variance() {
-                    self.preserve_variance(isa, batch, &mut s, &mut z);
-                }
-                self.scales.store(group_index, &s[..count]);
-                self.zero_points.store(group_index, &z[..count]);
-                group_index += count;
-            }
-            codes.finish(isa, &mut self.planes);
+        let number = self.job.first_group + self.group_number(group) as u64;
+        let first = self.logical(first);
+        macro_rules! encode {
+            ($coder:expr) => {
+                isa.vectorize(Encode {
+                    coder: $coder,
+                    x,
+                    group_len,
+                    begin,
+                    coefficients: &numbers.coefficients,
+                    number,
+                    first,
+                    next,
+                    codes,
+                })
+            };
         }
-        Ok(())
+        match coder {
+            AnyCoder::Nearest(coder) => encode!(coder),
+            AnyCoder::Sign(coder) => encode!(coder),
+            AnyCoder::Levels(coder) => encode!(coder),
+            AnyCoder::Drawn(coder) => encode!(&mut **coder),
+            AnyCoder::Systematic(coder) => encode!(coder),
+        }
     }
 
     /// Number in the tensor of a group of the span.
@@ -600,35 +635,38 @@ impl PackSpan<'_> {
     fn choose<I: Isa>(
         &self,
         isa: I,
-        batch: Elements<'_>,
+        numbers: &mut Batch,
+        batch: &[f32],
         first: usize,
         group: usize,
-    ) -> Result<(Groups, Groups), Failure> {
+    ) -> Result<(), Failure> {
         let Job { scheme, rule, .. } = self.job;
         let group_len = self.job.group_len();
-        let x = isa.vectorize(Survey { x: batch, group_len, sum: rule.sum() });
-        let x = x.ok_or_else(|| self.blame(batch, first))?;
-        let (mut s, z) = isa.vectorize(Choose { rule: *rule, scheme, x: &x });
-        if let Some(i) = s.iter().position(|s| !s.is_finite()) {
+        if !isa.vectorize(Survey { batch: numbers, x: batch, group_len, sum: rule.sum() }) {
+            return Err(self.blame(batch, first));
+        }
+        if !isa.vectorize(Choose { batch: numbers, rule: *rule, scheme }) {
+            let i = numbers.s.iter().position(|s| !s.is_finite()).unwrap_or(0);
             return Err(Failure::Group(self.group_number(group + i)));
         }
         if scheme.scale() == ScaleRule::Mse && scheme.bits() > 1 {
-            for (i, begin) in (0..batch.len()).step_by(group_len).enumerate() {
-                let x = batch.part(begin, group_len.min(batch.len() - begin));
+            let Batch { s, z, coefficients, .. } = numbers;
+            for (i, x) in batch.chunks(group_len).enumerate() {
                 if s[i] != 0.0 {
                     s[i] = isa.vectorize(Search { x, scheme, s: s[i], z: z[i] });
                 }
             }
+            *coefficients = Coefficients::new(s, z);
         }
-        Ok((s, z))
+        Ok(())
     }
 
     /// Scales and zero points of a batch that keep the variance of its groups.
     #[inline(always)]
-    fn preserve_variance<I: Isa>(&self, isa: I, batch: Elements<'_>, s: &mut Groups, z: &mut Groups) {
+    fn preserve_variance<I: Isa>(&self, isa: I, batch: &[f32], numbers: &mut Batch) {
+        let Batch { s, z, .. } = numbers;
         let group_len = self.job.group_len();
-        for (i, begin) in (0..batch.len()).step_by(group_len).enumerate() {
-            let x = batch.part(begin, group_len.min(batch.len() - begin));
+        for (i, x) in batch.chunks(group_len).enumerate() {
             let kernel = PreserveVariance { x, scheme: &self.job.scheme, s: s[i], z: z[i] };
             (s[i], z[i]) = isa.vectorize(kernel);
         }
@@ -636,30 +674,10 @@ impl PackSpan<'_> {
 
     /// The first element of `batch` outside the domain.
     #[cold]
-    fn blame(&self, batch: Elements<'_>, first: usize) -> Failure {
-        let outside = |at: &usize| {
-            let x = batch.x.get(*at);
-            (x as f32).to_bits() & i32::MAX as u32 > MAX_BITS && !(batch.nan_zero && x.is_nan())
-        };
-        let at = (0..batch.len()).find(outside).unwrap_or(0);
+    fn blame(&self, batch: &[f32], first: usize) -> Failure {
+        let outside = |x: &f32| x.to_bits() & i32::MAX as u32 > MAX_BITS;
+        let at = batch.iter().position(outside).unwrap_or(0);
         Failure::Element(self.span.row * self.job.shape.k + self.span.begin + first + at)
-    }
-}
-
-/// Scales and zero points for the numbers of sixteen groups.
-struct Choose<'a> {
-    rule: Rule,
-    scheme: &'a Scheme,
-    x: &'a Statistics,
-}
-
-impl Kernel for Choose<'_> {
-    type Output = (Groups, Groups);
-
-    #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) -> Self::Output {
-        let s = scales::choose(self.rule, self.scheme.scale_dtype(), self.x);
-        (s, scales::zero_points(self.rule, self.scheme, self.x, &s))
     }
 }
 
@@ -717,6 +735,7 @@ pub fn pack(
     pack_on(Token::active(), x, shape, scheme, rounding, planes, nan_zero, packed, scales, zero_points, threads)
 }
 
+static PFD: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
 /// [`pack`] on a given instruction set.
 pub(crate) fn pack_on(
     isa: Token,
@@ -731,6 +750,7 @@ pub(crate) fn pack_on(
     zero_points: ZeroPointsMut<'_>,
     threads: usize,
 ) -> Result<(), Error> {
+    PFD.store(std::env::var("PFD").map_or(0, |v| v.parse().unwrap()), std::sync::atomic::Ordering::Relaxed);
     rounding.check(scheme, shape.k)?;
     check_groups(shape, scheme, rounding, scales.view(), zero_points.view())?;
     shape.check("packed", packed.len(), planes.nbytes(shape.rows, shape.k))?;
@@ -741,7 +761,7 @@ pub(crate) fn pack_on(
     let shape = joined(shape, scheme);
     let job = Job { shape, scheme: *scheme, rounding: *rounding, rule, first_group };
     let spans = group_spans(shape, scheme, threads);
-    let tasks = pack_tasks(&job, &spans, Elements { x, nan_zero }, *planes, packed, scales, zero_points);
+    let tasks = pack_tasks(&job, &spans, x, nan_zero, *planes, packed, scales, zero_points);
     let failure = Mutex::new(None::<Failure>);
     parallel::for_each(threads, tasks, |task: PackSpan<'_>| {
         if let Err(found) = isa.run(task) {
@@ -761,7 +781,8 @@ pub(crate) fn pack_on(
 fn pack_tasks<'a>(
     job: &'a Job,
     spans: &[Span],
-    x: Elements<'a>,
+    x: Source<'a>,
+    nan_zero: bool,
     planes: Planes,
     packed: &'a mut [u8],
     mut scales: ScalesMut<'a>,
@@ -773,7 +794,7 @@ fn pack_tasks<'a>(
         first += span.len();
         let groups = span.total_groups();
         let (scales, zero_points) = (scales.take(groups), zero_points.take(groups));
-        PackSpan { job, span: *span, x, planes, scales, zero_points }
+        PackSpan { job, span: *span, x, nan_zero, planes, scales, zero_points }
     };
     PlaneWriter::cut(packed, planes, job.shape, spans).into_iter().zip(spans).map(&mut task).collect()
 }
@@ -807,6 +828,9 @@ struct UnpackSpan<'a> {
     zero_points: ZeroPoints<'a>,
     out: Target<'a>,
 }
+
+/// Codes read ahead of decoding.
+const PENDING: usize = 16 * TILE;
 
 /// Codes of a row on their way from the planes.
 struct Decoded {

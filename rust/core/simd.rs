@@ -57,6 +57,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const NAME: &'static str;
 
     /// Runs `kernel` with this instruction set enabled, so that everything in it inlines.
+    ///
+    /// Itself never inlined: a kernel that another one runs keeps its loop, and its registers, to itself.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
     // ---- f32 ----------------------------------------------------------------------------------------------
@@ -79,6 +81,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn store_bf16<const STREAM: bool>(self, to: &mut [bf16; 16], v: Self::F32);
     /// Lanes to half precision, RNE, to infinity above its range. No lane may be NaN.
     fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: Self::F32);
+    /// Asks for the cache line of `at` ahead of its use.
+    #[inline(always)]
+    fn prefetch(self, _at: &f32) {}
     /// Makes streamed stores visible to other threads; call once after the last of them.
     fn fence(self);
 

@@ -497,7 +497,7 @@ fn isas_can_be_listed_and_forced() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_tensor_under_any_scheme_equals_the_reference(

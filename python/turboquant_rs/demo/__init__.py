@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from turboquant_rs.demo.encoder import Encoder, load_minilm, train_small_encoder
-from turboquant_rs.demo.picture import draw
+from turboquant_rs.demo.encoder import TRAINING_STEPS, Encoder, load_minilm, train_small_encoder
+from turboquant_rs.demo.picture import NO_MATPLOTLIB, can_draw, draw
 from turboquant_rs.demo.sentences import SOURCE, library_sentences
 from turboquant_rs.errors import BackendUnavailable
 from turboquant_rs.nn import QuantLinear, quantize_
@@ -30,6 +30,7 @@ from turboquant_rs.table import human_bytes, table
 __all__ = ["DemoResult", "Encoder", "Measured", "library_sentences", "load_minilm", "run", "sweep"]
 
 MIN_SENTENCES = 200
+CORPUS_SENTENCES = 1024  # that the small encoder is trained on
 BATCH = 32
 SCHEMES: dict[str, Callable[[int], Scheme]] = {
     "extreme scale (the default)": lambda bits: Scheme(bits=bits),
@@ -60,7 +61,7 @@ class DemoResult:
 
     model: str
     origin: str
-    note: str
+    notes: tuple[str, ...]
     sentences: int
     linear_layers: int
     linear_bytes: int
@@ -84,9 +85,7 @@ class DemoResult:
         return result
 
     def __str__(self) -> str:
-        lines = [f"{self.model} ({self.origin}), {self.sentences} {SOURCE}"]
-        if self.note:
-            lines.append(self.note)
+        lines = [f"{self.model} ({self.origin}), {self.sentences} {SOURCE}", *self.notes]
         lines += ["", self._sizes(), "", self._quality(), "", *(self._verdict(m) for m in self.measured)]
         if self.picture:
             lines += ["", f"picture: {self.picture}"]
@@ -132,33 +131,37 @@ class DemoResult:
 def run(sentences: int = 256, picture: Path | None = None, package: bool = True) -> DemoResult:
     """Runs the whole demo on `sentences` sentences; `package=False` trains the small encoder in any case.
 
-    The picture is written to `picture` if given. Raises ValueError for fewer than 200 sentences,
-    BackendUnavailable where a picture is asked for and matplotlib is missing.
+    The picture is written to `picture` if given; without matplotlib a note says why there is none.
+    Raises ValueError for fewer than 200 sentences, OSError where the picture cannot be written.
     """
     if sentences < MIN_SENTENCES:
         raise ValueError(
             f"{sentences} sentences are too few for steady figures; use at least {MIN_SENTENCES}"
         )
+    if picture and not picture.parent.is_dir():
+        raise FileNotFoundError(f"{picture.parent} is no directory; create it before drawing {picture}")
     texts = library_sentences(sentences)
-    encoder, note = _encoder(texts, package)
+    encoder, notes = _encoder(package)
+    if picture and not can_draw():
+        notes.append(f"No picture was drawn: {NO_MATPLOTLIB}.")
+        picture = None
     linear_layers = [m for m in encoder.model.modules() if isinstance(m, nn.Linear)]
     linear_bytes = sum(m.weight.nbytes for m in linear_layers)
     model_bytes = _nbytes(encoder.model)
     reference = _encode(encoder, texts, "f32")
-    copies = [_quantized(encoder, Scheme(bits=bits)) for bits in (8, 4)]
+    schemes = [Scheme(bits=bits) for bits in (8, 4)]
+    copies = [_quantized(encoder, scheme) for scheme in schemes]
     latencies = _latencies([encoder, *copies], texts)
     measured = tuple(
         _measure(quantized, reference, texts, scheme, latency)
-        for quantized, scheme, latency in zip(
-            copies, (Scheme(bits=8), Scheme(bits=4)), latencies[1:], strict=True
-        )
+        for quantized, scheme, latency in zip(copies, schemes, latencies[1:], strict=True)
     )
     curves = sweep(encoder, texts, reference) if picture else {}
     if picture:
         subtitle = f"{sentences} {SOURCE} · groups of 64, weights only · band: 5 % to 95 % of the sentences"
         draw(curves, picture, f"What fewer bits cost {encoder.name}", subtitle)
     return DemoResult(
-        encoder.name, encoder.origin, note, sentences, len(linear_layers), linear_bytes, model_bytes,
+        encoder.name, encoder.origin, tuple(notes), sentences, len(linear_layers), linear_bytes, model_bytes,
         *latencies[0], torch.get_num_threads(), measured, curves, str(picture) if picture else None,
     )  # fmt: skip
 
@@ -190,20 +193,19 @@ def _round_weights(source: nn.Module, target: nn.Module, scheme: Scheme, bits: i
             rounded.weight.copy_(pack(original.weight, scheme=scheme).dequantize(bits))
 
 
-def _encoder(texts: Sequence[str], package: bool) -> tuple[Encoder, str]:
+def _encoder(package: bool) -> tuple[Encoder, list[str]]:
+    """MiniLM, or the small encoder and a note that says why."""
     try:
         if package:
-            return load_minilm(), ""
+            return load_minilm(), []
         reason = "The small encoder was asked for"
     except BackendUnavailable as error:
         reason = f"MiniLM cannot be had here ({error})"
-    corpus = library_sentences(1024)
-    with Progress("train a small encoder", STEPS) as progress:
-        encoder = train_small_encoder(corpus, STEPS, each=progress.update)
-    return encoder, f"{reason}: a small encoder was trained instead; its figures say nothing about MiniLM."
-
-
-STEPS = 100
+    corpus = library_sentences(CORPUS_SENTENCES)
+    with Progress("train a small encoder", TRAINING_STEPS) as progress:
+        encoder = train_small_encoder(corpus, each=progress.update)
+    note = f"{reason}: a small encoder was trained instead; its figures say nothing about MiniLM."
+    return encoder, [note]
 
 
 def _quantized(encoder: Encoder, scheme: Scheme) -> Encoder:

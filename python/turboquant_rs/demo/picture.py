@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,21 @@ from typing import Any
 from turboquant_rs.errors import BackendUnavailable
 from turboquant_rs.quality import EmbeddingQuality
 
-__all__ = ["draw"]
+__all__ = ["NO_MATPLOTLIB", "can_draw", "draw"]
 
 Curve = Sequence[tuple[int, EmbeddingQuality]]
 """(bits, quality) pairs, bits ascending."""
 
 INK, QUIET, GRID = "#1f2430", "#6b7280", "#e6e8ec"
 STYLES = (("#1f5fbf", "o"), ("#d9772b", "s"), ("#2a9d74", "^"), ("#8b5fbf", "D"))
+
+
+NO_MATPLOTLIB = "it needs matplotlib, which is not installed; pip install 'turboquant-rs[demo]'"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; it is looked for, not imported."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(curves: Mapping[str, Curve], path: Path, title: str, subtitle: str) -> None:
@@ -29,9 +38,7 @@ def draw(curves: Mapping[str, Curve], path: Path, title: str, subtitle: str) -> 
         figure_module = importlib.import_module("matplotlib.figure")
         ticker = importlib.import_module("matplotlib.ticker")
     except ImportError as error:
-        raise BackendUnavailable(
-            "the picture needs matplotlib, which is not installed; pip install 'turboquant-rs[demo]'"
-        ) from error
+        raise BackendUnavailable(NO_MATPLOTLIB) from error
     figure = figure_module.Figure(figsize=(10.4, 4.9), dpi=160, facecolor="white")
     error_axes, overlap_axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.975, top=0.77, bottom=0.13, wspace=0.2)

@@ -1,8 +1,8 @@
 """The operators `turboquant_rs::*`: one vocabulary for every backend, dispatched by PyTorch.
 
 `pack_out`, `unpack_out`, `pack_codes_out`, `unpack_codes_out` and `matmul_out` fill memory that the caller
-owns; `pack`, `quantize`, `unpack`, `dequantize`, `pack_codes`, `unpack_codes` and `matmul` return new tensors.
-Their arguments are positional and flat, and the schema is their signature (`print(ops.pack)` shows it):
+owns; `pack`, `quantize`, `unpack`, `dequantize`, `pack_codes`, `unpack_codes` and `matmul` allocate it. Their
+arguments are positional and flat, and the schema is their signature (`print(ops.pack)` shows it):
 
     packed, scales, zero_points = ops.pack(x, *scheme.op_args(), *rounding.op_args(), planes, nan_zero)
 

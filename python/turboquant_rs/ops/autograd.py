@@ -1,4 +1,8 @@
-"""Gradients: matmul has those of its activations and bias; what rounds has none, and says so."""
+"""Gradients: matmul has those of its activations and bias.
+
+Quantizing gives integers, which have none, like `argmax`: its results do not require grad. Dequantizing is
+differentiable in the scales in principle; here it refuses rather than ignore them.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,24 @@ from torch.library import register_autograd
 
 from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS
 
-_WITHOUT_GRADIENT = ("pack", "quantize", "unpack", "dequantize", "pack_codes", "unpack_codes")
+
+def _end_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output)
 
 
 def _refuse(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"{name} has no gradient: its codes are integers; detach the tensor, or multiply by the packed "
-            "weight with matmul, which is differentiable in x and bias"
+            f"{name} has no gradient in the scales; detach them, or multiply by the packed weight with "
+            "matmul, which is differentiable in x and bias"
         )
 
     return backward
 
 
-for _name in _WITHOUT_GRADIENT:
+for _name in ("pack", "quantize"):
+    register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), setup_context=_end_graph, lib=LIBRARY)
+for _name in ("unpack", "dequantize"):
     register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), lib=LIBRARY)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import turboquant_rs._core as _core
-from turboquant_rs.ops.schema import FLOAT_NAMES, LIBRARY, rows_and_k
+from turboquant_rs.ops.schema import FLOAT_NAMES, OUT_OPS, register, rows_and_k
 
 # Threads do not survive a fork: the child's first call builds a new pool.
 if hasattr(os, "register_at_fork"):
@@ -29,6 +29,7 @@ version = _core.version
 read_bandwidth = _core.read_bandwidth
 copy_bandwidth = _core.copy_bandwidth
 
+_kernels: Any = _core  # calls with unpacked arguments are beyond mypy; stubtest checks the signatures
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -43,9 +44,14 @@ def _name(x: Tensor) -> str:
 
 
 def _array(x: Tensor) -> Any:
-    """The memory of a contiguous tensor as a NumPy array of one dimension."""
-    x = x.detach().reshape(-1)
-    return (x.view(torch.uint16) if x.dtype in _HALVES else x).numpy()
+    """The memory of a tensor as a NumPy array of one dimension; a copy where it is not contiguous."""
+    if x.requires_grad:
+        x = x.detach()
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if x.dtype in _HALVES:
+        x = x.view(torch.uint16)
+    return x.numpy().reshape(-1)
 
 
 def _written(out: Tensor) -> Any:
@@ -55,7 +61,7 @@ def _written(out: Tensor) -> Any:
     return _array(out)
 
 
-def _scheme_and_rounding(args: Sequence[Any]) -> Sequence[Any]:
+def _scheme_and_rounding(args: Sequence[Any]) -> tuple[Any, ...]:
     """The first 15 of args, SCHEME and ROUNDING, with the scale's dtype by name."""
     return (*args[:6], FLOAT_NAMES[args[6]], *args[7:15])
 
@@ -63,7 +69,7 @@ def _scheme_and_rounding(args: Sequence[Any]) -> Sequence[Any]:
 def pack_out(x: Tensor, *args: Any) -> None:
     """Quantize x `(..., k)` and pack the codes; fills packed, scales and zero_points."""
     planes, nan_zero, packed, scales, zero_points = args[15:]
-    _core.pack(
+    _kernels.pack(
         _array(x),
         _name(x),
         *rows_and_k(x.shape),
@@ -80,7 +86,7 @@ def pack_out(x: Tensor, *args: Any) -> None:
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
     """Dequantize the top read_bits bits into out `(..., k)`, rounded to its dtype."""
     planes, read_bits, out = args[15:]
-    _core.unpack(
+    _kernels.unpack(
         _array(packed),
         _array(scales),
         _array(zero_points),
@@ -96,14 +102,14 @@ def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) 
 
 def pack_codes_out(codes: Tensor, planes: Sequence[int], packed: Tensor) -> None:
     """Pack codes u8 `(..., k)` into planes."""
-    _core.pack_codes(
+    _kernels.pack_codes(
         _array(codes), *rows_and_k(codes.shape), planes, _written(packed), torch.get_num_threads()
     )
 
 
 def unpack_codes_out(packed: Tensor, planes: Sequence[int], read_bits: int, codes: Tensor) -> None:
     """Unpack the top read_bits bits of each code into codes u8 `(..., k)`."""
-    _core.unpack_codes(
+    _kernels.unpack_codes(
         _array(packed),
         *rows_and_k(codes.shape),
         planes,
@@ -119,7 +125,7 @@ def matmul_out(
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
     planes, read_bits, activations, out = args[15:]
     m, k = rows_and_k(x.shape)
-    _core.matmul(
+    _kernels.matmul(
         _array(x),
         _name(x),
         m,
@@ -139,5 +145,4 @@ def matmul_out(
     )
 
 
-for _operator in (pack_out, unpack_out, pack_codes_out, unpack_codes_out, matmul_out):
-    LIBRARY.impl(_operator.__name__, _operator, "CPU")
+register({name: globals()[name] for name in OUT_OPS}, "CPU")

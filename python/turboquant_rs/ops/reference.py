@@ -11,7 +11,7 @@ with 0 and no sum. Shapes below: `x: (rows, groups, size)`, scales and zero poin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor
 from turboquant_rs.ops.schema import (
     BYTE_CODES,
     FLOAT_NAMES,
-    LIBRARY,
     OUT_OPS,
     RoundingArgs,
     SchemeArgs,
     packed_nbytes,
+    register,
     rows_and_k,
     split_args,
 )
@@ -72,9 +72,15 @@ def _lengths(k: int, groups: int, size: int, device: torch.device) -> Tensor:
     return (k - starts).clamp(max=size).float()
 
 
+def _split(v: Tensor, size: int) -> Tensor:
+    """The last dimension in parts of `size`, the last one filled up with zeros: `(..., parts, size)`."""
+    v = F.pad(v, (0, -v.shape[-1] % size))
+    return v.reshape(*v.shape[:-1], v.shape[-1] // size, size)
+
+
 def _sum16(v: Tensor) -> Tensor:
     """Sum over the last dimension in the contract's order: 16 running lanes, then halves onto halves."""
-    chunks = F.pad(v, (0, -v.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    chunks = _split(v, 16)
     lanes = torch.zeros_like(chunks[..., 0, :])
     for chunk in chunks.unbind(-2):
         lanes = lanes + chunk
@@ -183,16 +189,14 @@ def _group_draws(rounding: RoundingArgs, scheme: SchemeArgs, rows: int, k: int, 
         draws = draws.flatten()[first - start :][:count]
     else:
         draws = element_draws(rounding, first, count, x.device)
-    draws = _to_groups(draws.view(rows, k), x.shape[-1])
+    draws = _split(draws.view(rows, k), x.shape[-1])
     if rounding.mode == "stratified":
         order = permutations(_blocks_of_group(rounding, scheme, k, x, 8)).flatten(-2)
         draws = (order[..., : x.shape[-1]] << (rounding.draw_bits - 3)) | (draws >> 3)
     return _shrink(draws, rounding.draw_bits, rounding.variance)
 
 
-def _blocks_of_group(
-    rounding: RoundingArgs, scheme: SchemeArgs, k: int, x: Tensor, block: int
-) -> Tensor:
+def _blocks_of_group(rounding: RoundingArgs, scheme: SchemeArgs, k: int, x: Tensor, block: int) -> Tensor:
     """The draw of each block of each group, `(rows, groups, blocks)`.
 
     Blocks are numbered by the nominal group size: group number · ceil(group_size / block) + position.
@@ -272,7 +276,8 @@ def _asymmetric_scales(
     else:
         scale = _round_scale(_divide(high - low, float(steps)), scheme.scale_dtype)
         zero = _divide(-low, scale).round().clamp(0, steps)
-    return scale, torch.where(scale == 0, 0.0, zero)
+    # The addition turns −0 into 0: zero points are integers.
+    return scale, torch.where(scale == 0, 0.0, zero + 0.0)
 
 
 def search_scales(x: Tensor, scale: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
@@ -339,7 +344,7 @@ def _systematic(fraction: Tensor, scheme: SchemeArgs, rounding: RoundingArgs, k:
     """One phase a block of 64: the running sum of the fractions rounds up where it passes an integer."""
     size = fraction.shape[-1]
     parts = (fraction * 2.0**24).round().long()
-    parts = F.pad(parts, (0, -size % 64)).unflatten(-1, (-1, 64))
+    parts = _split(parts, 64)
     phase = _shrink(_blocks_of_group(rounding, scheme, k, fraction, 64) >> 8, 24, rounding.variance)
     after = phase[..., None] + parts.cumsum(-1)
     up = ((after >> 24) - ((after - parts) >> 24)) & 255
@@ -368,11 +373,6 @@ def preserve_variance(
 
 
 # Quantize and dequantize ----------------------------------------------------------------------------------
-
-
-def _to_groups(rows: Tensor, size: int) -> Tensor:
-    """Rows `(rows, k)` as groups `(rows, groups, size)`, the last one filled up with zeros."""
-    return F.pad(rows, (0, -rows.shape[-1] % size)).unflatten(-1, (-1, size))
 
 
 def _group_length(k: int, group_size: int) -> int:
@@ -408,15 +408,11 @@ def check_rounding(scheme: SchemeArgs, rounding: RoundingArgs, k: int) -> None:
     if rounding.mode == "nearest":
         return
     if scheme.nested:
-        raise ValueError(
-            "nested schemes round to nearest only; use a static scheme for stochastic rounding"
-        )
+        raise ValueError("nested schemes round to nearest only; use a static scheme for stochastic rounding")
     if scheme.table:
         raise ValueError("level tables round to nearest only; use uniform levels for stochastic rounding")
     if scheme.scale == "mse":
-        raise ValueError(
-            'stochastic rounding never clips, so scale "mse" has no use; use scale="extreme"'
-        )
+        raise ValueError('stochastic rounding never clips, so scale "mse" has no use; use scale="extreme"')
     if rounding.preserve_variance and scheme.bits < 2:
         raise ValueError('preserve="mean+var" needs bits >= 2, got 1; use preserve="mean"')
     if rounding.mode in ("stratified", "systematic") and k and rounding.offset % k:
@@ -434,7 +430,7 @@ def quantize(
     rows, k = values.shape
     check_rounding(scheme, rounding, k)
     size = _group_length(k, scheme.group_size)
-    groups = _to_groups(values, size)
+    groups = _split(values, size)
     n = _lengths(k, groups.shape[1], size, x.device)
 
     stochastic = rounding.mode != "nearest"
@@ -517,7 +513,7 @@ def pack_codes(codes: Tensor, planes: Sequence[int]) -> Tensor:
     for width in planes:
         shift -= width
         field = (codes >> shift) & ((1 << width) - 1)
-        fields = _to_groups(field, 8 // width) << _shifts(width, codes.device)
+        fields = _split(field, 8 // width) << _shifts(width, codes.device)
         blob.append(fields.sum(-1, dtype=torch.uint8).flatten())
     return torch.cat(blob)
 
@@ -541,9 +537,7 @@ def unpack_codes(packed: Tensor, planes: Sequence[int], read_bits: int, rows: in
         codes, start, bits = (codes << width) | field, stop, bits + width
     if bits != read_bits:
         prefixes = [sum(planes[: i + 1]) for i in range(len(planes))]
-        raise ValueError(
-            f"cannot read {read_bits} bits of planes {list(planes)}; readable are {prefixes}"
-        )
+        raise ValueError(f"cannot read {read_bits} bits of planes {list(planes)}; readable are {prefixes}")
     return codes
 
 
@@ -657,7 +651,4 @@ def matmul_out(
     out.copy_(acc.view_as(out))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {name: globals()[name] for name in OUT_OPS}
-
-for _name, _implementation in IMPLEMENTATIONS.items():
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+register({name: globals()[name] for name in OUT_OPS}, "CompositeExplicitAutograd")

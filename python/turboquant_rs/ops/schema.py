@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.library import register_fake
 
 NAMESPACE = "turboquant_rs"
-LIBRARY = Library(NAMESPACE, "DEF")  # noqa: TOR901 - lives as long as the process
+_Library: Any = torch.library.Library  # untyped in torch
+LIBRARY = _Library(NAMESPACE, "DEF")
 
 FLOAT_NAMES = {
     torch.float32: "f32",
@@ -84,7 +86,7 @@ def rows_and_k(shape: Sequence[int]) -> tuple[int, int]:
 
 def groups_per_row(k: int, group_size: int) -> int:
     """Groups of a row of k elements; the last one may be short."""
-    return -(-k // group_size) if group_size else torch.sym_min(k, 1)
+    return -(-k // group_size) if group_size else min(k, 1)
 
 
 def packed_nbytes(rows: int, k: int, planes: Sequence[int]) -> int:
@@ -93,7 +95,7 @@ def packed_nbytes(rows: int, k: int, planes: Sequence[int]) -> int:
 
 
 # The operators that return tensors ------------------------------------------------------------------------
-# Each allocates, and leaves the work to the `*_out` operator of the tensor's device.
+# Each allocates, and leaves the work to the `*_out` operator of the backend that it is registered for.
 
 
 class SchemeArgs(NamedTuple):
@@ -171,50 +173,54 @@ def _allocate_matmul(x: Tensor, packed: Tensor, scales: Tensor, *args: Any) -> T
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
 
 
-def _pack(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+Fill = Callable[..., None]
+"""An `*_out` operator, or a backend's implementation of it."""
+
+
+def _pack(fill: Fill, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _allocate_pack(x, *args)
-    OPS.pack_out.default(x, *args, *outputs)
+    fill(x, *args, *outputs)
     return outputs
 
 
-def _quantize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(fill: Fill, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     codes, scales, zero_points = _allocate_quantize(x, *args)
     *scheme_and_rounding, nan_zero = args
-    OPS.pack_out.default(
-        x, *scheme_and_rounding, BYTE_CODES, nan_zero, codes.view(-1), scales, zero_points
-    )
+    fill(x, *scheme_and_rounding, BYTE_CODES, nan_zero, codes.view(-1), scales, zero_points)
     return codes, scales, zero_points
 
 
-def _unpack(*args: Any) -> Tensor:
+def _unpack(fill: Fill, *args: Any) -> Tensor:
     out = _allocate_unpack(*args)
-    OPS.unpack_out.default(*args[:-2], out)
+    fill(*args[:-2], out)
     return out
 
 
-def _dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, bits: int, *args: Any) -> Tensor:
+def _dequantize(
+    fill: Fill, codes: Tensor, scales: Tensor, zero_points: Tensor, bits: int, *args: Any
+) -> Tensor:
     out = _allocate_dequantize(codes, scales, zero_points, *args)
-    OPS.unpack_out.default(
-        codes.reshape(-1), scales, zero_points, bits, *args[:-1], BYTE_CODES, bits, out
-    )
+    fill(codes.reshape(-1), scales, zero_points, bits, *args[:-1], BYTE_CODES, bits, out)
     return out
 
 
-def _pack_codes(codes: Tensor, planes: Sequence[int]) -> Tensor:
+def _pack_codes(fill: Fill, codes: Tensor, planes: Sequence[int]) -> Tensor:
     packed = _allocate_pack_codes(codes, planes)
-    OPS.pack_codes_out.default(codes, planes, packed)
+    fill(codes, planes, packed)
     return packed
 
 
-def _unpack_codes(packed: Tensor, planes: Sequence[int], read_bits: int, shape: Sequence[int]) -> Tensor:
+def _unpack_codes(
+    fill: Fill, packed: Tensor, planes: Sequence[int], read_bits: int, shape: Sequence[int]
+) -> Tensor:
     codes = _allocate_unpack_codes(packed, planes, read_bits, shape)
-    OPS.unpack_codes_out.default(packed, planes, read_bits, codes)
+    fill(packed, planes, read_bits, codes)
     return codes
 
 
-def _matmul(x: Tensor, *args: Any) -> Tensor:
+def _matmul(fill: Fill, x: Tensor, *args: Any) -> Tensor:
     out = _allocate_matmul(x, *args)
-    OPS.matmul_out.default(x, *args, out)
+    fill(x, *args, out)
     return out
 
 
@@ -226,8 +232,8 @@ def check_matmul_shapes(x: Tensor, scales: Tensor) -> None:
     torch._check_value(
         x.dim() >= 1 and scales.dim() == 2,
         lambda: (
-            f"matmul takes x: (..., k) and a packed matrix (n, k), got x of shape {tuple(x.shape)} and scales "
-            f"of shape {tuple(scales.shape)}; reshape the packed tensor's source to two dimensions"
+            f"matmul takes x: (..., k) and a packed matrix (n, k), got x of shape {tuple(x.shape)} and "
+            f"scales of shape {tuple(scales.shape)}; reshape the packed tensor's source to two dimensions"
         ),
     )
 
@@ -236,21 +242,35 @@ def _writes_outputs(*args: Any) -> None:
     """The rule of the `*_out` operators: nothing is returned, so no shape has to be inferred."""
 
 
-RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "pack": (_pack, _allocate_pack),
-    "quantize": (_quantize, _allocate_quantize),
-    "unpack": (_unpack, _allocate_unpack),
-    "dequantize": (_dequantize, _allocate_dequantize),
-    "pack_codes": (_pack_codes, _allocate_pack_codes),
-    "unpack_codes": (_unpack_codes, _allocate_unpack_codes),
-    "matmul": (_matmul, _allocate_matmul),
+RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
+    "pack": (_pack, "pack_out", _allocate_pack),
+    "quantize": (_quantize, "pack_out", _allocate_quantize),
+    "unpack": (_unpack, "unpack_out", _allocate_unpack),
+    "dequantize": (_dequantize, "unpack_out", _allocate_dequantize),
+    "pack_codes": (_pack_codes, "pack_codes_out", _allocate_pack_codes),
+    "unpack_codes": (_unpack_codes, "unpack_codes_out", _allocate_unpack_codes),
+    "matmul": (_matmul, "matmul_out", _allocate_matmul),
 }
-"""The operators that return tensors: what they do, and their shape rules."""
+"""The operators that return tensors: what they do, the operator that fills their memory, their shape rule."""
+
 OUT_OPS = ("pack_out", "unpack_out", "pack_codes_out", "unpack_codes_out", "matmul_out")
 """What a backend implements."""
 
-for _name, (_implementation, _shape_rule) in RULES.items():
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+def register(backend: dict[str, Fill], key: str) -> None:
+    """Registers a backend's `*_out` operators, and the operators that return tensors over them.
+
+    Args:
+        backend: An implementation of each of `OUT_OPS`.
+        key: The dispatch key of its tensors.
+    """
+    for name in OUT_OPS:
+        LIBRARY.impl(name, backend[name], key)
+    for name, (compose, out_op, _rule) in RULES.items():
+        LIBRARY.impl(name, partial(compose, backend[out_op]), key)
+
+
+for _name, (_compose, _out_op, _shape_rule) in RULES.items():
     register_fake(f"{NAMESPACE}::{_name}", _shape_rule, lib=LIBRARY)
 for _name in OUT_OPS:
     register_fake(f"{NAMESPACE}::{_name}", _writes_outputs, lib=LIBRARY)

@@ -2,9 +2,10 @@
 
 use super::draws::{BlockDraws, Draws, STRATUM};
 use super::groups::flush;
-use super::scales::{self, MIN_NORMAL};
+use super::{BATCH, load_tile};
+use super::scales::{self, Groups, MIN_NORMAL};
 use crate::scheme::{Mode, Rounding, Scheme};
-use crate::simd::{Isa, LANES, TILE, four};
+use crate::simd::{Isa, Kernel, LANES, TILE, array, four};
 
 /// Elements of a systematic block.
 pub(super) const BLOCK: usize = TILE;
@@ -12,6 +13,42 @@ pub(super) const BLOCK: usize = TILE;
 /// Scales at or above this leave exponents enough for everything: an input that counts as 0 cannot reach
 /// another code, and the correction of a quotient cannot underflow.
 const SAFE_SCALE: f32 = 1.0 / (1u64 << 60) as f32;
+
+/// What the coders need of the scales and zero points of sixteen groups.
+#[derive(Default)]
+pub(super) struct Coefficients {
+    s: Groups,
+    inverse: Groups,
+    z: [i32; LANES],
+    small: [bool; LANES],
+}
+
+impl Coefficients {
+    #[inline(always)]
+    pub(super) fn new(s: &Groups, z: &Groups) -> Self {
+        Self {
+            s: *s,
+            inverse: scales::inverses(s),
+            // The integer in the low bits of z + 2^23. One bit, whose codes do not add z = ½, gets 0.
+            z: array(|i| ((z[i] + 8_388_608.0).to_bits() & 0xffff) as i32),
+            small: array(|i| s[i].abs() < SAFE_SCALE && s[i] != 0.0),
+        }
+    }
+
+    /// Group `i` of the sixteen.
+    #[inline(always)]
+    pub(super) fn group<I: Isa>(&self, isa: I, i: usize, number: u64, first: u64) -> Group<I> {
+        Group {
+            s: isa.splat(self.s[i]),
+            inverse: isa.splat(self.inverse[i]),
+            z: self.z[i],
+            small: self.small[i],
+            zero: self.s[i] == 0.0,
+            number,
+            first,
+        }
+    }
+}
 
 /// A group ready to be encoded.
 #[derive(Clone, Copy)]
@@ -30,13 +67,6 @@ pub(super) struct Group<I: Isa> {
 }
 
 impl<I: Isa> Group<I> {
-    #[inline(always)]
-    pub(super) fn new(isa: I, s: f32, inverse: f32, z: f32, number: u64, first: u64) -> Self {
-        let small = s.abs() < SAFE_SCALE && s != 0.0;
-        // Truncation serves one bit, whose codes do not add z = ½.
-        Self { s: isa.splat(s), inverse: isa.splat(inverse), z: z as i32, small, zero: s == 0.0, number, first }
-    }
-
     /// Subnormal inputs to 0, where they could matter.
     #[inline(always)]
     fn flushed(&self, isa: I, x: [I::F32; 4]) -> [I::F32; 4] {
@@ -61,19 +91,70 @@ impl<I: Isa> Group<I> {
 }
 
 /// Rounds a tile of 64 elements.
-pub(super) trait Coder<I: Isa> {
+pub(super) trait Coder {
     /// Codes of `x`, the elements of `group` from `at` on.
-    fn encode(&mut self, isa: I, group: &Group<I>, at: usize, x: [I::F32; 4]) -> I::U8;
+    fn encode<I: Isa>(&mut self, isa: I, group: &Group<I>, at: usize, x: [I::F32; 4]) -> I::U8;
+}
+
+/// The groups of a batch, or a part of one group, to be encoded.
+pub(super) struct Encode<'a, C> {
+    pub(super) coder: &'a mut C,
+    /// At most [`BATCH`] elements.
+    pub(super) x: &'a [f32],
+    pub(super) group_len: usize,
+    /// Position in its group of the first element.
+    pub(super) begin: usize,
+    pub(super) coefficients: &'a Coefficients,
+    /// Number of the first group.
+    pub(super) number: u64,
+    /// Logical index of the first element of the first group.
+    pub(super) first: u64,
+    /// Elements of the next batch, to be fetched meanwhile.
+    pub(super) next: &'a [f32],
+    /// One byte an element and a tile to spare: tiles are stored whole, wherever they begin.
+    pub(super) codes: &'a mut [u8; BATCH + TILE],
+}
+
+impl<C: Coder> Kernel for Encode<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (i, x) in self.x.chunks(self.group_len).enumerate() {
+            let done = i * self.group_len;
+            let group = self.coefficients.group(isa, i, self.number + i as u64, self.first + done as u64);
+            for at in (0..x.len()).step_by(TILE) {
+                if let Some(next) = self.next.get(done + at..done + at + TILE) {
+                    four!(j => isa.prefetch(&next[j * LANES]));
+                }
+                let codes = self.coder.encode(isa, &group, self.begin + at, load_tile(isa, &x[at..]));
+                if let Some(to) = self.codes[done + at..].first_chunk_mut() {
+                    isa.store_u8(to, codes);
+                }
+            }
+        }
+    }
 }
 
 /// RNE(x / s) + z, clamped.
 pub(super) struct Nearest {
-    pub(super) last: u8,
+    last: u8,
 }
 
-impl<I: Isa> Coder<I> for Nearest {
+impl Nearest {
+    pub(super) fn new(scheme: &Scheme) -> Self {
+        Self { last: last_code(scheme) }
+    }
+}
+
+/// 2^bits − 1
+fn last_code(scheme: &Scheme) -> u8 {
+    (u32::MAX >> (32 - scheme.bits())) as u8
+}
+
+impl Coder for Nearest {
     #[inline(always)]
-    fn encode(&mut self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
+    fn encode<I: Isa>(&mut self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
         let x = group.flushed(isa, x);
         let t = four!(j => isa.round(isa.mul(x[j], group.inverse)));
         isa.narrow(t, group.z, self.last)
@@ -83,9 +164,9 @@ impl<I: Isa> Coder<I> for Nearest {
 /// One bit: the sign. Zero of either sign, and what counts as zero, is positive.
 pub(super) struct Sign;
 
-impl<I: Isa> Coder<I> for Sign {
+impl Coder for Sign {
     #[inline(always)]
-    fn encode(&mut self, isa: I, _group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
+    fn encode<I: Isa>(&mut self, isa: I, _group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
         let (limit, one, zero) = (isa.splat(-MIN_NORMAL), isa.splat_i32(1), isa.splat_i32(0));
         let bits = four!(j => isa.select_i32(isa.gt(x[j], limit), one, zero));
         isa.narrow(bits, 0, 1)
@@ -105,9 +186,9 @@ impl Levels {
     }
 }
 
-impl<I: Isa> Coder<I> for Levels {
+impl Coder for Levels {
     #[inline(always)]
-    fn encode(&mut self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
+    fn encode<I: Isa>(&mut self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
         let x = group.flushed(isa, x);
         let t = four!(j => isa.mul(x[j], group.inverse));
         let (zero, one) = (isa.splat_i32(0), isa.splat_i32(1));
@@ -184,14 +265,14 @@ impl Drawn {
             blocks_a_group: group_len.div_ceil(STRATUM) as u64,
             wide: rounding.draw_bits() == 32,
             one_bit: scheme.bits() == 1,
-            last: (u32::MAX >> (32 - scheme.bits())) as u8,
+            last: last_code(scheme),
         }
     }
 }
 
-impl<I: Isa> Coder<I> for Drawn {
+impl Coder for Drawn {
     #[inline(always)]
-    fn encode(&mut self, isa: I, group: &Group<I>, at: usize, x: [I::F32; 4]) -> I::U8 {
+    fn encode<I: Isa>(&mut self, isa: I, group: &Group<I>, at: usize, x: [I::F32; 4]) -> I::U8 {
         if self.one_bit && group.zero {
             return Sign.encode(isa, group, at, x);
         }
@@ -229,12 +310,12 @@ impl Systematic {
     }
 }
 
-impl<I: Isa> Coder<I> for Systematic {
+impl Coder for Systematic {
     /// With whole steps kept above bit 24, the running sum carries them along: the high byte of its difference
     /// to the element before is floor(t) + up, modulo 256, and the codes never leave a byte (the scale of
     /// stochastic rounding does not clip).
     #[inline(always)]
-    fn encode(&mut self, isa: I, group: &Group<I>, at: usize, x: [I::F32; 4]) -> I::U8 {
+    fn encode<I: Isa>(&mut self, isa: I, group: &Group<I>, at: usize, x: [I::F32; 4]) -> I::U8 {
         if self.one_bit && group.zero {
             return Sign.encode(isa, group, at, x);
         }

@@ -18,7 +18,7 @@ pub(super) const MIN_NORMAL: f32 = f32::MIN_POSITIVE;
 pub(super) const MAX_BITS: u32 = (127 + 120) << 23;
 
 /// What the scale depends on.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Statistics {
     /// max(x, 0)
     pub(super) max: Groups,
@@ -168,7 +168,10 @@ fn smallest(dtype: ScaleDtype, near: Groups, enough: impl Fn(usize, f64) -> bool
 #[inline(always)]
 pub(super) fn choose(rule: Rule, dtype: ScaleDtype, x: &Statistics) -> Groups {
     let positive = |i: usize| x.max[i] >= -x.min[i];
-    let extreme = |i: usize| if positive(i) { x.max[i] } else { x.min[i] };
+    let extreme = |i: usize| {
+        let (max, min) = (x.max[i], x.min[i]);
+        if max >= -min { max } else { min }
+    };
     let magnitude = |i: usize| x.max[i].max(-x.min[i]);
     let range = |i: usize| f64::from(x.max[i]) - f64::from(x.min[i]);
     let rounded = |raw: Groups| round_scales(dtype, raw);

@@ -112,7 +112,7 @@ impl Isa for Avx2 {
 
     const NAME: &'static str = "avx2";
 
-    #[inline(always)]
+    #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         // SAFETY: `self` proves that the CPU has the features.
         unsafe { trampoline(self, kernel) }
@@ -183,6 +183,10 @@ impl Isa for Avx2 {
     fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: Self::F32) {
         let [low, high] = each!(v, |v| _mm256_cvtps_ph::<RNE>(v));
         self.store_16(to.as_mut_ptr().cast(), op!(_mm256_set_m128i(high, low)), STREAM);
+    }
+    #[inline(always)]
+    fn prefetch(self, at: &f32) {
+        mem!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()));
     }
     #[inline(always)]
     fn fence(self) {

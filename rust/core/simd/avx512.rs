@@ -62,7 +62,7 @@ impl Isa for Avx512 {
 
     const NAME: &'static str = "avx512";
 
-    #[inline(always)]
+    #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         // SAFETY: `self` proves that the CPU has the features.
         unsafe { trampoline(self, kernel) }
@@ -136,6 +136,10 @@ impl Isa for Avx512 {
         } else {
             mem!(_mm256_storeu_si256(to, half));
         }
+    }
+    #[inline(always)]
+    fn prefetch(self, at: &f32) {
+        mem!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()));
     }
     #[inline(always)]
     fn fence(self) {

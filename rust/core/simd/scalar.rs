@@ -46,7 +46,7 @@ impl Isa for Scalar {
 
     const NAME: &'static str = "scalar";
 
-    #[inline(always)]
+    #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)
     }
