@@ -2,7 +2,7 @@
 //! elements, which stay in L2 and show what the arithmetic alone costs.
 //!
 //! Criterion's throughput counts bytes read plus bytes written, for the copies too: equal numbers mean that the
-//! work costs nothing beside the memory traffic.
+//! work costs nothing beside the memory traffic. `TURBOQUANT_ISA` picks the instruction set.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -19,10 +19,34 @@ fn shape(elements: usize) -> Shape {
     Shape { rows: elements / 4096, k: 4096 }
 }
 
+/// A buffer that begins at a cache line, as those of torch do.
+struct Buffer<T>(Vec<T>, usize);
+
+impl<T: Copy> Buffer<T> {
+    fn new(value: T, len: usize) -> Self {
+        let vec = vec![value; len + 64];
+        let skipped = vec.as_ptr().align_offset(64);
+        Self(vec, skipped)
+    }
+
+    fn get(&self) -> &[T] {
+        &self.0[self.1..self.0.len() - 64 + self.1]
+    }
+
+    fn get_mut(&mut self) -> &mut [T] {
+        let end = self.0.len() - 64 + self.1;
+        &mut self.0[self.1..end]
+    }
+}
+
 /// Uniform deviates in ±1 from a counter.
-fn values(elements: usize) -> Vec<f32> {
+fn values(elements: usize) -> Buffer<f32> {
     let block = |i: usize| philox([i as u32, 0, 0, 0], [1, 2]).map(|word| word as i32 as f32 / 2f32.powi(31));
-    (0..elements / 4).flat_map(block).collect()
+    let mut x = Buffer::new(0.0, elements);
+    for (i, x) in x.get_mut().chunks_exact_mut(4).enumerate() {
+        x.copy_from_slice(&block(i));
+    }
+    x
 }
 
 fn scheme(bits: u32, symmetric: bool, scale: ScaleRule) -> Scheme {
@@ -42,18 +66,20 @@ fn moved(elements: usize, planes: &Planes) -> usize {
 fn bench_copy(c: &mut Criterion) {
     let mut group = c.benchmark_group("read");
     for (place, elements) in SIZES {
-        let from = vec![1u8; moved(elements, &Planes::of_bits(4))];
-        group.throughput(Throughput::Bytes(from.len() as u64));
-        group.bench_function(place, |b| b.iter(|| read_bandwidth(black_box(&from), 1)));
+        let from = Buffer::new(1u8, moved(elements, &Planes::of_bits(4)));
+        group.throughput(Throughput::Bytes(from.get().len() as u64));
+        group.bench_function(place, |b| b.iter(|| read_bandwidth(black_box(from.get()), 1)));
     }
     group.finish();
 
     let mut group = c.benchmark_group("copy");
     for (place, elements) in SIZES {
         let moved = moved(elements, &Planes::of_bits(4));
-        let (from, mut to) = (vec![1u8; moved / 2], vec![2u8; moved / 2]);
+        let (from, mut to) = (Buffer::new(1u8, moved / 2), Buffer::new(2u8, moved / 2));
         group.throughput(Throughput::Bytes(moved as u64));
-        group.bench_function(place, |b| b.iter(|| copy_bandwidth(black_box(&from), black_box(&mut to), 1)));
+        group.bench_function(place, |b| {
+            b.iter(|| copy_bandwidth(black_box(from.get()), black_box(to.get_mut()), 1))
+        });
     }
     group.finish();
 }
@@ -81,7 +107,7 @@ fn bench_pack(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("pack/{place}"));
         for (name, scheme, rounding) in &cases {
             let planes = Planes::of_bits(scheme.bits());
-            let mut packed = vec![0u8; planes.nbytes(1, elements)];
+            let mut packed = Buffer::new(0u8, planes.nbytes(1, elements));
             group.throughput(Throughput::Bytes(moved(elements, &planes) as u64));
             group.bench_function(BenchmarkId::from_parameter(name), |b| {
                 b.iter(|| {
@@ -89,9 +115,9 @@ fn bench_pack(c: &mut Criterion) {
                         true => ZeroPointsMut::Constant,
                         false => ZeroPointsMut::U8(&mut zero_points),
                     };
-                    let (x, shape) = (Source::F32(black_box(&x)), shape(elements));
+                    let (x, shape) = (Source::F32(black_box(x.get())), shape(elements));
                     let scales = ScalesMut::Bf16(&mut scales);
-                    pack(x, shape, scheme, rounding, &planes, false, &mut packed, scales, zero_points, 1)
+                    pack(x, shape, scheme, rounding, &planes, false, packed.get_mut(), scales, zero_points, 1)
                 });
             });
         }
@@ -101,19 +127,30 @@ fn bench_pack(c: &mut Criterion) {
 
 fn bench_unpack(c: &mut Criterion) {
     for (place, elements) in SIZES {
-        let mut out = vec![0f32; elements];
+        let mut out = Buffer::new(0f32, elements);
         let scales = vec![0x3f80u16; elements / GROUP];
         let mut group = c.benchmark_group(format!("unpack/{place}"));
         for bits in [1, 3, 4, 8] {
             let (scheme, rounding) = (scheme(bits, true, ScaleRule::Extreme), Rounding::nearest());
             let planes = Planes::of_bits(bits);
-            let packed = vec![0x5au8; planes.nbytes(1, elements)];
+            let packed = Buffer::new(0x5au8, planes.nbytes(1, elements));
             group.throughput(Throughput::Bytes(moved(elements, &planes) as u64));
             group.bench_function(BenchmarkId::from_parameter(format!("{bits}-bit to f32")), |b| {
                 b.iter(|| {
                     let (scales, zero_points) = (Scales::Bf16(&scales), ZeroPoints::Constant);
-                    let (out, shape) = (Target::F32(black_box(&mut out)), shape(elements));
-                    unpack(&packed, scales, zero_points, shape, &scheme, &rounding, &planes, bits, out, 1)
+                    let (out, shape) = (Target::F32(black_box(out.get_mut())), shape(elements));
+                    unpack(
+                        packed.get(),
+                        scales,
+                        zero_points,
+                        shape,
+                        &scheme,
+                        &rounding,
+                        &planes,
+                        bits,
+                        out,
+                        1,
+                    )
                 });
             });
         }
@@ -122,6 +159,9 @@ fn bench_unpack(c: &mut Criterion) {
 }
 
 fn config() -> Criterion {
+    if let Ok(name) = std::env::var("TURBOQUANT_ISA") {
+        force_isa(Some(&name)).expect("an instruction set of this CPU");
+    }
     Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(300))

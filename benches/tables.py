@@ -14,19 +14,26 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def read(name: str) -> dict:
+class NotRecorded(Exception):
+    """There is no record yet to make a table of."""
+
+
+def read(name: str, section: str) -> Any:
+    """A section of a record. Raises: NotRecorded."""
     path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise SystemExit(
-            f"{path.name} is not recorded yet; run `make {'bench' if name == 'speed' else name}`"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if section not in record:
+        raise NotRecorded(
+            f"{path.name} has no {section} yet; run make {'bench' if name == 'speed' else name}"
         )
-    return json.loads(path.read_text())
+    return record[section]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -52,7 +59,7 @@ def encoder() -> str:
     def cosines(row: dict) -> str:
         return " / ".join(f"{row[kind]['mean_cosine']:.4f}" for kind in ("weights", "int8"))
 
-    section = read("quality")["encoder"]
+    section = read("quality", "encoder")
     extra = {"nearest 10 kept (extreme, int8)": lambda row: f"{row['int8']['overlap']:.1%}"}
     return grid(section, cosines, extra)
 
@@ -63,7 +70,7 @@ def language() -> str:
     def divergences(row: dict) -> str:
         return " / ".join(f"{row[kind]['kl']:.5f}" for kind in ("weights", "int8"))
 
-    section = read("quality")["language"]
+    section = read("quality", "language")
     extra = {
         "same first choice (extreme)": lambda row: f"{row['int8']['same_top1']:.3f}",
         "perplexity ratio (extreme)": lambda row: f"{row['int8']['perplexity_ratio']:.4f}",
@@ -73,7 +80,7 @@ def language() -> str:
 
 def perplexity() -> str:
     """Perplexity over the long protocol."""
-    values = dict(read("quality")["language"]["perplexity"])
+    values = dict(read("quality", "language")["perplexity"])
     windows = values.pop("windows")
     lines = [[name, f"{value:.4f}", f"{value / values['f32']:.4f}"] for name, value in values.items()]
     return markdown(["", f"perplexity, {windows} windows of 512", "ratio"], lines)
@@ -81,7 +88,7 @@ def perplexity() -> str:
 
 def speed() -> str:
     """One line a job: median time, bandwidth, and how many times longer each peer takes."""
-    rows = read("speed")["rows"]
+    rows = read("speed", "rows")
     lines = []
     for row in rows:
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
@@ -98,15 +105,20 @@ TABLES = {
 }
 
 
-def render(text: str) -> str:
-    """`text` with every marked block replaced by its table."""
+def render(text: str) -> tuple[str, list[str]]:
+    """`text` with every marked block replaced by its table, and what is missing to replace the others."""
+    missing: list[str] = []
 
     def block(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
             raise SystemExit(f"no table is called {match['name']!r}; there are {', '.join(TABLES)}")
-        return match[1] + TABLES[match["name"]]() + match[3]
+        try:
+            return match[1] + TABLES[match["name"]]() + match[3]
+        except NotRecorded as error:
+            missing.append(str(error))
+            return match[0]
 
-    return BLOCK.sub(block, text)
+    return BLOCK.sub(block, text), missing
 
 
 def main() -> int:
@@ -115,13 +127,13 @@ def main() -> int:
     parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
     text = options.file.read_text()
-    rendered = render(text)
-    if options.check and rendered != text:
-        print(
-            f"the tables of {options.file.name} are out of date; run python benches/tables.py",
-            file=sys.stderr,
-        )
-        return 1
+    rendered, missing = render(text)
+    for what in missing:
+        print(what, file=sys.stderr)
+    if options.check:
+        if rendered != text:
+            print(f"{options.file.name} is out of date; run python benches/tables.py", file=sys.stderr)
+        return int(rendered != text or bool(missing))
     if rendered != text:
         options.file.write_text(rendered)
     return 0

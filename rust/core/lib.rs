@@ -35,7 +35,9 @@ pub use matmul::{Activations, matmul};
 pub use parallel::after_fork;
 pub use philox::philox;
 pub use planes::{pack_codes, unpack_codes};
-pub use quantize::{MSE_MULTIPLES, Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut, pack, unpack};
+pub use quantize::{
+    MSE_MULTIPLES, Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut, pack, unpack,
+};
 pub use scheme::{MAX_PLANES, Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scheme, Table};
 pub use simd::{active_isa, available_isas, compiled_isas, force_isa};
 

@@ -167,7 +167,9 @@ mod tests {
 
     #[test]
     fn spans_cover_every_element_once_and_in_order() {
-        for (rows, k, group) in [(1, 1 << 20, 64), (3, 300_001, 9), (5000, 77, 64), (1, 1 << 19, 1 << 19), (0, 4, 8)] {
+        for (rows, k, group) in
+            [(1, 1 << 20, 64), (3, 300_001, 9), (5000, 77, 64), (1, 1 << 19, 1 << 19), (0, 4, 8)]
+        {
             for threads in [1, 2, 7] {
                 let mut next = 0;
                 for span in spans(Shape { rows, k }, group, threads) {

@@ -47,7 +47,8 @@ pub(crate) enum Purpose {
 /// The generator of one tensor: key, stream and step fixed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Generator {
-    key: [u32; 2],
+    /// The keys of all rounds.
+    keys: [[u32; 2]; ROUNDS as usize],
     stream: u32,
     step: u32,
 }
@@ -55,7 +56,9 @@ pub(crate) struct Generator {
 impl Generator {
     pub(crate) fn new(rounding: &Rounding) -> Self {
         let seed = rounding.seed();
-        Self { key: [seed as u32, (seed >> 32) as u32], stream: rounding.stream(), step: rounding.step() }
+        let key = [seed as u32, (seed >> 32) as u32];
+        let keys = array(|i| round_key(key, i as u32));
+        Self { keys, stream: rounding.stream(), step: rounding.step() }
     }
 
     /// Counter number `n` of a purpose.
@@ -64,42 +67,63 @@ impl Generator {
     }
 
     /// Words 0 to 3 of the 16 counters from `16 · tile` on: lane `j` of word `w` is word `w` of counter `j`.
+    #[inline(always)]
+    pub(crate) fn tile<I: Isa>(&self, isa: I, purpose: Purpose, tile: u64) -> [I::I32; 4] {
+        let [words] = self.tiles(isa, purpose, [tile]);
+        words
+    }
+
+    /// Several tiles at once: their rounds fill each other's waiting times.
     ///
     /// The lanes differ in the first counter word alone, and not in the product of the third one in round 1
     /// nor in that of the first one in round 2: those two are computed once for all lanes.
     #[inline(always)]
-    pub(crate) fn tile<I: Isa>(&self, isa: I, purpose: Purpose, tile: u64) -> [I::I32; 4] {
-        let [n, c1, c2, c3] = self.counter(purpose, tile * LANES as u64);
+    pub(crate) fn tiles<I: Isa, const N: usize>(
+        &self,
+        isa: I,
+        purpose: Purpose,
+        tiles: [u64; N],
+    ) -> [[I::I32; 4]; N] {
         let lanes = isa.load_i32(&array(|j| j as u32));
-        let counter = isa.wide(isa.add_i32(isa.splat_i32(n as i32), lanes));
+        let mut c = [[isa.wide_splat(0); 4]; N];
+        for t in 0..N {
+            let [n, c1, c2, c3] = self.counter(purpose, tiles[t] * LANES as u64);
+            let counter = isa.wide(isa.add_i32(isa.splat_i32(n as i32), lanes));
 
-        let [k0, k1] = self.key;
-        let (high1, low1) = mul_wide(MULTIPLIERS[1], c2);
-        let product = isa.wide_mul(counter, MULTIPLIERS[0]);
-        let a2 = isa.wide_xor3(isa.wide_high(product), isa.wide_splat(c3), isa.wide_splat(k1));
-        let (a0, a1, a3) = (high1 ^ c1 ^ k0, low1, product);
+            let [k0, k1] = self.keys[0];
+            let (high1, low1) = mul_wide(MULTIPLIERS[1], c2);
+            let product = isa.wide_mul(counter, MULTIPLIERS[0]);
+            let a2 = isa.wide_xor3(isa.wide_high(product), isa.wide_splat(c3), isa.wide_splat(k1));
+            let (a0, a1, a3) = (high1 ^ c1 ^ k0, low1, product);
 
-        let [k0, k1] = round_key(self.key, 1);
-        let (high0, low0) = mul_wide(MULTIPLIERS[0], a0);
-        let product = isa.wide_mul(a2, MULTIPLIERS[1]);
-        let mut c = [
-            isa.wide_xor3(isa.wide_high(product), isa.wide_splat(a1), isa.wide_splat(k0)),
-            product,
-            isa.wide_xor3(isa.wide_splat(high0), a3, isa.wide_splat(k1)),
-            isa.wide_splat(low0),
-        ];
-        for i in 2..ROUNDS {
-            let [k0, k1] = round_key(self.key, i);
-            let low0 = isa.wide_mul(c[0], MULTIPLIERS[0]);
-            let low1 = isa.wide_mul(c[2], MULTIPLIERS[1]);
-            c = [
-                isa.wide_xor3(isa.wide_high(low1), c[1], isa.wide_splat(k0)),
-                low1,
-                isa.wide_xor3(isa.wide_high(low0), c[3], isa.wide_splat(k1)),
-                low0,
+            let [k0, k1] = self.keys[1];
+            let (high0, low0) = mul_wide(MULTIPLIERS[0], a0);
+            let product = isa.wide_mul(a2, MULTIPLIERS[1]);
+            c[t] = [
+                isa.wide_xor3(isa.wide_high(product), isa.wide_splat(a1), isa.wide_splat(k0)),
+                product,
+                isa.wide_xor3(isa.wide_splat(high0), a3, isa.wide_splat(k1)),
+                isa.wide_splat(low0),
             ];
         }
-        four!(w => isa.narrow_wide(c[w]))
+        for [k0, k1] in &self.keys[2..] {
+            let (k0, k1) = (isa.wide_splat(*k0), isa.wide_splat(*k1));
+            for t in 0..N {
+                let low0 = isa.wide_mul(c[t][0], MULTIPLIERS[0]);
+                let low1 = isa.wide_mul(c[t][2], MULTIPLIERS[1]);
+                c[t] = [
+                    isa.wide_xor3(isa.wide_high(low1), c[t][1], k0),
+                    low1,
+                    isa.wide_xor3(isa.wide_high(low0), c[t][3], k1),
+                    low0,
+                ];
+            }
+        }
+        let mut words = [[lanes; 4]; N];
+        for t in 0..N {
+            words[t] = four!(w => isa.narrow_wide(c[t][w]));
+        }
+        words
     }
 }
 
@@ -150,7 +174,7 @@ mod tests {
                 let words = isa.run(Tile { generator, tile });
                 for lane in 0..16 {
                     let counter = generator.counter(Purpose::Block, 16 * tile + lane as u64);
-                    let expected = philox(counter, generator.key);
+                    let expected = philox(counter, generator.keys[0]);
                     assert_eq!(words.map(|word| word[lane]), expected, "{} {tile} {lane}", isa.name());
                 }
             }

@@ -190,7 +190,11 @@ pub fn pack_codes(
     let mut rest = codes;
     let tasks = PlaneWriter::cut(packed, *planes, shape, &spans).into_iter().zip(&spans);
     let tasks = tasks
-        .map(|(planes, span)| PackCodes { codes: take(&mut rest, span.len()), planes, k: span.end - span.begin })
+        .map(|(planes, span)| PackCodes {
+            codes: take(&mut rest, span.len()),
+            planes,
+            k: span.end - span.begin,
+        })
         .collect();
     parallel::for_each(threads, tasks, dispatch);
     Ok(())
@@ -253,7 +257,12 @@ pub fn unpack_codes(
 }
 
 /// Refuses a blob that is neither all planes nor those of `prefix`.
-pub(crate) fn check_packed(packed: &[u8], shape: Shape, planes: &Planes, prefix: &Planes) -> Result<(), Error> {
+pub(crate) fn check_packed(
+    packed: &[u8],
+    shape: Shape,
+    planes: &Planes,
+    prefix: &Planes,
+) -> Result<(), Error> {
     if packed.len() == prefix.nbytes(shape.rows, shape.k) {
         return Ok(());
     }

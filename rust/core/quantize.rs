@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::parallel::{self, Span, group_spans, take, take_mut};
 use crate::planes::{PlaneReader, PlaneWriter, check_packed, padded};
 use crate::scheme::{Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scheme};
-use crate::simd::{Isa, Kernel, LANES, TILE, Token, four};
+use crate::simd::{Aligned, Isa, Kernel, LANES, TILE, Token, four};
 
 mod coders;
 mod draws;
@@ -24,7 +24,7 @@ mod groups;
 mod rows;
 mod scales;
 
-use coders::{Coefficients, Drawn, Encode, Levels, Nearest, Sign, Systematic};
+use coders::{Coefficients, Drawn, Encode, Grid, Levels, Nearest, Sign, Systematic};
 use draws::Draws;
 use groups::{Batch, Choose, PreserveVariance, Search, Survey, as_f32};
 pub(crate) use rows::Rows;
@@ -325,14 +325,6 @@ impl<'a> Source<'a> {
         each_type!(Source, self, |x| &x[at..at + len])
     }
 
-    /// The elements from `at` on, if they are f32 in memory.
-    fn f32_from(&self, at: usize) -> &'a [f32] {
-        match self {
-            Self::F32(x) => &x[at..],
-            _ => &[],
-        }
-    }
-
     /// Element `at` as f64 (exact).
     pub(crate) fn get(&self, at: usize) -> f64 {
         match self {
@@ -371,8 +363,8 @@ pub(crate) fn load_tile<I: Isa, E: Element>(isa: I, x: &[E]) -> [I::F32; 4] {
     let tile = match x.first_chunk::<TILE>() {
         Some(tile) => tile,
         None => {
-            short = padded(x);
-            &short
+            short = Aligned(padded(x));
+            &short.0
         }
     };
     let (vectors, _) = tile.as_chunks::<LANES>();
@@ -418,13 +410,7 @@ impl<'a> Target<'a> {
 ///
 /// Where there is room the whole tile is stored: what is written too much is overwritten by the next one.
 #[inline(always)]
-fn store_tile<I: Isa, E: Element>(
-    isa: I,
-    out: &mut &mut [E],
-    stream: bool,
-    len: usize,
-    v: [I::F32; 4],
-) {
+fn store_tile<I: Isa, E: Element>(isa: I, out: &mut &mut [E], stream: bool, len: usize, v: [I::F32; 4]) {
     if len == TILE && stream {
         store_vectors::<I, E, true>(isa, take_mut(out, TILE), v);
     } else if out.len() >= TILE {
@@ -473,6 +459,14 @@ impl Job {
     }
 }
 
+/// Whether all tiles of a span that begins at logical index `first` begin at multiples of 64.
+fn tiles_aligned(first: u64, span: &Span, group_len: usize) -> bool {
+    let row_len = span.end - span.begin;
+    let rows_aligned = span.rows == 1 || row_len.is_multiple_of(TILE);
+    let groups_aligned = group_len >= row_len || group_len.is_multiple_of(TILE);
+    first.is_multiple_of(TILE as u64) && rows_aligned && groups_aligned
+}
+
 /// One span to pack.
 struct PackSpan<'a> {
     job: &'a Job,
@@ -489,14 +483,14 @@ const BATCH: usize = 4096;
 
 /// Codes of a row on their way to the planes: what the last batch left over, then those of a batch.
 struct Codes {
-    bytes: [u8; TILE + BATCH + TILE],
+    bytes: Aligned<[u8; TILE + BATCH + TILE]>,
     len: usize,
 }
 
 impl Codes {
     /// Room for a batch, behind what is waiting.
     fn room(&mut self) -> &mut [u8; BATCH + TILE] {
-        let room = self.bytes[self.len..].first_chunk_mut();
+        let room = self.bytes.0[self.len..].first_chunk_mut();
         room.expect("less than a tile is left over")
     }
 
@@ -505,11 +499,11 @@ impl Codes {
     fn pack<I: Isa>(&mut self, isa: I, end: bool, planes: &mut PlaneWriter<'_>) {
         let len = if end { self.len } else { self.len / TILE * TILE };
         if end {
-            self.bytes[len..len.next_multiple_of(TILE)].fill(0);
+            self.bytes.0[len..len.next_multiple_of(TILE)].fill(0);
         }
-        let (tiles, _) = self.bytes.as_chunks::<TILE>();
+        let (tiles, _) = self.bytes.0.as_chunks::<TILE>();
         isa.vectorize(WriteTiles { planes, tiles: &tiles[..len.div_ceil(TILE)], len });
-        self.bytes.copy_within(len..len + TILE, 0);
+        self.bytes.0.copy_within(len..len + TILE, 0);
         self.len -= len;
     }
 }
@@ -519,20 +513,32 @@ enum AnyCoder {
     Nearest(Nearest),
     Sign(Sign),
     Levels(Levels),
-    Drawn(Box<Drawn>),
-    Systematic(Systematic),
+    Drawn(Box<Drawn<false>>),
+    DrawnPlain(Box<Drawn<true>>),
+    Systematic(Box<Systematic<false>>),
+    SystematicPlain(Box<Systematic<true>>),
 }
 
 impl AnyCoder {
-    fn new(job: &Job, limit: u64) -> Self {
+    fn new(job: &Job, aligned: bool) -> Self {
         let Job { scheme, rounding, .. } = job;
         let group_len = job.group_len();
         match (rounding.mode(), scheme.table()) {
             (Mode::Nearest, Some(table)) => Self::Levels(Levels::new(table.levels())),
             (Mode::Nearest, None) if scheme.bits() == 1 => Self::Sign(Sign),
             (Mode::Nearest, None) => Self::Nearest(Nearest::new(scheme)),
-            (Mode::Systematic, _) => Self::Systematic(Systematic::new(scheme, rounding, group_len)),
-            _ => Self::Drawn(Box::new(Drawn::new(scheme, rounding, group_len, limit))),
+            (Mode::Systematic, _) if Grid::new(scheme).is_plain() => {
+                Self::SystematicPlain(Box::new(Systematic::new(scheme, rounding, group_len)))
+            }
+            (Mode::Systematic, _) => Self::Systematic(Box::new(Systematic::new(scheme, rounding, group_len))),
+            _ => {
+                let draws = Draws::new(rounding, aligned);
+                if Drawn::<true>::is_plain(scheme, rounding, &draws) {
+                    Self::DrawnPlain(Box::new(Drawn::new(scheme, rounding, group_len, draws)))
+                } else {
+                    Self::Drawn(Box::new(Drawn::new(scheme, rounding, group_len, draws)))
+                }
+            }
         }
     }
 }
@@ -545,8 +551,8 @@ impl Kernel for PackSpan<'_> {
         let group_len = self.job.group_len();
         let batch_len = (BATCH / group_len).clamp(1, LANES) * group_len;
         let row_len = self.span.end - self.span.begin;
-        let mut coder = AnyCoder::new(self.job, self.logical(self.x.len()));
-        let mut codes = Codes { bytes: [0; TILE + BATCH + TILE], len: 0 };
+        let mut coder = AnyCoder::new(self.job, tiles_aligned(self.logical(0), &self.span, group_len));
+        let mut codes = Codes { bytes: Aligned([0; TILE + BATCH + TILE]), len: 0 };
         let mut scratch = Vec::new();
         let mut numbers = Batch::default();
         let mut group = 0;
@@ -558,8 +564,7 @@ impl Kernel for PackSpan<'_> {
                 // More than one part only if there is one group, a long one.
                 for (part, x) in batch.chunks(BATCH).enumerate() {
                     let begin = part * BATCH;
-                    let next = self.x.f32_from((first + begin + x.len() + PFD.load(std::sync::atomic::Ordering::Relaxed)).min(self.x.len()));
-                    self.encode(isa, &mut coder, x, begin, next, &numbers, first, group, codes.room());
+                    self.encode(isa, &mut coder, x, begin, &numbers, first, group, codes.room());
                     codes.len += x.len();
                     let last = first + begin + x.len() == row + row_len;
                     codes.pack(isa, last, &mut self.planes);
@@ -592,7 +597,6 @@ impl PackSpan<'_> {
         coder: &mut AnyCoder,
         x: &[f32],
         begin: usize,
-        next: &[f32],
         numbers: &Batch,
         first: usize,
         group: usize,
@@ -611,7 +615,6 @@ impl PackSpan<'_> {
                     coefficients: &numbers.coefficients,
                     number,
                     first,
-                    next,
                     codes,
                 })
             };
@@ -621,7 +624,9 @@ impl PackSpan<'_> {
             AnyCoder::Sign(coder) => encode!(coder),
             AnyCoder::Levels(coder) => encode!(coder),
             AnyCoder::Drawn(coder) => encode!(&mut **coder),
-            AnyCoder::Systematic(coder) => encode!(coder),
+            AnyCoder::DrawnPlain(coder) => encode!(&mut **coder),
+            AnyCoder::Systematic(coder) => encode!(&mut **coder),
+            AnyCoder::SystematicPlain(coder) => encode!(&mut **coder),
         }
     }
 
@@ -732,10 +737,21 @@ pub fn pack(
     zero_points: ZeroPointsMut<'_>,
     threads: usize,
 ) -> Result<(), Error> {
-    pack_on(Token::active(), x, shape, scheme, rounding, planes, nan_zero, packed, scales, zero_points, threads)
+    pack_on(
+        Token::active(),
+        x,
+        shape,
+        scheme,
+        rounding,
+        planes,
+        nan_zero,
+        packed,
+        scales,
+        zero_points,
+        threads,
+    )
 }
 
-static PFD: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
 /// [`pack`] on a given instruction set.
 pub(crate) fn pack_on(
     isa: Token,
@@ -750,7 +766,6 @@ pub(crate) fn pack_on(
     zero_points: ZeroPointsMut<'_>,
     threads: usize,
 ) -> Result<(), Error> {
-    PFD.store(std::env::var("PFD").map_or(0, |v| v.parse().unwrap()), std::sync::atomic::Ordering::Relaxed);
     rounding.check(scheme, shape.k)?;
     check_groups(shape, scheme, rounding, scales.view(), zero_points.view())?;
     shape.check("packed", packed.len(), planes.nbytes(shape.rows, shape.k))?;
@@ -764,10 +779,10 @@ pub(crate) fn pack_on(
     let tasks = pack_tasks(&job, &spans, x, nan_zero, *planes, packed, scales, zero_points);
     let failure = Mutex::new(None::<Failure>);
     parallel::for_each(threads, tasks, |task: PackSpan<'_>| {
-        if let Err(found) = isa.run(task) {
-            if let Ok(mut first) = failure.lock() {
-                *first = Some(first.map_or(found, |other| other.min(found)));
-            }
+        if let Err(found) = isa.run(task)
+            && let Ok(mut first) = failure.lock()
+        {
+            *first = Some(first.map_or(found, |other| other.min(found)));
         }
     });
     match failure.into_inner() {
@@ -834,7 +849,7 @@ const PENDING: usize = 16 * TILE;
 
 /// Codes of a row on their way from the planes.
 struct Decoded {
-    bytes: [u8; PENDING + TILE],
+    bytes: Aligned<[u8; PENDING + TILE]>,
     at: usize,
     len: usize,
     /// Codes of the row that are still in the planes.
@@ -848,20 +863,20 @@ impl Decoded {
         if self.at + len > self.len {
             self.refill(isa, planes);
         }
-        let tile = self.bytes[self.at..].first_chunk::<TILE>();
+        let tile = self.bytes.0[self.at..].first_chunk::<TILE>();
         self.at += len;
         isa.load_u8(tile.unwrap_or(&[0; TILE]))
     }
 
     #[inline(always)]
     fn refill<I: Isa>(&mut self, isa: I, planes: &mut PlaneReader<'_>) {
-        self.bytes.copy_within(self.at..self.len, 0);
+        self.bytes.0.copy_within(self.at..self.len, 0);
         self.len -= self.at;
         self.at = 0;
         while self.left > 0 && self.len + TILE <= PENDING {
             let count = self.left.min(TILE);
             let codes = planes.read(isa, count);
-            if let Some(to) = self.bytes[self.len..].first_chunk_mut::<TILE>() {
+            if let Some(to) = self.bytes.0[self.len..].first_chunk_mut::<TILE>() {
                 isa.store_u8(to, codes);
             }
             self.len += count;
@@ -883,14 +898,14 @@ impl Kernel for UnpackSpan<'_> {
         let unit = isa.splat((1u32 << dropped) as f32);
         let centre = isa.splat(((1u32 << dropped) as f32 - 1.0) / 2.0);
         let first = rounding.offset() + (span.row * shape.k + span.begin) as u64;
-        let mut dither = (rounding.mode() == Mode::Subtractive)
-            .then(|| Draws::new(rounding, first + span.len() as u64));
+        let aligned = tiles_aligned(first, &span, group_len);
+        let mut dither = (rounding.mode() == Mode::Subtractive).then(|| Draws::new(rounding, aligned));
         let wide = rounding.draw_bits() == 32;
         let table = scheme.table().map(|table| *table.padded());
         let mut group = 0;
         let mut done = 0;
         for _ in 0..span.rows {
-            let mut codes = Decoded { bytes: [0; PENDING + TILE], at: 0, len: 0, left: row_len };
+            let mut codes = Decoded { bytes: Aligned([0; PENDING + TILE]), at: 0, len: 0, left: row_len };
             for begin in (0..row_len).step_by(group_len) {
                 let s = isa.splat(scales.get(group));
                 let z = isa.splat(zero_points.get(group, constant));
@@ -908,7 +923,11 @@ impl Kernel for UnpackSpan<'_> {
                         isa.sub(isa.add(k, centre), z)
                     });
                     if let Some(draws) = &mut dither {
-                        let draw = draws.tile(isa, first + done as u64);
+                        let index = first + done as u64;
+                        if !draws.covers(index, count) {
+                            draws.cover(isa, index, BATCH.min(span.len() - done));
+                        }
+                        let draw = draws.tile(isa, index);
                         v = four!(j => isa.add(v[j], dither_of(isa, wide, draw[j])));
                     }
                     out.push(isa, *stream, count, four!(j => isa.mul(s, v[j])));

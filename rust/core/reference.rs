@@ -120,7 +120,8 @@ pub(crate) fn quantize(x: &[f32], shape: Shape, scheme: &Scheme, rounding: &Roun
     let mut index = rounding.offset();
     for row in x.chunks(shape.k) {
         for group in row.chunks(group_len) {
-            let x: Vec<f32> = group.iter().map(|x| if x.is_normal() { *x } else { x.signum() * 0.0 }).collect();
+            let x: Vec<f32> =
+                group.iter().map(|x| if x.is_normal() { *x } else { x.signum() * 0.0 }).collect();
             let number = before + out.scales.len() as u64;
             let (s, z) = choose(&x, scheme, rounding);
             let codes = encode(&x, s, z, scheme, rounding, index, number, group_len);
@@ -175,7 +176,7 @@ fn choose(x: &[f32], scheme: &Scheme, rounding: &Rounding) -> (f32, f32) {
     }
     let last = levels as f32 - 1.0;
     let (s, z) = if scheme.symmetric() {
-        (round_scale(dtype, far * -1.0 / middle), middle)
+        (round_scale(dtype, -far / middle), middle)
     } else {
         let s = round_scale(dtype, (max - min) / last);
         (s, if s == 0.0 { 0.0 } else { (-min / s).round_ties_even().clamp(0.0, last) + 0.0 })

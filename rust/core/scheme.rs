@@ -126,7 +126,9 @@ impl Scheme {
             ));
         }
         if levels.windows(2).any(|pair| pair[0] >= pair[1]) {
-            return refuse(format!("levels must ascend on the 256-step grid, got {levels:?}; remove duplicates"));
+            return refuse(format!(
+                "levels must ascend on the 256-step grid, got {levels:?}; remove duplicates"
+            ));
         }
         let mut padded = [levels[levels.len() - 1]; 16];
         padded[..levels.len()].copy_from_slice(levels);
@@ -222,8 +224,14 @@ impl Mode {
 
     /// The mode of that name.
     pub fn from_name(name: &str) -> Result<Self, Error> {
-        const ALL: [Mode; 6] =
-            [Mode::Nearest, Mode::Iid, Mode::Antithetic, Mode::Stratified, Mode::Systematic, Mode::Subtractive];
+        const ALL: [Mode; 6] = [
+            Mode::Nearest,
+            Mode::Iid,
+            Mode::Antithetic,
+            Mode::Stratified,
+            Mode::Systematic,
+            Mode::Subtractive,
+        ];
         ALL.into_iter().find(|mode| mode.name() == name).ok_or_else(|| {
             Error::Rounding(format!("unknown rounding {name:?}; use one of {:?}", ALL.map(Mode::name)))
         })
@@ -283,12 +291,14 @@ impl Rounding {
         }
         if mode == Mode::Subtractive && (variance != 1.0 || preserve_variance) {
             return Err(Error::Rounding(
-                "subtractive dither has a variance of its own; use variance=1.0 and preserve=\"mean\"".to_owned(),
+                "subtractive dither has a variance of its own; use variance=1.0 and preserve=\"mean\""
+                    .to_owned(),
             ));
         }
         if mode == Mode::Nearest && preserve_variance {
             return Err(Error::Rounding(
-                "preserve=\"mean+var\" needs stochastic rounding; nearest has no variance to correct".to_owned(),
+                "preserve=\"mean+var\" needs stochastic rounding; nearest has no variance to correct"
+                    .to_owned(),
             ));
         }
         // Exact in f32: a product with a power of two.
@@ -348,13 +358,17 @@ impl Rounding {
             return Ok(());
         }
         if scheme.nested() {
-            return refuse("nested schemes round to nearest only; use a static scheme for stochastic rounding");
+            return refuse(
+                "nested schemes round to nearest only; use a static scheme for stochastic rounding",
+            );
         }
         if scheme.table().is_some() {
             return refuse("level tables round to nearest only; use uniform levels for stochastic rounding");
         }
         if scheme.scale() == ScaleRule::Mse {
-            return refuse("stochastic rounding never clips, so scale \"mse\" has no use; use scale=\"extreme\"");
+            return refuse(
+                "stochastic rounding never clips, so scale \"mse\" has no use; use scale=\"extreme\"",
+            );
         }
         if self.preserve_variance && scheme.bits() < 2 {
             return refuse("preserve=\"mean+var\" needs bits >= 2, got 1; use preserve=\"mean\"");
@@ -421,13 +435,11 @@ impl Planes {
             return Ok(Self::BYTES);
         }
         let fixed = Self::of_bits(scheme.bits());
-        match Self::new(widths) {
-            Ok(planes) if scheme.nested() || planes == fixed => {
-                if planes.bits() == scheme.bits() {
-                    return Ok(planes);
-                }
-            }
-            _ => {}
+        if let Ok(planes) = Self::new(widths)
+            && planes.bits() == scheme.bits()
+            && (scheme.nested() || planes == fixed)
+        {
+            return Ok(planes);
         }
         let valid = if scheme.nested() {
             "[4, 4], [4, 1, 1, 2], [2, 1, 1, 1, 1, 2] or [8]".to_owned()
@@ -462,11 +474,9 @@ impl Planes {
     pub fn prefix(&self, read_bits: u32) -> Result<Self, Error> {
         match self.prefixes().iter().position(|sum| *sum == read_bits) {
             Some(last) => Ok(Self { widths: self.widths, len: last + 1 }),
-            None => Err(Error::ReadBits {
-                read_bits,
-                planes: self.widths().to_vec(),
-                valid: self.prefixes(),
-            }),
+            None => {
+                Err(Error::ReadBits { read_bits, planes: self.widths().to_vec(), valid: self.prefixes() })
+            }
         }
     }
 

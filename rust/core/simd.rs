@@ -55,6 +55,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// Name as users see and force it.
     const NAME: &'static str;
+    /// Whether two Philox tiles fit the registers at once.
+    const TWO_TILES: bool = false;
 
     /// Runs `kernel` with this instruction set enabled, so that everything in it inlines.
     ///
@@ -81,9 +83,6 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn store_bf16<const STREAM: bool>(self, to: &mut [bf16; 16], v: Self::F32);
     /// Lanes to half precision, RNE, to infinity above its range. No lane may be NaN.
     fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: Self::F32);
-    /// Asks for the cache line of `at` ahead of its use.
-    #[inline(always)]
-    fn prefetch(self, _at: &f32) {}
     /// Makes streamed stores visible to other threads; call once after the last of them.
     fn fence(self);
 
@@ -105,9 +104,17 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// Largest integer not above.
     fn floor(self, a: Self::F32) -> Self::F32;
+    /// Lanes in −2^24…0 to the nearest multiple of 1/256, RNE; others unspecified.
+    #[inline(always)]
+    fn negative_to_256ths(self, a: Self::F32) -> Self::F32 {
+        // The sum lies in 2^15…2^16, where that is the spacing, or is exact.
+        let c = self.splat(65536.0);
+        self.sub(self.add(a, c), c)
+    }
     /// The bits of the lanes.
     fn to_bits(self, a: Self::F32) -> Self::I32;
     /// The f32 of those bits.
+    #[expect(clippy::wrong_self_convention, reason = "named like f32::from_bits; self is the token")]
     fn from_bits(self, a: Self::I32) -> Self::F32;
     /// Lanes as integers, RNE; unspecified outside i32.
     fn round(self, a: Self::F32) -> Self::I32;
@@ -165,6 +172,20 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn prefix_sum(self, a: Self::I32) -> Self::I32;
     /// Lane 15 in every lane.
     fn splat_last(self, a: Self::I32) -> Self::I32;
+    /// By how much each of the 64 lanes of `v`, in order, raises the high byte of a running sum that begins at
+    /// `start` < 2^24; modulo 256.
+    #[inline(always)]
+    fn high_byte_steps(self, v: [Self::I32; 4], start: i32) -> Self::U8 {
+        let mut before = self.splat_i32(start);
+        let mut high = v;
+        for j in 0..4 {
+            let sums = self.add_i32(self.prefix_sum(v[j]), before);
+            before = self.splat_last(sums);
+            high[j] = self.shr::<24>(sums);
+        }
+        let high = self.narrow(high, 0, u8::MAX);
+        self.sub_u8(high, self.previous_u8(high))
+    }
 
     // ---- u64, for Philox ----------------------------------------------------------------------------------
 
@@ -247,6 +268,11 @@ macro_rules! four {
 }
 pub(crate) use four;
 
+/// A value that begins at a cache line: whole vectors in it then never straddle two lines.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Aligned<T>(pub(crate) T);
+
 /// `f` of each index; unlike [`std::array::from_fn`] certain to be inlined.
 #[inline(always)]
 pub(crate) fn array<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
@@ -327,10 +353,8 @@ impl Token {
     pub(crate) fn active() -> Self {
         let chosen = CHOICE.load(Ordering::Relaxed);
         let tokens = Self::available;
-        if chosen != UNDECIDED {
-            if let Some(token) = tokens().into_iter().find(|token| token.index() == chosen) {
-                return token;
-            }
+        if let Some(token) = tokens().into_iter().find(|token| token.index() == chosen) {
+            return token;
         }
         let best = tokens()[0];
         CHOICE.store(best.index(), Ordering::Relaxed);

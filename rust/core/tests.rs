@@ -265,8 +265,13 @@ fn shrunk_and_variance_preserving_rounding_equal_the_reference() {
 
 #[test]
 fn magnitudes_at_the_ends_of_the_domain_equal_the_reference() {
-    for exponent in [-149, -130, -127, -126, -124, -122, -118, -110, -100, -93, -66, -60, -59, -20, 14, 100, 119] {
-        let x: Vec<f32> = normal(300, 3).iter().map(|x| (f64::from(x.clamp(-1.9, 1.9)) * 2f64.powi(exponent)) as f32).collect();
+    for exponent in
+        [-149, -130, -127, -126, -124, -122, -118, -110, -100, -93, -66, -60, -59, -20, 14, 100, 119]
+    {
+        let x: Vec<f32> = normal(300, 3)
+            .iter()
+            .map(|x| (f64::from(x.clamp(-1.9, 1.9)) * 2f64.powi(exponent)) as f32)
+            .collect();
         let shape = Shape { rows: 3, k: 100 };
         for bits in [1, 2, 4, 8] {
             for symmetric in [true, bits == 1] {
@@ -291,7 +296,9 @@ fn magnitudes_at_the_ends_of_the_domain_equal_the_reference() {
 
 #[test]
 fn threads_and_slices_give_the_same_bits() {
-    for (rows, k, group_size) in [(1, 200_000, 64), (1, 150_001, 100), (300, 1000, 64), (2000, 130, 64), (70_000, 8, 8)] {
+    for (rows, k, group_size) in
+        [(1, 200_000, 64), (1, 150_001, 100), (300, 1000, 64), (2000, 130, 64), (70_000, 8, 8)]
+    {
         let shape = Shape { rows, k };
         let x = normal(shape.len(), 77);
         for mode in [Mode::Nearest, Mode::Iid, Mode::Stratified, Mode::Systematic] {
@@ -412,7 +419,19 @@ fn a_scale_too_large_for_half_precision_is_an_error_naming_bf16() {
 
 #[test]
 fn planes_invert_for_every_length_0_to_130_and_any_threads() {
-    for widths in [&[8][..], &[4, 2, 1], &[4, 2], &[4, 1], &[4], &[2, 1], &[2], &[1], &[4, 4], &[4, 1, 1, 2], &[2, 1, 1, 1, 1, 2]] {
+    for widths in [
+        &[8][..],
+        &[4, 2, 1],
+        &[4, 2],
+        &[4, 1],
+        &[4],
+        &[2, 1],
+        &[2],
+        &[1],
+        &[4, 4],
+        &[4, 1, 1, 2],
+        &[2, 1, 1, 1, 1, 2],
+    ] {
         let planes = Planes::new(widths).unwrap();
         for k in (0..=130).chain([70_000]) {
             let shape = Shape { rows: 3, k };
@@ -474,7 +493,8 @@ fn wrong_buffers_schemes_and_roundings_are_refused_with_the_numbers() {
     let block = rounding(Mode::Systematic, 16, 1.0, false, 65);
     let x = normal(shape.len(), 1);
     let refused = |scheme: &Scheme, rounding: &Rounding| {
-        pack_with(isa, Source::F32(&x), shape, scheme, rounding, &Planes::of_bits(scheme.bits()), false, 1).err()
+        pack_with(isa, Source::F32(&x), shape, scheme, rounding, &Planes::of_bits(scheme.bits()), false, 1)
+            .err()
     };
     assert!(matches!(refused(&scheme, &block), Some(Error::Offset { offset: 65, k: 64, .. })));
     let iid = rounding(Mode::Iid, 16, 1.0, false, 0);
@@ -529,7 +549,10 @@ fn the_reference_decodes_a_known_group() {
     let shape = Shape { rows: 1, k: 8 };
     let x = [4.0, -4.0, 1.0, -1.0, 0.0, 3.1, -2.9, 2.0];
     let q = reference::quantize(&x, shape, &scheme, &Rounding::nearest());
-    assert_eq!(q, Quantized { codes: vec![0, 3, 2, 2, 2, 0, 3, 1], scales: vec![-2.0], zero_points: vec![2.0] });
+    assert_eq!(
+        q,
+        Quantized { codes: vec![0, 3, 2, 2, 2, 0, 3, 1], scales: vec![-2.0], zero_points: vec![2.0] }
+    );
     let decoded = reference::dequantize(&q, shape, &scheme, &Rounding::nearest(), 2);
     assert_eq!(decoded, [4.0, -2.0, 0.0, 0.0, 0.0, 4.0, -2.0, 2.0]);
 }

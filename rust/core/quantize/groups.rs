@@ -2,11 +2,12 @@
 //!
 //! Each is a kernel of its own, compiled once an instruction set however many coders use it.
 
-use super::{Source, load_tile, load_vector};
-use super::coders::{Coefficients, fraction};
+use super::coders::{Coefficients, Grid, fraction};
 use super::scales::{
-    Groups, MAX_BITS, MIN_NORMAL, Rule, Statistics, Sum, choose, inverses, round_scales, thresholds, zero_points,
+    Groups, MAX_BITS, MIN_NORMAL, Rule, Statistics, Sum, choose, inverses, round_scales, thresholds,
+    zero_points,
 };
+use super::{Source, load_tile, load_vector};
 use crate::quantize::MSE_MULTIPLES;
 use crate::scheme::Scheme;
 use crate::simd::{Isa, Kernel, LANES, TILE, array, fold, four};
@@ -322,7 +323,7 @@ impl Kernel for PreserveVariance<'_> {
             let v = vector(isa, x, at);
             let d = isa.sub(v, isa.splat(mean));
             squares = isa.add(squares, first_lanes(isa, isa.mul(d, d), x.len() - at));
-            let f = fraction(isa, &group, v);
+            let f = fraction(isa, &group, Grid::new(scheme), v);
             noise = isa.add(noise, isa.mul(f, isa.sub(isa.splat(1.0), f)));
         }
         (rows[0], rows[1]) = (squares, noise);

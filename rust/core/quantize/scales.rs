@@ -208,7 +208,9 @@ pub(super) fn zero_points(rule: Rule, scheme: &Scheme, x: &Statistics, s: &Group
     // The addition turns −0 into 0: zero points are integers.
     let clamped = |i: usize, z: f32| if s[i] == 0.0 { 0.0 } else { z.clamp(0.0, last) + 0.0 };
     match rule {
-        Rule::CoveringRange(_) => each(|i| clamped(i, (-f64::from(x.min[i]) / f64::from(s[i])).ceil() as f32)),
+        Rule::CoveringRange(_) => {
+            each(|i| clamped(i, (-f64::from(x.min[i]) / f64::from(s[i])).ceil() as f32))
+        }
         _ => each(|i| clamped(i, (-x.min[i] / s[i]).round_ties_even())),
     }
 }

@@ -185,10 +185,6 @@ impl Isa for Avx2 {
         self.store_16(to.as_mut_ptr().cast(), op!(_mm256_set_m128i(high, low)), STREAM);
     }
     #[inline(always)]
-    fn prefetch(self, at: &f32) {
-        mem!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()));
-    }
-    #[inline(always)]
     fn fence(self) {
         op!(_mm_sfence());
     }

@@ -61,6 +61,7 @@ impl Isa for Avx512 {
     type Wide = [__m512i; 2];
 
     const NAME: &'static str = "avx512";
+    const TWO_TILES: bool = true;
 
     #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -138,10 +139,6 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
-    fn prefetch(self, at: &f32) {
-        mem!(_mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()));
-    }
-    #[inline(always)]
     fn fence(self) {
         op!(_mm_sfence());
     }
@@ -181,6 +178,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn floor(self, a: __m512) -> __m512 {
         op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn negative_to_256ths(self, a: __m512) -> __m512 {
+        op!(_mm512_roundscale_ps::<{ 8 << 4 | RNE }>(a))
     }
     #[inline(always)]
     fn to_bits(self, a: __m512) -> __m512i {
@@ -286,15 +287,42 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn prefix_sum(self, a: __m512i) -> __m512i {
-        let zero = self.splat_i32(0);
-        let a = op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<15>(a, zero)));
-        let a = op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<14>(a, zero)));
-        let a = op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<12>(a, zero)));
-        op!(_mm512_add_epi32(a, _mm512_alignr_epi32::<8>(a, zero)))
+        // Within each run of four lanes, then the totals of the runs before.
+        let a = op!(_mm512_add_epi32(a, _mm512_bslli_epi128::<4>(a)));
+        let a = op!(_mm512_add_epi32(a, _mm512_bslli_epi128::<8>(a)));
+        let total = |run: i32| op!(_mm512_permutexvar_epi32(_mm512_set1_epi32(4 * run + 3), a));
+        let a1 = op!(_mm512_mask_add_epi32(a, 0xfff0, a, total(0)));
+        let later = op!(_mm512_maskz_add_epi32(0xff00, total(1), _mm512_maskz_mov_epi32(0xf000, total(2))));
+        op!(_mm512_add_epi32(a1, later))
     }
     #[inline(always)]
     fn splat_last(self, a: __m512i) -> __m512i {
         op!(_mm512_permutexvar_epi32(_mm512_set1_epi32(15), a))
+    }
+
+    /// Elements 4·l to 4·l + 3 are added up in lane `l` first, so that one prefix sum over lanes serves all 64, and
+    /// the high bytes of a lane's four sums are four bytes of the result.
+    #[inline(always)]
+    fn high_byte_steps(self, v: [__m512i; 4], start: i32) -> __m512i {
+        let even = self.load_i32(&array(|i| 2 * i as u32));
+        let odd = self.load_i32(&array(|i| 2 * i as u32 + 1));
+        let low =
+            op!([_mm512_permutex2var_epi32(v[0], even, v[1]), _mm512_permutex2var_epi32(v[0], odd, v[1])]);
+        let high =
+            op!([_mm512_permutex2var_epi32(v[2], even, v[3]), _mm512_permutex2var_epi32(v[2], odd, v[3])]);
+        let a0 = op!(_mm512_permutex2var_epi32(low[0], even, high[0]));
+        let a1 = op!(_mm512_permutex2var_epi32(low[1], even, high[1]));
+        let a2 = op!(_mm512_permutex2var_epi32(low[0], odd, high[0]));
+        let a3 = op!(_mm512_permutex2var_epi32(low[1], odd, high[1]));
+        let (a1, a23) = (self.add_i32(a0, a1), self.add_i32(a2, a3));
+        let (a2, a3) = (self.add_i32(a1, a2), self.add_i32(a1, a23));
+        let before = self.add_i32(self.prefix_sum(a3), self.sub_i32(self.splat_i32(start), a3));
+        let sum = |a| self.add_i32(a, before);
+        let merge = |mask, a, b| op!(_mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi32(mask), a, b));
+        let low = merge(0xff00, self.shr::<16>(sum(a1)), self.shr::<24>(sum(a0)));
+        let high = merge(0xff00_0000_u32 as i32, sum(a3), self.shr::<8>(sum(a2)));
+        let high = merge(0xffff_0000_u32 as i32, high, low);
+        self.sub_u8(high, self.or(self.shl::<8>(high), self.shr::<24>(before)))
     }
 
     #[inline(always)]
@@ -323,7 +351,8 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn narrow_wide(self, a: [__m512i; 2]) -> __m512i {
-        op!(_mm512_mask_blend_epi32(0xaaaa, a[0], _mm512_slli_epi64::<32>(a[1])))
+        // A shuffle: the compiler would turn a shift of a product into a slow 64-bit multiplication.
+        op!(_mm512_mask_shuffle_epi32::<0xa0>(a[0], 0xaaaa, a[1]))
     }
 
     #[inline(always)]

@@ -134,7 +134,7 @@ impl Isa for Neon {
 
     const NAME: &'static str = "neon";
 
-    #[inline(always)]
+    #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)
     }
