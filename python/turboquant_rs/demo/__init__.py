@@ -87,6 +87,7 @@ class DemoResult:
     def __str__(self) -> str:
         lines = [f"{self.model} ({self.origin}), {self.sentences} {SOURCE}", *self.notes]
         lines += ["", self._sizes(), "", self._quality(), "", *(self._verdict(m) for m in self.measured)]
+        lines.append(self._speed())
         if self.picture:
             lines += ["", f"picture: {self.picture}"]
         return "\n".join(lines)
@@ -110,6 +111,15 @@ class DemoResult:
                 row = [f"{m.scheme.bits} bits, {what}", f"{q.mean_cosine:.4f}", f"{q.min_cosine:.4f}"]
                 rows.append([*row, f"{q.overlap:.1%}", f"{q.same_nearest:.1%}"])
         return table(header, rows)
+
+    def _speed(self) -> str:
+        """One plain sentence: what packing does to the latency here."""
+        ratios = [
+            f"{m.scheme.bits} bits {m.one_ms / self.one_ms:.2f}× (1 sentence), "
+            f"{m.batch_ms / self.batch_ms:.2f}× ({BATCH})"
+            for m in self.measured
+        ]
+        return f"Time of f32 = 1, with int8 activations on {self.threads} threads: {'; '.join(ratios)}."
 
     def _verdict(self, m: Measured) -> str:
         """One plain sentence: what these bits cost this model."""

@@ -48,7 +48,7 @@ def draw(curves: Mapping[str, Curve], path: Path, title: str, subtitle: str) -> 
         _draw_curve(error_axes, overlap_axes, name, curve, index)
     error_axes.set_yscale("log")
     error_axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    overlap_axes.set_ylim(None, 101)
+    overlap_axes.set_ylim(None, 103)
     overlap_axes.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
     neighbours = next(iter(curves.values()))[0][1].neighbours
     _dress(error_axes, "Error of the embeddings: 1 − cosine to f32", curves)
@@ -76,7 +76,7 @@ def _draw_curve(error_axes: Any, overlap_axes: Any, name: str, curve: Curve, ind
             if b in (4, 8):
                 error_axes.annotate(
                     f"{error:.2g}", (b, error), (7, 8), textcoords="offset points",
-                    ha="left" if b < 8 else "right", fontsize=9, color=color, fontweight="bold",
+                    fontsize=9, color=color, fontweight="bold",
                 )  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def _dress(axes: Any, title: str, curves: Mapping[str, Curve]) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=9)
     axes.set_xlabel("bits a weight (linear layers)", fontsize=9.5, color=QUIET)
     axes.set_xticks(sorted({b for curve in curves.values() for b, _ in curve}))
+    axes.margins(x=0.12)
     axes.tick_params(colors=QUIET, labelsize=9, length=0, which="both")
     axes.grid(True, color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)

@@ -430,3 +430,59 @@ impl<const PLAIN: bool> Coder for Systematic<PLAIN> {
         isa.add_u8(steps, isa.splat_u8(group.z as u8))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheme::ScaleRule;
+    use crate::simd::Token;
+
+    /// Counts the x, one in 2^9 of a binade, whose quotient differs from that of the division.
+    struct WrongQuotients {
+        s: f32,
+        grid: Grid,
+    }
+
+    impl Kernel for WrongQuotients {
+        type Output = usize;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> usize {
+            let Self { s, grid } = self;
+            let group = Coefficients::new(&[s; LANES], &[0.0; LANES]).group(isa, 0, 0, 0);
+            let mut wrong = 0;
+            for first in (0..1 << 14).step_by(TILE) {
+                let x: [f32; TILE] =
+                    array(|i| f32::from_bits(1.0f32.to_bits() + ((first + i as u32) << 9 | 0x155)));
+                let q = group.quotients::<16>(isa, grid, load_tile(isa, &x));
+                for j in 0..4 {
+                    let mut lanes = [0.0; LANES];
+                    isa.store::<false>(&mut lanes, q[j]);
+                    wrong += (0..LANES).filter(|i| lanes[*i] != x[j * LANES + i] / s * 65536.0).count();
+                }
+            }
+            wrong
+        }
+    }
+
+    #[test]
+    fn quotients_by_multiplication_equal_those_of_the_division() {
+        let significands = [(ScaleDtype::Bf16, 16), (ScaleDtype::F16, 13), (ScaleDtype::F32, 0)];
+        for isa in Token::available() {
+            for (dtype, shift) in significands {
+                let scheme = Scheme::new(4, 64, true, false, &[], ScaleRule::Extreme, dtype).unwrap();
+                for i in 0..128u32 {
+                    // All significands of bf16, an eighth of f16, the ends and the middle of f32.
+                    let significand = match dtype {
+                        ScaleDtype::Bf16 => i,
+                        ScaleDtype::F16 => 8 * i + i % 8,
+                        ScaleDtype::F32 => (i << 16).wrapping_sub(i) & 0x7f_ffff,
+                    };
+                    let s = -f32::from_bits(0.01f32.to_bits() & 0xff80_0000 | significand << shift);
+                    let wrong = isa.run(WrongQuotients { s, grid: Grid::new(&scheme) });
+                    assert_eq!(wrong, 0, "{} {dtype} {s:e}", isa.name());
+                }
+            }
+        }
+    }
+}
