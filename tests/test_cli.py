@@ -236,6 +236,19 @@ def test_pattern_without_a_match_names_near_misses(run, file, tmp_path):
     assert "matches no" in error and "q_proj" in error
 
 
+def test_conv1d_weights_are_left_alone_with_the_way_out(run, tmp_path):
+    source, out = tmp_path / "gpt2.safetensors", tmp_path / "o.safetensors"
+    save_file(
+        {"h.0.attn.c_attn.weight": torch.randn(96, 288), "h.0.mlp.c_fc.weight": torch.randn(96, 384)}, source
+    )
+    assert "use tq.quantize_ and tq.save" in failure(run, "quantize", source, out)
+    # The same names with the rows of nn.Linear are quantized.
+    save_file(
+        {"h.0.attn.c_attn.weight": torch.randn(288, 96), "h.0.mlp.c_fc.weight": torch.randn(384, 96)}, source
+    )
+    assert run("quantize", source, out)[0] == 0
+
+
 def test_file_with_nothing_to_quantize_says_how_to_choose(run, tmp_path):
     save_file({"a": torch.randn(4, 4)}, tmp_path / "in.safetensors")
     error = failure(run, "quantize", tmp_path / "in.safetensors", tmp_path / "o.safetensors")
@@ -383,8 +396,15 @@ def test_bench_times_every_job(run):
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
+    """The command as a terminal starts it: shells start background jobs with SIGINT ignored."""
     command = [sys.executable, "-m", "turboquant_rs", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

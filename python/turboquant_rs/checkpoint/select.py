@@ -25,6 +25,9 @@ SPARED = {
 }
 
 
+_CONV1D = re.compile(r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)\.weight")
+
+
 def select(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     include: Sequence[str] = (),
@@ -45,12 +48,18 @@ def select(
         if not any(map(pattern.matches, names)):
             raise no_match(pattern.text, names)
     reasons = {}
+    transposed = _transposed(tensors)
     for name, (dtype, shape) in tensors.items():
         out = next((pattern for pattern in excluded if pattern.matches(name)), None)
         if out is not None:
             reasons[name] = f"--exclude {out.text}"
         elif included and not any(pattern.matches(name) for pattern in included):
             reasons[name] = "no --include pattern selects it"
+        elif name in transposed:
+            reasons[name] = (
+                "a Conv1D weight, stored as (in, out) while groups run along the input; load the model and "
+                "use tq.quantize_ and tq.save"
+            )
         else:
             reasons[name] = _obstacle(dtype, shape) or ("" if included else _spared(name, shape))
     if all(reasons.values()):
@@ -59,6 +68,19 @@ def select(
             f"choose some by name with --include; there are: {summary(names)}"
         )
     return reasons
+
+
+def _transposed(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> set[str]:
+    """The weights of transformers' Conv1D, (in, out), as GPT-2 has them.
+
+    Linear layers of other models bear the same names. The projection to queries, keys and values tells which
+    way round they are stored: (n, 3n) is Conv1D's.
+    """
+    weights = {name: shape for name, (_, shape) in tensors.items() if _CONV1D.fullmatch(name)}
+    projections = [shape for name, shape in weights.items() if name.endswith("c_attn.weight")]
+    if any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in projections):
+        return set(weights)
+    return set()
 
 
 def _obstacle(dtype: torch.dtype, shape: Sequence[int]) -> str:
