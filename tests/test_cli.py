@@ -264,6 +264,17 @@ def test_value_outside_the_domain_names_the_tensor_and_leaves_nothing(run, file,
     assert leftovers(tmp_path, file.name) == set()
 
 
+def test_nan_counts_as_zero_where_asked(run, file, tmp_path, weights):
+    weights["model.layers.0.up_proj.weight"][100, 3] = math.nan
+    save_file(weights, file)
+    assert run("quantize", file, tmp_path / "o.safetensors", "--nan", "zero")[0] == 0
+    weights["model.layers.0.up_proj.weight"][100, 3] = 0
+    expected = tq.pack(weights["model.layers.0.up_proj.weight"])
+    assert torch.equal(
+        tq.load(tmp_path / "o.safetensors")["model.layers.0.up_proj.weight"].packed, expected.packed
+    )
+
+
 def test_existing_output_is_kept_unless_forced(run, file, folder, tmp_path, weights):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")

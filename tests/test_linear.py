@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import threading
 
@@ -502,3 +503,30 @@ def test_transformer_encoder_layer_computes_with_packed_weights():
     with torch.no_grad():
         torch.testing.assert_close(block(x), expected, atol=0.05, rtol=0)
     assert calls  # not PyTorch's fused path, which would bypass the layer
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("weight_zero_point", 255, "a zero point is 255, above 15"),
+        ("weight_scale", math.nan, "a scale is NaN"),
+    ],
+)
+def test_damaged_packed_state_is_refused(key, value, message):
+    layer = tq.nn.QuantLinear(96, 16, scheme=tq.Scheme(4, symmetric=False))
+    layer.weight = torch.randn(16, 96)
+    state = layer.state_dict()
+    state[key] = torch.full_like(state[key], value)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+
+
+def test_writing_through_the_weights_data_is_refused_and_not_lost():
+    layer = tq.nn.QuantLinear(96, 16)
+    for view in (layer.weight.data, layer.weight.detach()):
+        with pytest.raises(TypeError, match="assign to it instead"):
+            view.zero_()
+
+
+def test_a_layer_on_the_meta_device_tells_its_output_shape():
+    assert tq.nn.QuantLinear(96, 16, device="meta")(torch.empty(2, 96, device="meta")).shape == (2, 16)

@@ -45,6 +45,8 @@ def test_patterns_choose_layers_and_the_first_match_wins():
     net = model()
     tq.set_precision(net, {"0": 4, "re:[02]": 5})
     assert bits_of(net) == [4, 5, 8]
+    with pytest.raises(ValueError, match="cannot be read"):
+        tq.set_precision(net, 4.0)  # a number of bits is an int
 
 
 def test_a_width_that_some_layer_cannot_be_read_at_changes_nothing():

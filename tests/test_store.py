@@ -156,6 +156,25 @@ def test_lazy_conjugates_and_negatives_are_stored_by_value(path):
     assert torch.equal(loaded["imaginary"], -z.imag)
 
 
+def test_a_link_keeps_its_target_and_what_is_no_file_is_refused(path, tmp_path):
+    tq.save({"w": torch.zeros(2)}, path)
+    (tmp_path / "link").symlink_to(path)
+    tq.save({"w": torch.ones(2)}, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(tq.load(path)["w"], torch.ones(2))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="name a regular file"):
+        tq.save({"w": torch.ones(2)}, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_has_no_name_is_not_saved(path):
+    with pytest.raises(ValueError, match="name is empty"):
+        tq.save({"": torch.ones(2)}, path)
+    with pytest.raises(TypeError, match="a model or a dict of tensors by name, got Tensor"):
+        tq.save(torch.ones(2), path)
+
+
 def test_names_that_share_memory_are_written_once_and_share_it_again(path):
     w, p = values(300, 70), tq.pack(values(300, 70))
     tq.save({"a": w, "b": w, "p": p, "q": p}, path)

@@ -65,6 +65,22 @@ def _check_floats(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on the meta device and has no values; give it memory first")
 
 
+def check_values(scheme: Scheme, scales: Tensor, zero_points: Tensor | None) -> None:
+    """Refuses scales and zero points that no packing makes: those of a damaged file or state.
+
+    Raises: ValueError for a scale or zero point that is NaN, infinite or above the largest code.
+    """
+    if not bool(scales.isfinite().all()):
+        raise ValueError("a scale is NaN or infinite: the values are damaged, load the original")
+    if zero_points is None or not zero_points.numel():
+        return
+    if zero_points.dtype != torch.uint8:
+        if not bool(zero_points.isfinite().all()):
+            raise ValueError("a zero point is NaN or infinite: the values are damaged, load the original")
+    elif (highest := int(zero_points.max())) > (top := 2**scheme.bits - 1):
+        raise ValueError(f"a zero point is {highest}, above {top}: the values are damaged, load the original")
+
+
 @dataclass(eq=False, repr=False)
 class PackedTensor:
     """A tensor as bit planes, scales and zero points; made by `tq.pack`.
@@ -250,6 +266,11 @@ class PackedTensor:
             self, packed=self.packed.to(device), scales=self.scales.to(device), zero_points=zero_points
         )
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        raise TypeError(
+            "a packed tensor is no array of numbers; use p.dequantize().numpy() or p.codes().numpy()"
+        )
+
     def __getitem__(self, index: int | slice) -> PackedTensor:
         """The rows `index` of the first dimension; a view where one plane and a slice of step 1 allow it.
 
@@ -263,7 +284,7 @@ class PackedTensor:
         if isinstance(index, slice):
             span = range(*index.indices(len(self)))
             shape = torch.Size((len(span), *self.shape[1:]))
-        elif isinstance(index, bool) or not hasattr(index, "__index__"):
+        elif isinstance(index, bool | Tensor) or not hasattr(index, "__index__"):
             raise TypeError(
                 f"packed tensors take an int or a slice of rows, got {index!r}; unpack it for more"
             )

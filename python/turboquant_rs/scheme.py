@@ -106,7 +106,7 @@ class Scheme:
         object.__setattr__(self, "bits", bits)
         if self.group_size is not None:
             hint = "use 32, 64, 128 or group_size=None (one scale a row)"
-            object.__setattr__(self, "group_size", _integer("group_size", self.group_size, 8, None, hint))
+            object.__setattr__(self, "group_size", _integer("group_size", self.group_size, 8, 2**62, hint))
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric must be True or False, got {self.symmetric!r}")
         if self.scale not in ("extreme", "mse"):
@@ -178,9 +178,9 @@ class Scheme:
 
         Raises: ValueError if `planes` is not (4, 4), (4, 1, 1, 2) or (2, 1, 1, 1, 1, 2).
         """
-        if tuple(planes) not in NESTED_PLANES:
+        if not isinstance(planes, Sequence) or tuple(planes) not in NESTED_PLANES:
             choices = ", ".join(map(str, NESTED_PLANES))
-            raise ValueError(f"nested planes are one of {choices}, got {tuple(planes)}")
+            raise ValueError(f"nested planes are one of {choices}, got {planes!r}")
         return cls(bits=8, group_size=group_size, planes=tuple(planes), **fields)
 
     @property

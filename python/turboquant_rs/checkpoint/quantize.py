@@ -79,12 +79,14 @@ def quantize_checkpoint(
     exclude: Sequence[str] = (),
     dry_run: bool = False,
     replace: bool = False,
+    nan_zero: bool = False,
 ) -> Quantized:
     """Writes `source` with the selected tensors packed (see `select`) to `target`, everything else unchanged.
 
     A file becomes a file, a directory a directory: shards keep their names, the index is written anew, other
     files are copied, and config.json gets a `quantization_config` with the scheme of every tensor. Stochastic
     rounding draws from a stream named after the tensor, so the result is that of `tq.pack` with that stream.
+    With `nan_zero` a NaN counts as 0.
 
     Raises: FileExistsError if `target` exists (a file: unless `replace`); NoLayersMatched if nothing is
     selected; ValueError for values outside the format's domain and for a source that is quantized already;
@@ -95,7 +97,7 @@ def quantize_checkpoint(
     reasons = select(
         {name: entry[:2] for entries in shards.values() for name, entry in entries.items()}, include, exclude
     )
-    job = _Job(scheme, rounding, {name for name, reason in reasons.items() if not reason})
+    job = _Job(scheme, rounding, {name for name, reason in reasons.items() if not reason}, nan_zero)
     skipped = tuple(SkippedLayer(name, reason) for name, reason in reasons.items() if reason)
     copied, left_out = _other_files(source, shards) if source.is_dir() else ([], ())
     if dry_run:
@@ -123,6 +125,7 @@ class _Job:
     scheme: Scheme
     rounding: Rounding
     selected: set[str]
+    nan_zero: bool = False
 
     def record(self, name: str, dtype: torch.dtype) -> Record:
         """How tensor `name` is packed: every tensor has random draws of its own."""
@@ -155,7 +158,7 @@ class _Job:
             with open_writer(target, packed, plain, metadata=reader.metadata) as writer:
                 for name, entry in reader.entries.items():
                     if name in packed:
-                        p, distance = _pack(reader, name, packed[name][0], progress)
+                        p, distance = _pack(reader, name, packed[name][0], self.nan_zero, progress)
                         for key, part in parts(name, p):
                             writer.write(key, part)
                         layers.append(_layer(name, entry, p, distance.sqnr_db))
@@ -166,7 +169,9 @@ class _Job:
         return layers
 
 
-def _pack(reader: Reader, name: str, record: Record, progress: Progress) -> tuple[PackedTensor, Distance]:
+def _pack(
+    reader: Reader, name: str, record: Record, nan_zero: bool, progress: Progress
+) -> tuple[PackedTensor, Distance]:
     """The packed form of a tensor, made from blocks of its rows, and its distance from the original."""
     whole = _empty(record, reader.entries[name].shape)
     rows, k = math.prod(whole.shape[:-1]), whole.shape[-1]
@@ -174,6 +179,8 @@ def _pack(reader: Reader, name: str, record: Record, progress: Progress) -> tupl
     distance = Distance()
     for start, stop in row_blocks(rows, (k,)):
         block = reader.read(name, start * k, (stop - start) * k).view(stop - start, k)
+        if nan_zero:
+            block = block.masked_fill_(block.isnan(), 0)
         try:
             piece = _pack_block(block, record, start * k)
         except ValueError as error:
@@ -274,6 +281,8 @@ def _refuse_target(source: Path, target: Path, replace: bool) -> None:
         return
     if target.is_dir() or source.is_dir():
         raise FileExistsError(f"{target} exists; choose another name or remove it first")
+    if not target.is_file():
+        raise FileExistsError(f"{target} is a device, pipe or socket; name a regular file")
     if not replace:
         raise FileExistsError(f"{target} exists; choose another name, or replace it with --force")
 

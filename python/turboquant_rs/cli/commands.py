@@ -57,6 +57,7 @@ def quantize(options: argparse.Namespace) -> None:
         exclude=options.exclude,
         dry_run=options.dry_run,
         replace=options.force,
+        nan_zero=options.nan == "zero",
     )
     if options.json:
         return _print_json(report.to_dict())

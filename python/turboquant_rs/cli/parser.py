@@ -87,6 +87,9 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
     rounding.add_argument(
         "--seed", type=int, metavar="S", help="seed of stochastic rounding (required there)"
     )
+    verb.add_argument(
+        "--nan", choices=("error", "zero"), default="error", help="what a NaN is (default error)"
+    )
     selection = verb.add_argument_group("selection")
     selection.add_argument("--include", nargs="+", action="extend", default=[], metavar="GLOB")
     selection.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="GLOB")

@@ -135,9 +135,11 @@ class Writer:
         metadata: str → str, or a function that makes it of the tensors' checksums.
         pieces: key → bytes of the pieces that get a checksum of their own; default: one piece.
         """
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))  # a symbolic link keeps pointing at what is written
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a directory; name a file inside it")
+        if self.path.exists() and not self.path.is_file():
+            raise FileExistsError(f"{self.path} is a device, pipe or socket; name a regular file")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path.parent} is no directory; create it before writing {path}")
         self._entries = _lay_out(entries)

@@ -41,7 +41,7 @@ from turboquant_rs.formats.records import (
     parse_description,
     parts,
 )
-from turboquant_rs.packed import PackedTensor, as_tensor
+from turboquant_rs.packed import PackedTensor, as_tensor, check_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +81,8 @@ def save(
     and then `path` is as it was.
     """
     given = tensors_of(source) if isinstance(source, nn.Module) else source
+    if not isinstance(given, Mapping):
+        raise TypeError(f"save takes a model or a dict of tensors by name, got {type(source).__name__}")
     tensors = {name: _storable(name, value) for name, value in given.items()}
     aliases = _aliases(tensors)
     stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
@@ -122,6 +124,8 @@ def _storable(name: object, value: Any) -> Tensor | PackedTensor:
     """What a file can hold under that name."""
     if not isinstance(name, str):
         raise TypeError(f"names are str, got {name!r}")
+    if not name:
+        raise ValueError("a tensor's name is empty; give it one")
     if not isinstance(value, Tensor | PackedTensor | np.ndarray):
         raise TypeError(f"{name} is a {type(value).__name__}; a file holds dense tensors and packed tensors")
     stored = value if isinstance(value, PackedTensor) else as_tensor(value, name).detach()
@@ -222,7 +226,10 @@ class Store:
         zero_points = None
         if record.zero_point_dtype is not None:
             zero_points = self._owner[name + ZERO_POINT].read(name + ZERO_POINT)
-        self._check_values(name, record, scales, zero_points)
+        try:
+            check_values(record.scheme, scales, zero_points)
+        except ValueError as error:
+            raise self._bad(name, str(error)) from error
         return PackedTensor(
             packed,
             scales,
@@ -249,18 +256,6 @@ class Store:
                 raise self._bad(
                     name, f"{key} is {entry.dtype} {entry.shape}, expected {dtype} {size} for shape {shape}"
                 )
-
-    def _check_values(self, name: str, record: Record, scales: Tensor, zero_points: Tensor | None) -> None:
-        if not bool(scales.isfinite().all()):
-            raise self._bad(name, "a scale is NaN or infinite; the file is damaged")
-        if zero_points is None:
-            return
-        if zero_points.dtype == torch.uint8:
-            top = 2**record.scheme.bits - 1
-            if zero_points.numel() and int(zero_points.max()) > top:
-                raise self._bad(name, f"a zero point is {int(zero_points.max())}, above {top}; it is damaged")
-        elif not bool(zero_points.isfinite().all()):
-            raise self._bad(name, "a zero point is NaN or infinite; the file is damaged")
 
     def _shards(self) -> list[Path]:
         if not self.path.is_dir():

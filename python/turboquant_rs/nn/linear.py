@@ -174,6 +174,6 @@ def _weight(linear: nn.Module) -> Tensor:
 def _autocast(input: Tensor) -> Tensor:
     """`input` as F.linear would take it: in autocast's dtype where autocast is on (f64 is left alone)."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
         return input.to(torch.get_autocast_dtype(device))
     return input

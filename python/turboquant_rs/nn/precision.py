@@ -30,7 +30,7 @@ def set_precision(model: nn.Module, bits: int | Mapping[str, int | None] | None)
     refused = [
         f"{name} ({' or '.join(map(str, layers[name].readable_bits))})"
         for name, width in wanted.items()
-        if width is not None and (isinstance(width, bool) or width not in layers[name].readable_bits)
+        if width is not None and (type(width) is not int or width not in layers[name].readable_bits)
     ]
     if refused:
         shown = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from turboquant_rs import ops
 from turboquant_rs.errors import QuantizationFormatError
-from turboquant_rs.packed import PackedTensor, pack
+from turboquant_rs.packed import PackedTensor, check_values, pack
 from turboquant_rs.scheme import Rounding, Scheme
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ _METADATA = frozenset(
         *("is_floating_point", "is_complex", "get_device", "__len__", "__hash__"),
     )
 )
+_ITSELF = (
+    vars(torch._C.TensorBase)["data"].__get__,
+    torch.Tensor.detach,
+)  # still read-only: writing would be lost
 _FREEZES = (torch.Tensor.requires_grad_, vars(torch._C.TensorBase)["requires_grad"].__set__)
 _WRITES = frozenset(
     f"__{name}__"
@@ -81,6 +85,8 @@ class WeightView(torch.Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _ITSELF:
+                return args[0]
             if func in _METADATA or (func in _FREEZES and args[1:] == (False,)):
                 return func(*args, **kwargs)
             _refuse_writes(func, args, kwargs)
@@ -149,6 +155,8 @@ class PackedWeight(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         """Registers the buffers of a weight of `_weight_shape`, all zeros; after `nn.Module.__init__`."""
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"scheme must be a tq.Scheme, got {scheme!r}; use tq.Scheme(bits=...)")
         self.weight_dtype = dtype if dtype is not None else torch.get_default_dtype()
         if self.weight_dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"dtype {dtype} is no compute dtype; use float32, float64, bfloat16 or float16")
@@ -230,7 +238,7 @@ class PackedWeight(nn.Module):
 
     @read_bits.setter
     def read_bits(self, bits: int | None) -> None:
-        if bits is not None and (isinstance(bits, bool) or bits not in self.readable_bits):
+        if bits is not None and (type(bits) is not int or bits not in self.readable_bits):
             raise ValueError(
                 f"this layer cannot be read at {bits!r} bits; its planes allow {_listed(self.readable_bits)} "
                 "(tq.Scheme.nested makes more prefixes readable)"
@@ -359,7 +367,7 @@ class PackedWeight(nn.Module):
                 self._quantize_state(state_dict, prefix, local_metadata)
             elif extra in state_dict:
                 self.set_extra_state(state_dict[extra])
-            self._check_state_dtypes(state_dict, prefix)
+            self._check_state(state_dict, prefix)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}weight: {error}")
             return
@@ -383,7 +391,7 @@ class PackedWeight(nn.Module):
         )
         state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
 
-    def _check_state_dtypes(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         for name in BUFFERS:
             ours, theirs = self._buffers[name], state_dict.get(prefix + name)
             if ours is not None and isinstance(theirs, Tensor) and theirs.dtype != ours.dtype:
@@ -391,6 +399,9 @@ class PackedWeight(nn.Module):
                     f"{name} is {theirs.dtype} in the state and {ours.dtype} in {self.scheme}; it was cast "
                     "after saving, load the original"
                 )
+        scales, zero_points = (state_dict.get(prefix + name) for name in BUFFERS[1:])
+        if isinstance(scales, Tensor) and not scales.is_meta:
+            check_values(self.scheme, scales, zero_points)
 
     def _packed_repr(self) -> str:
         """What extra_repr adds to that of the float module."""
