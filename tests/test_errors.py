@@ -125,6 +125,7 @@ def test_a_packed_tensor_is_not_packed_again():
             ValueError,
             "group_size must be at least 8, got 7; use 32, 64, 128 or group_size=None",
         ),
+        ({"group_size": 2**63}, ValueError, "group_size must be below 2"),
         ({"group_size": 0}, ValueError, "group_size must be at least 8, got 0"),
         ({"group_size": -64}, ValueError, "group_size must be at least 8, got -64"),
         ({"group_size": 64.0}, TypeError, "group_size must be an int, got 64.0"),

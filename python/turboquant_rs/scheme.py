@@ -106,7 +106,9 @@ class Scheme:
         object.__setattr__(self, "bits", bits)
         if self.group_size is not None:
             hint = "use 32, 64, 128 or group_size=None (one scale a row)"
-            object.__setattr__(self, "group_size", _integer("group_size", self.group_size, 8, 2**62, hint))
+            object.__setattr__(self, "group_size", _integer("group_size", self.group_size, 8, None, hint))
+            if self.group_size >= 2**62:
+                raise ValueError(f"group_size must be below 2^62, got {self.group_size}; use group_size=None")
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric must be True or False, got {self.symmetric!r}")
         if self.scale not in ("extreme", "mse"):
