@@ -204,59 +204,56 @@ pub(crate) fn shape(rows: i64, k: i64) -> PyResult<Shape> {
     Ok(Shape { rows, k })
 }
 
-/// The seven arguments of a scheme.
-pub(crate) fn scheme(
-    bits: i64,
-    group_size: i64,
-    symmetric: bool,
-    nested: bool,
-    table: &[i64],
-    scale: &str,
-    scale_dtype: &str,
-) -> PyResult<Scheme> {
-    let table = table.iter().map(|level| unsigned("a level", *level)).collect::<PyResult<Vec<u8>>>()?;
-    let scale = match scale {
-        "extreme" => ScaleRule::Extreme,
-        "mse" => ScaleRule::Mse,
-        "rms" => ScaleRule::Rms,
-        _ => return Err(unknown("scale", scale, &["extreme", "mse", "rms"])),
-    };
-    let scale_dtype = match scale_dtype {
-        "bf16" => ScaleDtype::Bf16,
-        "f16" => ScaleDtype::F16,
-        "f32" => ScaleDtype::F32,
-        _ => return Err(unknown("scale_dtype", scale_dtype, &["bf16", "f16", "f32"])),
-    };
-    let (bits, group_size) = (unsigned("bits", bits)?, unsigned("group_size", group_size)?);
-    Scheme::new(bits, group_size, symmetric, nested, &table, scale, scale_dtype).map_err(to_python)
+/// SCHEME: bits, group_size (0 is the whole row), symmetric, nested, table, scale, scale_dtype.
+#[derive(FromPyObject)]
+pub(crate) struct SchemeArgs(i64, i64, bool, bool, Vec<i64>, String, String);
+
+impl SchemeArgs {
+    /// The core's scheme of these numbers.
+    pub(crate) fn check(&self) -> PyResult<Scheme> {
+        let Self(bits, group_size, symmetric, nested, table, scale, scale_dtype) = self;
+        let table = table.iter().map(|level| unsigned("a level", *level)).collect::<PyResult<Vec<u8>>>()?;
+        let scale = match scale.as_str() {
+            "extreme" => ScaleRule::Extreme,
+            "mse" => ScaleRule::Mse,
+            "rms" => ScaleRule::Rms,
+            _ => return Err(unknown("scale", scale, &["extreme", "mse", "rms"])),
+        };
+        let scale_dtype = match scale_dtype.as_str() {
+            "bf16" => ScaleDtype::Bf16,
+            "f16" => ScaleDtype::F16,
+            "f32" => ScaleDtype::F32,
+            _ => return Err(unknown("scale_dtype", scale_dtype, &["bf16", "f16", "f32"])),
+        };
+        let (bits, group_size) = (unsigned("bits", *bits)?, unsigned("group_size", *group_size)?);
+        Scheme::new(bits, group_size, *symmetric, *nested, &table, scale, scale_dtype).map_err(to_python)
+    }
 }
 
 fn unknown(name: &str, got: &str, valid: &[&str]) -> PyErr {
     PyValueError::new_err(format!("unknown {name} {got:?}; use one of {valid:?}"))
 }
 
-/// The eight arguments of a rounding; `seed` is a u64 in two's complement.
-pub(crate) fn rounding(
-    mode: &str,
-    seed: i64,
-    step: i64,
-    stream: i64,
-    draw_bits: i64,
-    variance: f32,
-    preserve_variance: bool,
-    offset: i64,
-) -> PyResult<Rounding> {
-    Rounding::new(
-        Mode::from_name(mode).map_err(to_python)?,
-        seed.cast_unsigned(),
-        unsigned("step", step)?,
-        unsigned("stream", stream)?,
-        unsigned("draw_bits", draw_bits)?,
-        variance,
-        preserve_variance,
-        unsigned("offset", offset)?,
-    )
-    .map_err(to_python)
+/// ROUNDING: mode, seed (a u64 in two's complement), step, stream, draw_bits, variance, preserve_variance, offset.
+#[derive(FromPyObject)]
+pub(crate) struct RoundingArgs(String, i64, i64, i64, i64, f32, bool, i64);
+
+impl RoundingArgs {
+    /// The core's rounding of these numbers.
+    pub(crate) fn check(&self) -> PyResult<Rounding> {
+        let Self(mode, seed, step, stream, draw_bits, variance, preserve_variance, offset) = self;
+        Rounding::new(
+            Mode::from_name(mode).map_err(to_python)?,
+            seed.cast_unsigned(),
+            unsigned("step", *step)?,
+            unsigned("stream", *stream)?,
+            unsigned("draw_bits", *draw_bits)?,
+            *variance,
+            *preserve_variance,
+            unsigned("offset", *offset)?,
+        )
+        .map_err(to_python)
+    }
 }
 
 fn widths(planes: &[i64]) -> PyResult<Vec<u32>> {

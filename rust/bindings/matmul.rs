@@ -4,15 +4,14 @@ use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 use turboquant_core::{self as core, Activations};
 
-use crate::convert::{self, Array, ArrayMut, slice};
+use crate::convert::{self, Array, ArrayMut, RoundingArgs, SchemeArgs, slice};
 use crate::enter::{enter, to_python};
 
 /// out = x · Wᵀ (+ bias): x (m · k elements of type dtype), W packed (n rows of k), out (m · n of out_dtype).
 #[pyfunction]
 #[pyo3(signature = (
-    x, dtype, m, packed, scales, zero_points, bias, n, k, bits, group_size, symmetric, nested, table, scale,
-    scale_dtype, rounding, seed, step, stream, draw_bits, variance, preserve_variance, offset, planes, read_bits,
-    activations, out, out_dtype, threads
+    x, dtype, m, packed, scales, zero_points, bias, n, k, scheme, rounding, planes, read_bits, activations, out,
+    out_dtype, threads
 ))]
 pub(crate) fn matmul(
     py: Python<'_>,
@@ -25,21 +24,8 @@ pub(crate) fn matmul(
     bias: Option<PyReadonlyArray1<'_, f32>>,
     n: i64,
     k: i64,
-    bits: i64,
-    group_size: i64,
-    symmetric: bool,
-    nested: bool,
-    table: Vec<i64>,
-    scale: &str,
-    scale_dtype: &str,
-    rounding: &str,
-    seed: i64,
-    step: i64,
-    stream: i64,
-    draw_bits: i64,
-    variance: f32,
-    preserve_variance: bool,
-    offset: i64,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
     planes: Vec<i64>,
     read_bits: i64,
     activations: &str,
@@ -47,9 +33,7 @@ pub(crate) fn matmul(
     out_dtype: &str,
     threads: usize,
 ) -> PyResult<()> {
-    let scheme = &convert::scheme(bits, group_size, symmetric, nested, &table, scale, scale_dtype)?;
-    let rounding =
-        &convert::rounding(rounding, seed, step, stream, draw_bits, variance, preserve_variance, offset)?;
+    let (scheme, rounding) = (&scheme.check()?, &rounding.check()?);
     let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(n, k)?);
     let (x, packed, out) = (x.source(dtype)?, slice(&packed)?, out.target(out_dtype)?);
     let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);

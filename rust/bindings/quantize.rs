@@ -4,7 +4,7 @@ use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 use turboquant_core as core;
 
-use crate::convert::{self, Array, ArrayMut, slice, slice_mut};
+use crate::convert::{self, Array, ArrayMut, RoundingArgs, SchemeArgs, slice, slice_mut};
 use crate::enter::enter;
 
 /// Quantizes x (rows · k elements of type dtype) and packs its codes into packed, scales and zero_points.
@@ -15,21 +15,8 @@ pub(crate) fn pack(
     dtype: &str,
     rows: i64,
     k: i64,
-    bits: i64,
-    group_size: i64,
-    symmetric: bool,
-    nested: bool,
-    table: Vec<i64>,
-    scale: &str,
-    scale_dtype: &str,
-    rounding: &str,
-    seed: i64,
-    step: i64,
-    stream: i64,
-    draw_bits: i64,
-    variance: f32,
-    preserve_variance: bool,
-    offset: i64,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
     planes: Vec<i64>,
     nan_zero: bool,
     mut packed: PyReadwriteArray1<'_, u8>,
@@ -37,9 +24,7 @@ pub(crate) fn pack(
     mut zero_points: ArrayMut<'_>,
     threads: usize,
 ) -> PyResult<()> {
-    let scheme = &convert::scheme(bits, group_size, symmetric, nested, &table, scale, scale_dtype)?;
-    let rounding =
-        &convert::rounding(rounding, seed, step, stream, draw_bits, variance, preserve_variance, offset)?;
+    let (scheme, rounding) = (&scheme.check()?, &rounding.check()?);
     let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(rows, k)?);
     let (x, packed) = (x.source(dtype)?, slice_mut(&mut packed)?);
     let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
@@ -55,30 +40,15 @@ pub(crate) fn unpack(
     zero_points: Array<'_>,
     rows: i64,
     k: i64,
-    bits: i64,
-    group_size: i64,
-    symmetric: bool,
-    nested: bool,
-    table: Vec<i64>,
-    scale: &str,
-    scale_dtype: &str,
-    rounding: &str,
-    seed: i64,
-    step: i64,
-    stream: i64,
-    draw_bits: i64,
-    variance: f32,
-    preserve_variance: bool,
-    offset: i64,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
     planes: Vec<i64>,
     read_bits: i64,
     mut out: ArrayMut<'_>,
     dtype: &str,
     threads: usize,
 ) -> PyResult<()> {
-    let scheme = &convert::scheme(bits, group_size, symmetric, nested, &table, scale, scale_dtype)?;
-    let rounding =
-        &convert::rounding(rounding, seed, step, stream, draw_bits, variance, preserve_variance, offset)?;
+    let (scheme, rounding) = (&scheme.check()?, &rounding.check()?);
     let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(rows, k)?);
     let (packed, out, read) =
         (slice(&packed)?, out.target(dtype)?, convert::unsigned("read_bits", read_bits)?);

@@ -214,6 +214,13 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn add_u8(self, a: Self::U8, b: Self::U8) -> Self::U8;
     /// a − b, wrapping.
     fn sub_u8(self, a: Self::U8, b: Self::U8) -> Self::U8;
+    /// Bytes 4·i … 4·i + 3 as lane `i`, first byte lowest.
+    fn words(self, a: Self::U8) -> Self::I32;
+    /// Inverse of [`Isa::words`].
+    fn bytes(self, a: Self::I32) -> Self::U8;
+    /// Asks for the cache line of `byte` ahead of its use. Nothing but speed depends on it.
+    #[inline(always)]
+    fn prefetch(self, _byte: &u8) {}
     /// (a >> shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift low bits.
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8;
     /// (a << shift) | b in every byte; no bit of `a` may leave its byte.

@@ -29,7 +29,6 @@ version = _core.version
 read_bandwidth = _core.read_bandwidth
 copy_bandwidth = _core.copy_bandwidth
 
-_kernels: Any = _core  # calls with unpacked arguments are beyond mypy; stubtest checks the signatures
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -61,15 +60,15 @@ def _written(out: Tensor) -> Any:
     return _array(out)
 
 
-def _scheme_and_rounding(args: Sequence[Any]) -> tuple[Any, ...]:
-    """The first 15 of args, SCHEME and ROUNDING, with the scale's dtype by name."""
-    return (*args[:6], FLOAT_NAMES[args[6]], *args[7:15])
+def _scheme_and_rounding(args: Sequence[Any]) -> tuple[Any, Any]:
+    """SCHEME and ROUNDING, the first 15 of args, as two tuples, the scale's dtype by name."""
+    return (*args[:6], FLOAT_NAMES[args[6]]), args[7:15]
 
 
 def pack_out(x: Tensor, *args: Any) -> None:
     """Quantize x `(..., k)` and pack the codes; fills packed, scales and zero_points."""
     planes, nan_zero, packed, scales, zero_points = args[15:]
-    _kernels.pack(
+    _core.pack(
         _array(x),
         _name(x),
         *rows_and_k(x.shape),
@@ -86,7 +85,7 @@ def pack_out(x: Tensor, *args: Any) -> None:
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
     """Dequantize the top read_bits bits into out `(..., k)`, rounded to its dtype."""
     planes, read_bits, out = args[15:]
-    _kernels.unpack(
+    _core.unpack(
         _array(packed),
         _array(scales),
         _array(zero_points),
@@ -102,14 +101,14 @@ def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) 
 
 def pack_codes_out(codes: Tensor, planes: Sequence[int], packed: Tensor) -> None:
     """Pack codes u8 `(..., k)` into planes."""
-    _kernels.pack_codes(
+    _core.pack_codes(
         _array(codes), *rows_and_k(codes.shape), planes, _written(packed), torch.get_num_threads()
     )
 
 
 def unpack_codes_out(packed: Tensor, planes: Sequence[int], read_bits: int, codes: Tensor) -> None:
     """Unpack the top read_bits bits of each code into codes u8 `(..., k)`."""
-    _kernels.unpack_codes(
+    _core.unpack_codes(
         _array(packed),
         *rows_and_k(codes.shape),
         planes,
@@ -125,7 +124,7 @@ def matmul_out(
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
     planes, read_bits, activations, out = args[15:]
     m, k = rows_and_k(x.shape)
-    _kernels.matmul(
+    _core.matmul(
         _array(x),
         _name(x),
         m,

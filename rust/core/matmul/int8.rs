@@ -203,14 +203,14 @@ fn dot_segment<D: Dot, const R: usize, const C: usize>(
     let whole = codes.len() / C * C;
     for w in (0..whole).step_by(C) {
         for c in 0..C {
-            let lanes = dot.bytes(isa.load_i32(&codes[w + c]));
+            let lanes = isa.bytes(isa.load_i32(&codes[w + c]));
             for r in 0..R {
                 sums[r][c] = dot.dot(sums[r][c], lanes, i32::from_le_bytes(q[r][w + c]));
             }
         }
     }
     for w in whole..codes.len() {
-        let lanes = dot.bytes(isa.load_i32(&codes[w]));
+        let lanes = isa.bytes(isa.load_i32(&codes[w]));
         for r in 0..R {
             sums[r][0] = dot.dot(sums[r][0], lanes, i32::from_le_bytes(q[r][w]));
         }
@@ -307,13 +307,13 @@ impl Scratch {
                 }
                 let len = TILE.min(columns - tile * TILE);
                 for r in 0..readers.len() {
-                    lanes[r] = isa.from_bits(dot.words(read_levels(isa, scheme, &mut readers[r], len)));
+                    lanes[r] = isa.from_bits(isa.words(read_levels(isa, scheme, &mut readers[r], len)));
                 }
             } else {
                 for r in 0..readers.len() {
                     let row = &self.spread[r * self.strides.1..][tile * TILE..];
                     let codes = isa.load_u8(row.first_chunk().expect("strides are whole tiles"));
-                    lanes[r] = isa.from_bits(dot.words(codes));
+                    lanes[r] = isa.from_bits(isa.words(codes));
                 }
             }
             store_transposed(isa, &lanes, to);

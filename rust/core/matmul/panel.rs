@@ -98,7 +98,7 @@ impl<'a> Ahead<'a> {
     pub(super) fn fetch<D: Dot>(&mut self, dot: D) {
         for (rest, width) in self.rest.iter_mut().zip(self.planes.widths()) {
             let (now, later) = rest.split_at(rest.len().min(LANES * TILE / 8 * *width as usize));
-            now.iter().step_by(64).for_each(|byte| dot.prefetch(byte));
+            now.iter().step_by(64).for_each(|byte| dot.isa().prefetch(byte));
             *rest = later;
         }
     }

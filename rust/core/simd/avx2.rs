@@ -408,6 +408,19 @@ impl Isa for Avx2 {
         each!(a, b, |a, b| _mm256_sub_epi8(a, b))
     }
     #[inline(always)]
+    fn words(self, a: [__m256i; 2]) -> [__m256i; 2] {
+        a
+    }
+    #[inline(always)]
+    fn bytes(self, a: [__m256i; 2]) -> [__m256i; 2] {
+        a
+    }
+    #[inline(always)]
+    fn prefetch(self, byte: &u8) {
+        // SAFETY: prefetching is part of every x86-64 and reads nothing the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
+    }
+    #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
         let shifted = each!(a, |a| _mm256_srl_epi16(a, _mm_cvtsi32_si128(shift as i32)));
         self.and(shifted, self.splat_u8(mask))

@@ -18,12 +18,6 @@ pub(crate) trait Dot: Copy + Send + Sync {
     /// The token of the instruction set.
     fn isa(self) -> Self::Isa;
 
-    /// Bytes 4·i … 4·i + 3 as lane `i`, first byte lowest.
-    fn words(self, codes: <Self::Isa as Isa>::U8) -> <Self::Isa as Isa>::I32;
-
-    /// Inverse of [`Dot::words`].
-    fn bytes(self, words: <Self::Isa as Isa>::I32) -> <Self::Isa as Isa>::U8;
-
     /// Lane `i` of `acc` plus the products of codes 4·i … 4·i + 3 (unsigned) with the four bytes of `word`
     /// (signed, none −128).
     fn dot(
@@ -32,10 +26,6 @@ pub(crate) trait Dot: Copy + Send + Sync {
         codes: <Self::Isa as Isa>::U8,
         word: i32,
     ) -> <Self::Isa as Isa>::I32;
-
-    /// Asks for the cache line of `byte` ahead of its use. Nothing but speed depends on it.
-    #[inline(always)]
-    fn prefetch(self, _byte: &u8) {}
 
     /// Runs `kernel` with the instructions of this dot product enabled.
     fn vectorize<K: DotKernel>(self, kernel: K) -> K::Output {
@@ -100,16 +90,6 @@ impl Dot for Scalar {
     }
 
     #[inline(always)]
-    fn words(self, codes: [u8; 64]) -> [i32; 16] {
-        std::array::from_fn(|i| i32::from_le_bytes(std::array::from_fn(|j| codes[4 * i + j])))
-    }
-
-    #[inline(always)]
-    fn bytes(self, words: [i32; 16]) -> [u8; 64] {
-        std::array::from_fn(|i| words[i / 4].to_le_bytes()[i % 4])
-    }
-
-    #[inline(always)]
     fn dot(self, acc: [i32; 16], codes: [u8; 64], word: i32) -> [i32; 16] {
         // Factors of 16 bits in lanes of 32: compilers have a cheap multiplication for those.
         let x = word.to_le_bytes().map(|byte| i32::from(byte as i8));
@@ -130,12 +110,6 @@ mod x86 {
     use super::super::{Avx2, Avx512};
     use super::{Dot, DotKernel};
 
-    #[inline(always)]
-    fn prefetch(byte: &u8) {
-        // SAFETY: prefetching is part of every x86-64 and reads nothing the program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
-    }
-
     /// AVX2; `NARROW` promises codes below 128.
     #[derive(Clone, Copy)]
     pub(super) struct Avx2Dot<const NARROW: bool>(pub(super) Avx2);
@@ -150,24 +124,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn words(self, codes: [__m256i; 2]) -> [__m256i; 2] {
-            codes
-        }
-
-        #[inline(always)]
-        fn bytes(self, words: [__m256i; 2]) -> [__m256i; 2] {
-            words
-        }
-
-        #[inline(always)]
         fn dot(self, acc: [__m256i; 2], codes: [__m256i; 2], word: i32) -> [__m256i; 2] {
             // SAFETY: the token proves AVX2.
             unsafe { [dot_ymm::<NARROW>(acc[0], codes[0], word), dot_ymm::<NARROW>(acc[1], codes[1], word)] }
-        }
-
-        #[inline(always)]
-        fn prefetch(self, byte: &u8) {
-            prefetch(byte);
         }
     }
 
@@ -206,24 +165,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn words(self, codes: __m512i) -> __m512i {
-            codes
-        }
-
-        #[inline(always)]
-        fn bytes(self, words: __m512i) -> __m512i {
-            words
-        }
-
-        #[inline(always)]
         fn dot(self, acc: __m512i, codes: __m512i, word: i32) -> __m512i {
             // SAFETY: the token proves AVX-512F and AVX-512BW.
             unsafe { dot_zmm::<NARROW>(acc, codes, word) }
-        }
-
-        #[inline(always)]
-        fn prefetch(self, byte: &u8) {
-            prefetch(byte);
         }
     }
 
@@ -269,24 +213,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn words(self, codes: __m512i) -> __m512i {
-            codes
-        }
-
-        #[inline(always)]
-        fn bytes(self, words: __m512i) -> __m512i {
-            words
-        }
-
-        #[inline(always)]
         fn dot(self, acc: __m512i, codes: __m512i, word: i32) -> __m512i {
             // SAFETY: `detect` found VNNI.
             unsafe { _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(word)) }
-        }
-
-        #[inline(always)]
-        fn prefetch(self, byte: &u8) {
-            prefetch(byte);
         }
 
         fn vectorize<K: DotKernel>(self, kernel: K) -> K::Output {
@@ -325,20 +254,6 @@ mod neon {
         #[inline(always)]
         fn isa(self) -> Neon {
             self.0
-        }
-
-        #[inline(always)]
-        fn words(self, codes: [uint8x16_t; 4]) -> [int32x4_t; 4] {
-            // SAFETY: NEON is part of every aarch64.
-            let quarter = |i: usize| unsafe { vreinterpretq_s32_u8(codes[i]) };
-            [quarter(0), quarter(1), quarter(2), quarter(3)]
-        }
-
-        #[inline(always)]
-        fn bytes(self, words: [int32x4_t; 4]) -> [uint8x16_t; 4] {
-            // SAFETY: NEON is part of every aarch64.
-            let quarter = |i: usize| unsafe { vreinterpretq_u8_s32(words[i]) };
-            [quarter(0), quarter(1), quarter(2), quarter(3)]
         }
 
         #[inline(always)]
@@ -387,16 +302,6 @@ mod neon {
         #[inline(always)]
         fn isa(self) -> Neon {
             self.0.0
-        }
-
-        #[inline(always)]
-        fn words(self, codes: [uint8x16_t; 4]) -> [int32x4_t; 4] {
-            NeonDot(self.isa()).words(codes)
-        }
-
-        #[inline(always)]
-        fn bytes(self, words: [int32x4_t; 4]) -> [uint8x16_t; 4] {
-            NeonDot(self.isa()).bytes(words)
         }
 
         #[inline(always)]
@@ -493,9 +398,9 @@ mod tests {
                 for (i, code) in codes.iter_mut().enumerate() {
                     *code = if i % 5 == 0 { self.max_code } else { (i * 37 + 11) as u8 & self.max_code };
                 }
-                let words = dot.words(isa.load_u8(&codes));
-                acc = dot.dot(acc, dot.bytes(words), word);
-                isa.store_u8(&mut codes, dot.bytes(words));
+                let words = isa.words(isa.load_u8(&codes));
+                acc = dot.dot(acc, isa.bytes(words), word);
+                isa.store_u8(&mut codes, isa.bytes(words));
             }
             let mut sums = [0; 16];
             isa.store_i32(&mut sums, acc);

@@ -422,6 +422,14 @@ impl Isa for Neon {
         each!(vsubq_u8(a, b))
     }
     #[inline(always)]
+    fn words(self, a: [uint8x16_t; 4]) -> [int32x4_t; 4] {
+        each!(vreinterpretq_s32_u8(a))
+    }
+    #[inline(always)]
+    fn bytes(self, a: [int32x4_t; 4]) -> [uint8x16_t; 4] {
+        each!(vreinterpretq_u8_s32(a))
+    }
+    #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
         let (left, mask) = simd!((vdupq_n_s8(-(shift as i8)), vdupq_n_u8(mask)));
         quads(|i| simd!(vandq_u8(vshlq_u8(a[i], left), mask)))

@@ -289,6 +289,14 @@ impl Isa for Scalar {
         zip(a, b, u8::wrapping_sub)
     }
     #[inline(always)]
+    fn words(self, a: [u8; 64]) -> [i32; 16] {
+        array(|i| i32::from_le_bytes(std::array::from_fn(|j| a[4 * i + j])))
+    }
+    #[inline(always)]
+    fn bytes(self, a: [i32; 16]) -> [u8; 64] {
+        array(|i| a[i / 4].to_le_bytes()[i % 4])
+    }
+    #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
         map(a, |x| x >> shift & mask)
     }
