@@ -18,7 +18,7 @@ def plain_copy(moved: int) -> Callable[[], object]:
 
 
 def streaming_copy(moved: int) -> Callable[[], object]:
-    """The same by the core, with stores that go past the caches: the upper limit."""
+    """The same by the core, with stores that go past the caches."""
     source = np.full(moved // 2, 7, np.uint8)
     target = np.zeros_like(source)
     return lambda: cpu.copy_bandwidth(source, target, torch.get_num_threads())

@@ -25,7 +25,6 @@ from turboquant_rs.scheme import Rounding, Scheme
 __all__ = ["PackedTensor", "matmul", "pack", "unpack"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SCALE_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def as_tensor(x: Any, name: str) -> Tensor:
@@ -125,8 +124,8 @@ class PackedTensor:
         if self.packed.numel() > nbytes:
             self.packed = self.packed[:nbytes]
         groups = (*self.shape[:-1], self.scheme.groups(self._rows_and_k[1]))
-        self._check_part("scales", self.scales, groups, _SCALE_DTYPES[self.scheme.scale_dtype])
-        zero_dtype = self._zero_dtype
+        self._check_part("scales", self.scales, groups, self.scheme.scale_torch_dtype)
+        zero_dtype = self.rounding.zero_point_dtype(self.scheme)
         if (zero_dtype is None) != (self.zero_points is None):
             has = "no" if zero_dtype is None else str(zero_dtype)
             raise ValueError(
@@ -139,12 +138,6 @@ class PackedTensor:
     def _check_part(name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if tuple(part.shape) != shape or part.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
-
-    @property
-    def _zero_dtype(self) -> torch.dtype | None:
-        if self.rounding.preserve == "mean+var":
-            return torch.float32
-        return None if self.scheme.symmetric else torch.uint8
 
     @property
     def _rows_and_k(self) -> tuple[int, int]:
@@ -505,7 +498,7 @@ def pack(
         out.dtype, out.rounding, out.offset = x.dtype, rounding, 0
         return out
     packed, scales, zero_points = ops.pack(x, *arguments)
-    stored = None if scheme.symmetric and rounding.preserve == "mean" else zero_points
+    stored = None if rounding.zero_point_dtype(scheme) is None else zero_points
     return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits)
 
 

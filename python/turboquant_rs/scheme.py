@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["Rounding", "Scheme"]
 
 NESTED_PLANES = ((4, 4), (4, 1, 1, 2), (2, 1, 1, 1, 1, 2))
@@ -23,7 +26,6 @@ MODES = ("iid", "antithetic", "stratified", "systematic", "subtractive")
 
 SCALE_DTYPES = ("bf16", "f16", "f32")
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "f16", "half": "f16", "float32": "f32", "float": "f32"}
-_SCALE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 
 # QLoRA (Dettmers et al., 2023), appendix E: quantiles of N(0, 1), normalised to ±1, with an exact zero.
 _NF4 = (
@@ -63,6 +65,15 @@ def _integer(name: str, value: object, low: int, high: int | None, hint: str) ->
         bound = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name} must be {bound}, got {number}; {hint}")
     return number
+
+
+def zero_point_dtype(symmetric: bool, preserve_variance: bool) -> torch.dtype | None:
+    """The dtype of stored zero points, None where there are none."""
+    import torch
+
+    if preserve_variance:
+        return torch.float32
+    return None if symmetric else torch.uint8
 
 
 def static_planes(bits: int) -> tuple[int, ...]:
@@ -243,9 +254,11 @@ class Scheme:
         return total
 
     @property
-    def scale_nbytes(self) -> int:
-        """Bytes of a scale."""
-        return _SCALE_BYTES[self.scale_dtype]
+    def scale_torch_dtype(self) -> torch.dtype:
+        """`scale_dtype` as torch knows it."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[self.scale_dtype]
 
     def check_bits(self, bits: int | None) -> int:
         """`bits` if they can be read, all bits for None.
@@ -264,11 +277,9 @@ class Scheme:
 
     def op_args(self) -> tuple[Any, ...]:
         """The arguments SCHEME of the operators."""
-        import torch
-
-        dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[self.scale_dtype]
         scale = "rms" if self.levels == "lloyd" and self.scale == "extreme" else self.scale
         group_size = self.group_size or 0
+        dtype = self.scale_torch_dtype
         return (self.bits, group_size, self.symmetric, self.is_nested, list(self.table), scale, dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -419,6 +430,10 @@ class Rounding:
             )
         if self.preserve == "mean+var" and scheme.bits < 2:
             raise ValueError('preserve="mean+var" needs bits >= 2, got 1; use preserve="mean"')
+
+    def zero_point_dtype(self, scheme: Scheme) -> torch.dtype | None:
+        """The dtype of the zero points stored with codes of `scheme`, None where there are none."""
+        return zero_point_dtype(scheme.symmetric, self.preserve == "mean+var")
 
     @property
     def is_stochastic(self) -> bool:

@@ -31,7 +31,6 @@ KEY = "turboquant_rs"
 VERSION = 1
 PACKED, SCALE, ZERO_POINT, SHAPE = "_packed", "_scale", "_zero_point", "_shape"
 
-_SCALE_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -83,9 +82,7 @@ class Record:
     @property
     def zero_point_dtype(self) -> torch.dtype | None:
         """The dtype of stored zero points, None where there are none."""
-        if self.rounding.preserve == "mean+var":
-            return torch.float32
-        return None if self.scheme.symmetric else torch.uint8
+        return self.rounding.zero_point_dtype(self.scheme)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -98,7 +95,7 @@ class Record:
         groups = (*shape[:-1], self.scheme.groups(k))
         entries: Layout = {
             name + PACKED: (torch.uint8, (self.scheme.packed_nbytes(math.prod(lead), k, self.bits),)),
-            name + SCALE: (_SCALE_DTYPES[self.scheme.scale_dtype], groups),
+            name + SCALE: (self.scheme.scale_torch_dtype, groups),
         }
         if self.zero_point_dtype is not None:
             entries[name + ZERO_POINT] = (self.zero_point_dtype, groups)

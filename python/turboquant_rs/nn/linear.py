@@ -154,8 +154,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         return value.t() if self.transposed else value
 
     def check_rounding(self, rounding: Rounding) -> None:
-        float_only = rounding.mode == "subtractive" or rounding.preserve == "mean+var"
-        if float_only and self.activations == "int8":
+        if self.activations == "int8" and not rounding.has_integer_form:
             raise ValueError(
                 f"codes with rounding mode {rounding.mode!r} and preserve {rounding.preserve!r} have no "
                 "integer matmul; use activations='float'"

@@ -173,17 +173,15 @@ class PackedWeight(nn.Module):
         """Takes over a layout, with zero buffers: scales of zero decode to zeros."""
         rows, columns = self._weight_shape
         groups = (rows, scheme.groups(columns))
-        scale_dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[scheme.scale_dtype]
+        zero_dtype = rounding.zero_point_dtype(scheme)
         self.scheme, self.rounding, self._stored_bits, self._read_bits = scheme, rounding, bits, None
         self.weight_packed = torch.zeros(
             scheme.packed_nbytes(rows, columns, bits), dtype=torch.uint8, device=device
         )
-        self.weight_scale = torch.zeros(groups, dtype=scale_dtype, device=device)
+        self.weight_scale = torch.zeros(groups, dtype=scheme.scale_torch_dtype, device=device)
         self.weight_zero_point = None
-        if rounding.preserve == "mean+var":
-            self.weight_zero_point = torch.zeros(groups, dtype=torch.float32, device=device)
-        elif not scheme.symmetric:
-            self.weight_zero_point = torch.zeros(groups, dtype=torch.uint8, device=device)
+        if zero_dtype is not None:
+            self.weight_zero_point = torch.zeros(groups, dtype=zero_dtype, device=device)
 
     def _zeros_on(self, device: torch.device) -> Self:
         """Gives a module built on the meta device its memory, all zeros."""
@@ -345,8 +343,8 @@ class PackedWeight(nn.Module):
                 "the scheme of the state (tq.nn.prepare_)"
             )
         self.check_rounding(rounding)
-        kind = rounding.preserve == "mean+var"
-        if bits != self._stored_bits or kind != (self.rounding.preserve == "mean+var"):
+        zero_dtype = rounding.zero_point_dtype(scheme)
+        if bits != self._stored_bits or zero_dtype != self.rounding.zero_point_dtype(scheme):
             self._allocate(scheme, rounding, bits, self.weight_packed.device)
         self.rounding = rounding
 

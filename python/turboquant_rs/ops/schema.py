@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+from turboquant_rs.scheme import zero_point_dtype
+
 NAMESPACE = "turboquant_rs"
 _Library: Any = torch.library.Library  # untyped in torch
 LIBRARY = _Library(NAMESPACE, "DEF")
@@ -134,9 +136,10 @@ def _allocate_groups(x: Tensor, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
     _, k = rows_and_k(x.shape)
     shape = (*x.shape[:-1], groups_per_row(k, scheme.group_size))
     scales = x.new_empty(shape, dtype=scheme.scale_dtype)
-    if rounding.preserve_variance:
-        return scales, x.new_empty(shape, dtype=torch.float32)
-    return scales, x.new_empty((0,) if scheme.symmetric else shape, dtype=torch.uint8)
+    dtype = zero_point_dtype(scheme.symmetric, rounding.preserve_variance)
+    if dtype is None:
+        return scales, x.new_empty((0,), dtype=torch.uint8)
+    return scales, x.new_empty(shape, dtype=dtype)
 
 
 def _allocate_pack(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
