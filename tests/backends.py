@@ -118,14 +118,37 @@ class Backend:
         *,
         bits: int | None = None,
         activations: str = "int8",
+        layout: str = "canonical",
     ) -> Tensor:
-        """x @ Ŵᵀ (+ bias)."""
-        planes = list(scheme.planes)
-        tail = (*scheme.op_args(), *rounding.op_args(), planes, bits or scheme.bits, activations)
+        """x @ Ŵᵀ (+ bias); `stored` is canonical whatever the layout to compute in."""
+        planes, n = list(scheme.planes), stored[1].shape[0]
+        if layout == "panels":
+            stored = self.to_panels(stored, scheme, x.shape[-1])
+        tail = (*scheme.op_args(), *rounding.op_args(), planes, bits or scheme.bits, activations, layout, n)
         inputs = [None if v is None else v.to(self.device) for v in (x, *stored, bias)]
         out: Tensor = self._allocate("matmul", *inputs, *tail)
         self._run("matmul_out", *inputs, *tail, out)
         return out
+
+    def to_panels(
+        self, stored: Packed, scheme: Scheme, k: int, planes: Sequence[int] | None = None
+    ) -> Packed:
+        """A packed matrix (n, k) in the order of the CPU's kernels."""
+        args = (*scheme.op_args(), list(planes or scheme.planes), k)
+        inputs = [part.to(self.device) for part in stored]
+        panels: Packed = self._allocate("to_panels", *inputs, *args)
+        self._run("to_panels_out", *inputs, *args, *panels)
+        return panels
+
+    def from_panels(
+        self, panels: Packed, scheme: Scheme, n: int, k: int, planes: Sequence[int] | None = None
+    ) -> Packed:
+        """And back."""
+        args = (*scheme.op_args(), list(planes or scheme.planes))
+        inputs = [part.to(self.device) for part in panels]
+        stored: Packed = self._allocate("from_panels", *inputs, *args, n, k)
+        self._run("from_panels_out", *inputs, *args, k, *stored)
+        return stored
 
 
 class Specification(Backend):

@@ -530,3 +530,113 @@ def test_writing_through_the_weights_data_is_refused_and_not_lost():
 
 def test_a_layer_on_the_meta_device_tells_its_output_shape():
     assert tq.nn.QuantLinear(96, 16, device="meta")(torch.empty(2, 96, device="meta")).shape == (2, 16)
+
+
+# Panels: the order in which the CPU computes, in place of the canonical bytes
+
+
+def in_panels(layer: tq.nn.QuantLinear) -> bool:
+    return layer._buffers["weight_panels"] is not None
+
+
+@pytest.mark.parametrize("scheme", [tq.Scheme(bits=3), tq.Scheme(bits=4, symmetric=False), NESTED])
+def test_the_first_forward_brings_the_weight_to_panels_and_changes_no_result(scheme):
+    layer, x = quant_layer(scheme), torch.randn(5, 70)
+    canonical = copy.deepcopy(layer)
+    with torch.no_grad():  # a graph would hold the packed bytes
+        expected = tq.matmul(x, layer.packed, layer.bias)
+    assert not in_panels(layer)
+    assert torch.equal(layer(x), expected) and in_panels(layer)
+    assert torch.equal(layer(x), expected)
+    assert all(layer._buffers[name] is None for name in BUFFERS)
+    assert same_buffers(layer, canonical) and not in_panels(layer)
+    assert torch.equal(layer(x), expected)
+
+
+def test_panels_take_the_place_of_the_canonical_bytes():
+    layer = tq.nn.QuantLinear.from_float(float_layer(256, 128), tq.Scheme(bits=4))
+    before = sum(buffer.nbytes for buffer in layer.buffers())
+    layer.arrange()
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == before
+
+
+def test_looking_at_the_weight_leaves_it_in_panels():
+    layer, x = quant_layer(), torch.randn(2, 70)
+    expected = layer.weight.clone()
+    layer(x)
+    assert layer.weight.dtype == torch.float32 and layer.weight.shape == (24, 70)
+    assert torch.equal(layer.weight.clone(), expected) and in_panels(layer)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda layer: layer.state_dict(),
+        lambda layer: layer.half(),
+        lambda layer: layer.weight_packed,
+        lambda layer: layer.packed,
+        lambda layer: pickle.dumps(layer),
+        lambda layer: layer.load_state_dict(quant_layer().state_dict()),
+        lambda layer: setattr(layer, "weight", torch.zeros(24, 70)),
+    ],
+)
+def test_whatever_asks_for_the_canonical_bytes_gets_them(look):
+    layer = quant_layer()
+    expected = quant_layer().state_dict()
+    layer(torch.randn(1, 70))
+    look(layer)
+    assert not in_panels(layer)
+    assert list(layer.state_dict()) == list(expected)
+    layer(torch.randn(1, 70))
+    assert in_panels(layer)
+
+
+def test_packed_bytes_that_somebody_holds_stay_as_they_are():
+    """Else tied layers would come apart, and memory would double."""
+    layer, tied = quant_layer(), quant_layer()
+    tied.weight = layer.weight
+    layer(torch.randn(1, 70))
+    tied(torch.randn(1, 70))
+    assert not in_panels(layer) and not in_panels(tied)
+    assert layer.weight_packed.data_ptr() == tied.weight_packed.data_ptr()
+    del tied
+    held = layer.weight_packed
+    layer(torch.randn(1, 70))
+    assert not in_panels(layer) and held is layer.weight_packed
+    del held
+    layer(torch.randn(1, 70))
+    assert in_panels(layer)
+
+
+def test_threads_may_compute_while_others_ask_for_the_canonical_bytes():
+    layer, x = quant_layer(), torch.randn(3, 70)
+    expected, state = layer(x), quant_layer().state_dict()
+    failures: list[str] = []
+
+    def compute():
+        for _ in range(50):
+            if not torch.equal(layer(x), expected):
+                failures.append("another result")
+
+    def look():
+        for _ in range(50):
+            if not torch.equal(layer.state_dict()["weight_packed"], state["weight_packed"]):
+                failures.append("another state")
+
+    threads = [threading.Thread(target=work) for work in (compute, look, compute, look)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_layer_in_panels_compiles_and_differentiates():
+    layer, x = quant_layer(), torch.randn(4, 70, requires_grad=True)
+    layer.arrange()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    assert torch.equal(y, layer(x)) and in_panels(layer)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, 70))

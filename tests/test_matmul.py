@@ -16,6 +16,7 @@ F32_EPSILON = 2.0**-24
 """Relative error of one f32 rounding."""
 
 STOCHASTIC = Rounding.stochastic(5)
+LAYOUTS = ("canonical", "panels")
 NESTED_PLANES = ((4, 4), (4, 1, 1, 2), (2, 1, 1, 1, 1, 2))
 
 
@@ -61,13 +62,15 @@ def test_the_emulated_fma_rounds_once() -> None:
 def test_integer_matmul_is_that_of_the_specification(
     compiled: Backend, reference: Backend, group_size: int | None
 ) -> None:
-    """Sizes below, at and above the tiles of rows, of columns and of k."""
+    """Sizes below, at and above the tiles of rows, of columns and of k, in both layouts."""
     for scheme in schemes(group_size):
-        for m, n, k in ((1, 1, 1), (1, 5, 64), (2, 17, 63), (7, 3, 130), (1, 33, 257), (9, 8, 96)):
+        for m, n, k in ((1, 1, 1), (1, 5, 64), (2, 17, 63), (7, 3, 130), (1, 33, 257), (4, 65, 96)):
             x, w, bias = normal(m, k, seed=m), normal(n, k, seed=n), normal(n, seed=k)
             stored, bias = reference.pack(w, scheme), bias if m % 2 else None
             expected = reference.matmul(x, stored, scheme, bias)
-            assert_identical(compiled.matmul(x, stored, scheme, bias), expected, (scheme, m, n, k))
+            for layout in LAYOUTS:
+                got = compiled.matmul(x, stored, scheme, bias, layout=layout)
+                assert_identical(got, expected, (scheme, m, n, k, layout))
 
 
 @pytest.mark.parametrize("planes", NESTED_PLANES)
@@ -75,11 +78,13 @@ def test_a_prefix_multiplies_as_the_specification(
     compiled: Backend, reference: Backend, planes: tuple[int, ...]
 ) -> None:
     scheme = Scheme.nested(group_size=48, planes=planes)
-    x, stored = normal(3, 200), reference.pack(normal(19, 200, seed=1), scheme)
+    x, stored = normal(3, 200), reference.pack(normal(70, 200, seed=1), scheme)
     for count in range(1, len(planes) + 1):
         bits = sum(planes[:count])
         expected = reference.matmul(x, stored, scheme, bits=bits)
-        assert_identical(compiled.matmul(x, stored, scheme, bits=bits), expected, bits)
+        for layout in LAYOUTS:
+            got = compiled.matmul(x, stored, scheme, bits=bits, layout=layout)
+            assert_identical(got, expected, (bits, layout))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -90,7 +95,9 @@ def test_long_groups_are_cut_into_segments(compiled: Backend, reference: Backend
     w = torch.stack((torch.ones(k), normal(k), torch.linspace(0, 1, k)))
     x = torch.stack((torch.ones(k), -torch.ones(k), normal(k, seed=1)))
     stored = reference.pack(w, scheme)
-    assert_identical(compiled.matmul(x, stored, scheme), reference.matmul(x, stored, scheme))
+    expected = reference.matmul(x, stored, scheme)
+    for layout in LAYOUTS:
+        assert_identical(compiled.matmul(x, stored, scheme, layout=layout), expected, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -210,23 +217,63 @@ def test_matmul_wants_a_matrix(backend: Backend) -> None:
     with pytest.raises(
         ValueError, match=r"a packed matrix \(n, k\), got x of shape \(2, 64\) and scales of shape"
     ):
-        ops.matmul(normal(2, 64), *stored, None, *scheme.op_args(), *NEAREST.op_args(), [4], 4, "int8")
+        ops.matmul(
+            normal(2, 64),
+            *stored,
+            None,
+            *scheme.op_args(),
+            *NEAREST.op_args(),
+            [4],
+            4,
+            "int8",
+            "canonical",
+            2,
+        )
+
+
+# Panels ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [8, 9, 32, 96, None])
+def test_panels_are_those_of_the_specification_and_go_back(
+    compiled: Backend, reference: Backend, group_size: int | None
+) -> None:
+    for scheme in schemes(group_size):
+        for n, k in ((1, 1), (16, 32), (17, 33), (63, 64), (65, 100), (130, 257)):
+            stored = reference.pack(normal(n, k, seed=n), scheme)
+            panels = compiled.to_panels(stored, scheme, k)
+            for got, expected in zip(panels, reference.to_panels(stored, scheme, k), strict=True):
+                assert_identical(got, expected, (scheme, n, k))
+            for backend in (compiled, reference):
+                for got, expected in zip(backend.from_panels(panels, scheme, n, k), stored, strict=True):
+                    assert_identical(got, expected, (scheme, n, k, backend.name))
+
+
+def test_an_empty_matrix_has_empty_panels(compiled: Backend) -> None:
+    scheme = Scheme(bits=4)
+    for n, k in ((0, 64), (3, 0)):
+        stored = compiled.pack(torch.empty(n, k), scheme)
+        back = compiled.from_panels(compiled.to_panels(stored, scheme, k), scheme, n, k)
+        for got, expected in zip(back, stored, strict=True):
+            assert_identical(got, expected)
 
 
 # Gradients ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activations", ["int8", "float"])
-def test_gradients_of_activations_and_bias(activations: str) -> None:
+def test_gradients_of_activations_and_bias(activations: str, layout: str) -> None:
     """d/dx = grad @ Ŵ, straight through the rounding of the activations; d/dbias = Σ grad."""
     scheme = Scheme(bits=4, group_size=32)
     w, x, bias = normal(5, 100), normal(2, 3, 100, seed=1), normal(5, seed=2)
     x.requires_grad_(True)
     bias.requires_grad_(True)
     stored = ops.pack(w, *scheme.op_args(), *NEAREST.op_args(), [4], False)
-    head = (*stored, bias, *scheme.op_args(), *NEAREST.op_args(), [4], 4)
+    tail = (bias, *scheme.op_args(), *NEAREST.op_args(), [4], 4, activations, layout, 5)
+    laid_out = stored if layout == "canonical" else ops.to_panels(*stored, *scheme.op_args(), [4], 100)
     grad = normal(2, 3, 5, seed=3)
-    ops.matmul(x, *head, activations).backward(grad)
+    ops.matmul(x, *laid_out, *tail).backward(grad)
     weight = ops.unpack(*stored, *scheme.op_args(), *NEAREST.op_args(), [4], 4, [5, 100], torch.float32)
     assert x.grad is not None and bias.grad is not None
     torch.testing.assert_close(x.grad, grad @ weight)

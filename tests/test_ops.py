@@ -35,7 +35,8 @@ def calls(scheme: Scheme, rounding: Rounding) -> dict[str, tuple[Any, ...]]:
     codes = ops.unpack_codes(packed, planes, bits, [3, 70])
     stored = (packed, scales, zero_points)
     activations = "float" if rounding.op_args()[6] else "int8"
-    product = (torch.randn(2, 70), *stored, torch.randn(3), *args, planes, bits, activations)
+    product = (torch.randn(2, 70), *stored, torch.randn(3), *args, planes, bits, activations, "canonical", 3)
+    panels = ops.to_panels(*stored, *scheme.op_args(), planes, 70)
     return {
         "pack": (x, *args, planes, False),
         "quantize": (x, *args, False),
@@ -44,11 +45,15 @@ def calls(scheme: Scheme, rounding: Rounding) -> dict[str, tuple[Any, ...]]:
         "pack_codes": (codes, planes),
         "unpack_codes": (packed, planes, bits, [3, 70]),
         "matmul": product,
+        "to_panels": (*stored, *scheme.op_args(), planes, 70),
+        "from_panels": (*panels, *scheme.op_args(), planes, 3, 70),
         "pack_out": (x, *args, planes, False, *(torch.empty_like(part) for part in stored)),
         "unpack_out": (*stored, *args, planes, bits, torch.empty(3, 70)),
         "pack_codes_out": (codes, planes, torch.empty_like(packed)),
         "unpack_codes_out": (packed, planes, bits, torch.empty_like(codes)),
         "matmul_out": (*product, torch.empty(2, 3)),
+        "to_panels_out": (*stored, *scheme.op_args(), planes, 70, *map(torch.empty_like, panels)),
+        "from_panels_out": (*panels, *scheme.op_args(), planes, 70, *map(torch.empty_like, stored)),
     }
 
 
@@ -93,7 +98,7 @@ def test_shape_rules_of_odd_shapes(shape: tuple[int, ...]) -> None:
 def test_the_operators_that_return_are_the_ones_that_fill(kind: str) -> None:
     scheme, rounding = SCHEMES[kind]
     arguments = calls(scheme, rounding)
-    for name in ("pack", "pack_codes", "unpack_codes", "matmul"):
+    for name in ("pack", "pack_codes", "unpack_codes", "matmul", "to_panels"):
         # The shape, the last argument of unpack_codes, is that of the memory to fill.
         inputs = arguments[name][: -1 if name == "unpack_codes" else None]
         result = getattr(ops, name)(*arguments[name])
@@ -112,7 +117,7 @@ def test_operators_can_be_compiled() -> None:
     def round_trip(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         stored = ops.pack(x, *args, [4], False)
         values = ops.unpack(*stored, *args, [4], 4, x.shape, torch.float32)
-        return values, ops.matmul(y, *stored, None, *args, [4], 4, "int8")
+        return values, ops.matmul(y, *stored, None, *args, [4], 4, "int8", "canonical", x.shape[0])
 
     compiled = torch.compile(round_trip, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows, k in ((3, 64), (5, 100), (2, 33)):

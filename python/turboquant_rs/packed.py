@@ -595,34 +595,36 @@ def matmul(
     """
     if not isinstance(p, PackedTensor):
         raise TypeError(f"p must be a PackedTensor, got {type(p).__name__}; make one with tq.pack")
-    x = as_tensor(x, "x")
-    _check_operand(x, "x", p)
     if p.ndim != 2:
         raise ValueError(
             f"p must be a matrix (n, k), got shape {tuple(p.shape)}; pack a two-dimensional tensor"
         )
-    n, k = p.shape
-    if not x.dim() or x.shape[-1] != k:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} does not fit packed weights of shape {tuple(p.shape)}: the last "
-            f"dimension of x must be k = {k}"
-        )
-    if bias is not None:
-        bias = as_tensor(bias, "bias")
-        _check_operand(bias, "bias", p)
-        if bias.shape != (n,):
-            raise ValueError(
-                f"bias must have shape ({n},) for weights {tuple(p.shape)}, got {tuple(bias.shape)}"
-            )
+    x, bias = as_tensor(x, "x"), None if bias is None else as_tensor(bias, "bias")
+    check_linear(x, (p.shape[0], p.shape[1]), p.device, bias)
     if activations not in ("int8", "float"):
         raise ValueError(f'activations must be "int8" or "float", got {activations!r}')
     if bits is not None:
         p = p.at(bits)
-    return ops.matmul(x, *p._stored, bias, *p._op_args(), p.bits, activations)
+    return ops.matmul(x, *p._stored, bias, *p._op_args(), p.bits, activations, "canonical", p.shape[0])
 
 
-def _check_operand(x: Tensor, name: str, p: PackedTensor) -> None:
+def check_linear(x: Tensor, shape: tuple[int, int], device: torch.device, bias: Tensor | None) -> None:
+    """Refuses operands that do not fit a packed matrix of that shape (n, k) on that device."""
+    _check_operand(x, "x", device)
+    n, k = shape
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit packed weights of shape {shape}: the last "
+            f"dimension of x must be k = {k}"
+        )
+    if bias is not None:
+        _check_operand(bias, "bias", device)
+        if bias.shape != (n,):
+            raise ValueError(f"bias must have shape ({n},) for weights {shape}, got {tuple(bias.shape)}")
+
+
+def _check_operand(x: Tensor, name: str, device: torch.device) -> None:
     if x.layout is not torch.strided or x.dtype not in _FLOATS:
         _check_floats(x, name)
-    if x.device != p.device:
-        raise ValueError(f"{name} is on {x.device} and p on {p.device}; move one of them with .to()")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} and p on {device}; move one of them with .to()")

@@ -244,14 +244,13 @@ class Scheme:
 
     def packed_nbytes(self, rows: int, k: int, bits: int | None = None) -> int:
         """Bytes of the planes that hold the top `bits` bits (default: all) of `rows` rows of `k` codes."""
-        self.check_bits(bits)
-        total, read = 0, 0
-        for width in self.widths:
-            if read == (bits or self.bits):
-                break
-            total += rows * -(-k * width // 8)
-            read += width
-        return total
+        return sum(rows * -(-k * width // 8) for width in self.stored_widths(bits))
+
+    def stored_widths(self, bits: int | None = None) -> tuple[int, ...]:
+        """The planes that hold the top `bits` bits (default: all); ValueError if no plane ends there."""
+        bits = self.check_bits(bits)
+        count = next(n for n in range(len(self.widths) + 1) if sum(self.widths[:n]) >= bits)
+        return self.widths[:count]
 
     @property
     def scale_torch_dtype(self) -> torch.dtype:

@@ -1,17 +1,17 @@
-//! Face of `matmul`.
+//! Faces of `matmul` and of the layout it likes best.
 
-use numpy::PyReadonlyArray1;
+use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
-use turboquant_core::{self as core, Activations};
+use turboquant_core::{self as core, Activations, Layout};
 
-use crate::convert::{self, Array, ArrayMut, RoundingArgs, SchemeArgs, slice};
+use crate::convert::{self, Array, ArrayMut, RoundingArgs, SchemeArgs, slice, slice_mut};
 use crate::enter::{enter, to_python};
 
 /// out = x · Wᵀ (+ bias): x (m · k elements of type dtype), W packed (n rows of k), out (m · n of out_dtype).
 #[pyfunction]
 #[pyo3(signature = (
-    x, dtype, m, packed, scales, zero_points, bias, n, k, scheme, rounding, planes, read_bits, activations, out,
-    out_dtype, threads
+    x, dtype, m, packed, scales, zero_points, bias, n, k, scheme, rounding, planes, read_bits, layout, activations,
+    out, out_dtype, threads
 ))]
 pub(crate) fn matmul(
     py: Python<'_>,
@@ -28,6 +28,7 @@ pub(crate) fn matmul(
     rounding: RoundingArgs,
     planes: Vec<i64>,
     read_bits: i64,
+    layout: &str,
     activations: &str,
     mut out: ArrayMut<'_>,
     out_dtype: &str,
@@ -38,10 +39,82 @@ pub(crate) fn matmul(
     let (x, packed, out) = (x.source(dtype)?, slice(&packed)?, out.target(out_dtype)?);
     let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
     let (bias, read) = (bias.as_ref().map(slice).transpose()?, convert::unsigned("read_bits", read_bits)?);
+    let layout = Layout::from_name(layout).map_err(to_python)?;
     let how = Activations::from_name(activations).map_err(to_python)?;
     enter(py, || {
         core::matmul(
-            x, m, packed, scales, zeros, bias, shape, scheme, rounding, planes, read, how, out, threads,
+            x, m, packed, scales, zeros, bias, shape, scheme, rounding, planes, read, layout, how, out,
+            threads,
+        )
+    })
+}
+
+/// Bytes of a packed matrix in the compute layout.
+#[pyfunction]
+pub(crate) fn panels_nbytes(rows: i64, k: i64, scheme: SchemeArgs, planes: Vec<i64>) -> PyResult<usize> {
+    let (scheme, shape) = (&scheme.check()?, convert::shape(rows, k)?);
+    Ok(core::panels_nbytes(shape, scheme, &convert::planes(&planes)?))
+}
+
+/// Rearranges a packed matrix into the compute layout.
+#[pyfunction]
+pub(crate) fn to_panels(
+    py: Python<'_>,
+    packed: PyReadonlyArray1<'_, u8>,
+    scales: Array<'_>,
+    zero_points: Array<'_>,
+    rows: i64,
+    k: i64,
+    scheme: SchemeArgs,
+    planes: Vec<i64>,
+    mut panels: PyReadwriteArray1<'_, u8>,
+    mut panel_scales: ArrayMut<'_>,
+    mut panel_zero_points: ArrayMut<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let (scheme, shape) = (&scheme.check()?, convert::shape(rows, k)?);
+    let (planes, dtype) = (&convert::planes(&planes)?, scheme.scale_dtype());
+    let (packed, panels) = (slice(&packed)?, slice_mut(&mut panels)?);
+    let (scales, zeros) = (scales.scales(dtype)?, zero_points.zero_points(scheme)?);
+    let (to_scales, to_zeros) = (panel_scales.scales(dtype)?, panel_zero_points.zero_points(scheme)?);
+    enter(py, || {
+        core::to_panels(packed, scales, zeros, shape, scheme, planes, panels, to_scales, to_zeros, threads)
+    })
+}
+
+/// The inverse of to_panels.
+#[pyfunction]
+pub(crate) fn from_panels(
+    py: Python<'_>,
+    panels: PyReadonlyArray1<'_, u8>,
+    panel_scales: Array<'_>,
+    panel_zero_points: Array<'_>,
+    rows: i64,
+    k: i64,
+    scheme: SchemeArgs,
+    planes: Vec<i64>,
+    mut packed: PyReadwriteArray1<'_, u8>,
+    mut scales: ArrayMut<'_>,
+    mut zero_points: ArrayMut<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let (scheme, shape) = (&scheme.check()?, convert::shape(rows, k)?);
+    let (planes, dtype) = (&convert::planes(&planes)?, scheme.scale_dtype());
+    let (panels, packed) = (slice(&panels)?, slice_mut(&mut packed)?);
+    let (from_scales, from_zeros) = (panel_scales.scales(dtype)?, panel_zero_points.zero_points(scheme)?);
+    let (scales, zeros) = (scales.scales(dtype)?, zero_points.zero_points(scheme)?);
+    enter(py, || {
+        core::from_panels(
+            panels,
+            from_scales,
+            from_zeros,
+            shape,
+            scheme,
+            planes,
+            packed,
+            scales,
+            zeros,
+            threads,
         )
     })
 }

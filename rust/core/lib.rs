@@ -31,7 +31,7 @@ mod tests;
 
 pub use bandwidth::{copy_bandwidth, read_bandwidth};
 pub use error::Error;
-pub use matmul::{Activations, matmul};
+pub use matmul::{Activations, Layout, from_panels, matmul, panels_nbytes, to_panels};
 pub use parallel::after_fork;
 pub use philox::philox;
 pub use planes::{pack_codes, unpack_codes};

@@ -2,11 +2,14 @@
 //!
 //! ```text
 //!  x ──► q, s_x, Σq  (activations.rs)  ─┐
-//!                                       ├─► int8.rs ──► y
-//!  W ──► panels of 16 rows (panel.rs)  ─┤
-//!                                       ├─► float.rs ─► y
+//!                                       ├─► int8.rs, tile.rs ──► y
+//!  W ──► panels of 64 rows (panel.rs)  ─┤
+//!                                       ├─► float.rs ──────────► y
 //!  x as f32 ────────────────────────────┘
 //! ```
+//!
+//! W comes in the canonical layout, whose rows are transposed on the way, or in the compute layout, which a
+//! weight that is used again and again is brought to once (repack.rs).
 //!
 //! Both ways give the same bits on every instruction set and for any number of threads.
 
@@ -20,17 +23,43 @@ use crate::simd::dot::dispatch_dot;
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 mod activations;
+mod affine;
+mod cuts;
 mod float;
 mod int8;
-mod layout;
 mod output;
 mod panel;
+mod repack;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 use activations::Activations as Quantized;
-use layout::Layout;
+use affine::Affine;
+use cuts::Cuts;
 use output::Part;
+use panel::PANEL;
+pub use repack::{from_panels, panels_nbytes, to_panels};
+
+/// How the codes, scales and zero points of a weight lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// As the number contract has them: row by row.
+    Canonical,
+    /// As the kernels read them: see [`to_panels`].
+    Panels,
+}
+
+impl Layout {
+    /// The layout of that name.
+    pub fn from_name(name: &str) -> Result<Self, Error> {
+        match name {
+            "canonical" => Ok(Self::Canonical),
+            "panels" => Ok(Self::Panels),
+            _ => Err(Error::Scheme(format!("unknown layout {name:?}; use \"canonical\" or \"panels\""))),
+        }
+    }
+}
 
 /// How activations meet the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,12 +92,12 @@ const MAX_ROWS: usize = 512;
 ///
 /// * `x`: m · k elements, row-major; `out`: m · n, rounded to its type.
 /// * `packed`, `scales`, `zero_points`, `scheme`, `rounding`, `planes`, `read_bits`: W of n rows and k columns,
-///   `shape`, as for [`crate::unpack`].
+///   `shape`, as for [`crate::unpack`], in `layout`.
 /// * `bias`: n elements, added in f32.
 ///
 /// With [`Activations::Int8`] a row of x with NaN or ±Inf gives a row of NaN. Errors: lengths and kinds of the
-/// buffers, prefixes that cannot be read, and weights without an integer form (`preserve="mean+var"`,
-/// subtractive dither) with [`Activations::Int8`].
+/// buffers, prefixes that cannot be read, weights without an integer form (`preserve="mean+var"`, subtractive
+/// dither) with [`Activations::Int8`], and subtractive dither in [`Layout::Panels`].
 pub fn matmul(
     x: Source<'_>,
     m: usize,
@@ -81,16 +110,26 @@ pub fn matmul(
     rounding: &Rounding,
     planes: &Planes,
     read_bits: u32,
+    layout: Layout,
     activations: Activations,
     out: Target<'_>,
     threads: usize,
 ) -> Result<(), Error> {
-    check_groups(shape, scheme, rounding, scales, zero_points)?;
     let prefix = readable(scheme, rounding, planes, read_bits)?;
-    check_packed(packed, shape, planes, &prefix)?;
+    match layout {
+        Layout::Canonical => {
+            check_groups(shape, scheme, rounding, scales, zero_points)?;
+            check_packed(packed, shape, planes, &prefix)?;
+        }
+        Layout::Panels => {
+            check_groups(repack::padded_shape(shape), scheme, rounding, scales, zero_points)?;
+            repack::check_panels(packed, shape, scheme, planes, &prefix)?;
+            check_positions(rounding)?;
+        }
+    }
     let weight =
         Rows { packed, scales, zero_points, shape, scheme: *scheme, rounding: *rounding, prefix, read_bits };
-    matmul_on(Token::active(), x, m, &weight, bias, activations, out, threads)
+    matmul_on(Token::active(), x, m, &weight, layout, bias, activations, out, threads)
 }
 
 /// [`matmul`] on a given instruction set, the weight already checked.
@@ -99,6 +138,7 @@ fn matmul_on(
     x: Source<'_>,
     m: usize,
     weight: &Rows<'_>,
+    layout: Layout,
     bias: Option<&[f32]>,
     activations: Activations,
     out: Target<'_>,
@@ -116,20 +156,23 @@ fn matmul_on(
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let widened;
-    let x = match x {
-        Source::F32(x) => x,
-        _ => {
-            widened = widen(isa, x, threads);
-            &widened
-        }
-    };
     let parts = cut(out, m, n, k, threads);
+    let cuts = &Cuts::new(k, weight.scheme.group_len(k));
     match activations {
-        Activations::Int8 => int8(isa, x, m, weight, bias, parts, threads),
-        Activations::Float => parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-            isa.run(float::Panels { weight, x, bias, rows, outputs: columns, out });
-        }),
+        Activations::Int8 => int8(isa, x, m, weight, layout, cuts, bias, parts, threads),
+        Activations::Float => {
+            let widened;
+            let x = match x {
+                Source::F32(x) => x,
+                _ => {
+                    widened = widen(isa, x, threads);
+                    &widened
+                }
+            };
+            parallel::for_each(threads, parts, |Part { rows, columns, out }| {
+                isa.run(float::Panels { weight, layout, cuts, x, bias, rows, outputs: columns, out });
+            });
+        }
     }
     Ok(())
 }
@@ -137,25 +180,33 @@ fn matmul_on(
 /// Quantizes x, then multiplies part by part.
 fn int8(
     isa: Token,
-    x: &[f32],
+    x: Source<'_>,
     m: usize,
     weight: &Rows<'_>,
+    layout: Layout,
+    cuts: &Cuts,
     bias: Option<&[f32]>,
     parts: Vec<Part<'_>>,
     threads: usize,
 ) {
-    let k = weight.shape.k;
-    let layout = &Layout::new(k, weight.scheme.group_len(k));
-    let x = &Quantized::new(isa, x, m, k, layout, threads);
-    let affine = int8::Affine::new(&weight.scheme, weight.read_bits);
-    let max_code = match weight.scheme.table() {
-        Some(table) => table.padded()[LANES - 1],
-        None => (u32::MAX >> (32 - weight.prefix.bits())) as u8,
-    };
+    let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts);
+    let x = &Quantized::new(isa, x, m, weight.shape.k, cuts, affine, threads);
+    let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
     parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        let part = int8::Panels { weight, layout, affine, x, bias, rows, outputs: columns, out };
+        let part = int8::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out };
         dispatch_dot(isa, max_code, part);
     });
+}
+
+/// Refuses codes whose meaning goes by their position.
+fn check_positions(rounding: &Rounding) -> Result<(), Error> {
+    if rounding.mode() == Mode::Subtractive {
+        return Err(Error::Rounding(
+            "subtractive dither goes by the position of a code; keep the weight in the canonical layout"
+                .to_owned(),
+        ));
+    }
+    Ok(())
 }
 
 /// Refuses weights whose zero points or dither are not integers.
@@ -174,9 +225,9 @@ fn check_integer_form(rounding: &Rounding) -> Result<(), Error> {
 fn cut(out: Target<'_>, m: usize, n: usize, k: usize, threads: usize) -> Vec<Part<'_>> {
     let threads = threads.clamp(1, (m * n * k.max(1)).div_ceil(MIN_WORK));
     let wanted = if threads == 1 { 1 } else { threads * PARTS_A_THREAD };
-    let panels = n.div_ceil(LANES);
+    let panels = n.div_ceil(PANEL);
     let column_parts = wanted.min(panels);
-    let column_step = panels.div_ceil(column_parts) * LANES;
+    let column_step = panels.div_ceil(column_parts) * PANEL;
     let row_parts = (wanted / n.div_ceil(column_step)).max(1);
     let row_step = m.div_ceil(row_parts).min(MAX_ROWS);
     output::cut(out, n, row_step, column_step)

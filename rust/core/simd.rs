@@ -57,6 +57,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     /// Whether two Philox tiles fit the registers at once.
     const TWO_TILES: bool = false;
+    /// Rows of a tile of products whose sums fit the registers, [`Isa::TILE_VECTORS`] vectors wide.
+    const TILE_ROWS: usize;
+    /// Vectors of such a tile: 1 or 4.
+    const TILE_VECTORS: usize;
 
     /// Runs `kernel` with this instruction set enabled, so that everything in it inlines.
     ///
@@ -218,9 +222,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn words(self, a: Self::U8) -> Self::I32;
     /// Inverse of [`Isa::words`].
     fn bytes(self, a: Self::I32) -> Self::U8;
-    /// Asks for the cache line of `byte` ahead of its use. Nothing but speed depends on it.
+    /// Asks for the cache line `ahead` bytes behind `from`, which need not exist. Nothing but speed depends on it.
     #[inline(always)]
-    fn prefetch(self, _byte: &u8) {}
+    fn prefetch(self, _from: &[u8; 64], _ahead: usize) {}
     /// (a >> shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift low bits.
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8;
     /// (a << shift) | b in every byte; no bit of `a` may leave its byte.

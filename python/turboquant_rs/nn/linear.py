@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.packed import matmul, pack
+from turboquant_rs.packed import PackedTensor, check_linear, matmul, pack
+from turboquant_rs.panels import Panels
 from turboquant_rs.scheme import Rounding, Scheme
 
-from .weight import PackedWeight
+from .weight import BUFFERS, PackedWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 ACTIVATIONS = ("int8", "float")
+
+PANELS = ("weight_panels", "weight_panel_scale", "weight_panel_zero_point")
+_REARRANGING = threading.Lock()
 
 
 class QuantLinear(PackedWeight, nn.Linear):
@@ -28,10 +35,15 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     activations: "int8" quantizes each row of x group by group and multiplies in integers, bit-identical on
         every CPU; "float" widens the codes and accumulates in f32.
+    On the CPU the first forward brings the packed weight to panels, the order the kernels read (`arrange`),
+    in place of the canonical bytes; whatever asks for those (`weight_packed`, state_dict, `.to`) gets them
+    back.
+
     Raises `ValueError` for activations="int8" over codes that only the float path decodes (rounding
         "subtractive" or preserve="mean+var").
     """
 
+    _panels: Panels | None = None
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
     transposed: bool
@@ -143,7 +155,101 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features), in the dtype of the input."""
-        return matmul(_autocast(input), self.packed, self.bias, activations=self.activations)
+        panels = self._panels
+        if panels is None and not torch.compiler.is_compiling():
+            self.arrange()
+            panels = self._panels
+        input, bias = _autocast(input), self.bias
+        if panels is None:
+            return matmul(input, self.packed, bias, activations=self.activations)
+        check_linear(input, panels.shape, panels.packed.device, bias)
+        return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+
+    # Panels
+
+    def arrange(self) -> None:
+        """Brings the packed weight to panels, unless it is there, is not on the CPU, or somebody shares it.
+
+        Nothing else changes: values, state_dict and pickles are the same. Every forward does it; before
+        torch.compile it is worth a call, as compiled code does not.
+        """
+        with _REARRANGING:
+            if self._panels is None and self._owns_packed():
+                packed = self._packed_at(self._stored_bits)
+                if Panels.fits(packed):
+                    self._keep(Panels.of(packed))
+
+    def _restore(self) -> None:
+        """Brings the canonical bytes back, if the weight is in panels."""
+        with _REARRANGING:
+            panels = self._panels
+            if panels is not None:
+                packed = panels.to_packed(self.weight_dtype)
+                self._keep(None)
+                for name, part in zip(
+                    BUFFERS, (packed.packed, packed.scales, packed.zero_points), strict=True
+                ):
+                    self._buffers[name] = part
+
+    def _keep(self, panels: Panels | None) -> None:
+        """Makes panels what the layer holds, or nothing; its buffers show them under names of their own."""
+        parts: tuple[Tensor | None, ...] = (None, None, None)
+        if panels is not None:
+            zero_points = panels.zero_points if panels.zero_points.numel() else None
+            parts = (panels.packed, panels.scales, zero_points)
+            self._buffers.update(dict.fromkeys(BUFFERS))
+        for name, part in zip(PANELS, parts, strict=True):
+            self._buffers[name] = part
+            self._non_persistent_buffers_set.add(name)
+        self._panels = panels
+
+    def _owns_packed(self) -> bool:
+        """Whether nobody else holds the packed bytes: a tied layer, a variable, a file that is mapped."""
+        packed: Any = self._buffers["weight_packed"]
+        if packed is None or packed.device.type != "cpu":
+            return False
+        users = torch._C._storage_Use_Count(packed.untyped_storage()._cdata)
+        # Held here: by the buffers, the variable and the call; its storage by the tensor and the question.
+        return sys.getrefcount(packed) <= 3 and users <= 2
+
+    def __getattr__(self, name: str) -> Any:
+        if name in BUFFERS and self._panels is not None:
+            self._restore()
+        return super().__getattr__(name)
+
+    def _weight_source(self) -> tuple[torch.device, Callable[[], PackedTensor]]:
+        panels, dtype, bits = self._panels, self.weight_dtype, self.read_bits
+        if panels is None:
+            return super()._weight_source()
+        return panels.packed.device, lambda: panels.to_packed(dtype, bits)
+
+    def _allocate(self, scheme: Scheme, rounding: Rounding, bits: int, device: torch.device) -> None:
+        self._keep(None)
+        super()._allocate(scheme, rounding, bits, device)
+
+    def load_packed(self, name: str, packed: PackedTensor) -> None:
+        """Takes over `packed` as this module's `name` (only "weight"): scheme, rounding and memory, uncopied.
+
+        Raises `ValueError` for another name, another shape, or a tensor this module cannot compute with.
+        """
+        self._restore()
+        super().load_packed(name, packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._restore()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._restore()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._restore()
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         """nn.Linear's line, then scheme and activations."""

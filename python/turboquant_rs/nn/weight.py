@@ -1,6 +1,7 @@
 """What every quantized module shares: packed planes where a float module keeps its `weight`.
 
 buffers      weight_packed (u8, bit planes) · weight_scale · weight_zero_point      (canonical, as in a file)
+             on the CPU a linear layer keeps them as panels instead (`nn.linear`), until they are asked for
 state_dict   the same keys, and `_extra_state`: scheme, rounding and stored bits as JSON in a u8 tensor
 weight       a float view of logical shape, dequantized when its values are asked for, never raw codes
 """
@@ -60,20 +61,30 @@ class WeightView(torch.Tensor):
     assign to `layer.weight` to quantize new values.
     """
 
-    packed: PackedTensor
+    _source: Callable[[], PackedTensor]
     _decoded: Tensor | None
 
     @staticmethod
-    def __new__(cls, packed: PackedTensor) -> Self:
-        view: Self = torch.Tensor._make_wrapper_subclass(
-            cls, packed.shape, dtype=packed.dtype, device=packed.packed.device
-        )
-        view.packed = packed
+    def __new__(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        source: Callable[[], PackedTensor],
+    ) -> Self:
+        """`source` gives the packed weight when its values are asked for."""
+        view: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        view._source = source
         view._decoded = None
         return view
 
-    def __init__(self, packed: PackedTensor) -> None:
+    def __init__(self, *args: Any) -> None:
         """All is done in `__new__`, as tensors are made there."""
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The packed weight that it stands for."""
+        return self._source()
 
     @classmethod
     def __torch_function__(
@@ -252,11 +263,18 @@ class PackedWeight(nn.Module):
         only metadata is read. Assigning a tensor of the same shape quantizes it with this module's scheme and
         rounding; assigning another quantized module's `weight` shares its packed memory.
         """
-        return self.packed.dequantize() if torch.compiler.is_compiling() else WeightView(self.packed)
+        if torch.compiler.is_compiling():
+            return self.packed.dequantize()
+        return WeightView(self._weight_shape, self.weight_dtype, *self._weight_source())
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         self.load_packed("weight", value.packed if isinstance(value, WeightView) else self._quantized(value))
+
+    def _weight_source(self) -> tuple[torch.device, Callable[[], PackedTensor]]:
+        """The device of the weight as it is now, and how to get at it."""
+        packed = self.packed
+        return packed.device, lambda: packed
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter before it looks for a property.

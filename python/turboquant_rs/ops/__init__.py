@@ -1,8 +1,8 @@
 """The operators `turboquant_rs::*`: one vocabulary for every backend, dispatched by PyTorch.
 
-`pack_out`, `unpack_out`, `pack_codes_out`, `unpack_codes_out` and `matmul_out` fill memory that the caller
-owns; `pack`, `quantize`, `unpack`, `dequantize`, `pack_codes`, `unpack_codes` and `matmul` allocate it. Their
-arguments are positional and flat, and the schema is their signature (`print(ops.pack)` shows it):
+Operators whose names end in `_out` fill memory that the caller owns; those of the same name without it, and
+`quantize` and `dequantize` over bytes instead of planes, allocate it. Their arguments are positional and
+flat, and the schema is their signature (`print(ops.pack)` shows it):
 
     packed, scales, zero_points = ops.pack(x, *scheme.op_args(), *rounding.op_args(), planes, nan_zero)
 
@@ -31,11 +31,17 @@ dequantize: Callable[..., Tensor] = OPS.dequantize.default
 pack_codes: Callable[..., Tensor] = OPS.pack_codes.default
 unpack_codes: Callable[..., Tensor] = OPS.unpack_codes.default
 matmul: Callable[..., Tensor] = OPS.matmul.default
+to_panels_out: Callable[..., None] = OPS.to_panels_out.default
+from_panels_out: Callable[..., None] = OPS.from_panels_out.default
+to_panels: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.to_panels.default
+from_panels: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.from_panels.default
 
 __all__ = [
     "autograd",
     "cpu",
     "dequantize",
+    "from_panels",
+    "from_panels_out",
     "matmul",
     "matmul_out",
     "pack",
@@ -44,6 +50,8 @@ __all__ = [
     "pack_out",
     "quantize",
     "reference",
+    "to_panels",
+    "to_panels_out",
     "unpack",
     "unpack_codes",
     "unpack_codes_out",

@@ -29,7 +29,7 @@ def _refuse(name: str) -> Callable[..., Any]:
     return backward
 
 
-for _name in ("pack", "quantize"):
+for _name in ("pack", "quantize", "to_panels", "from_panels"):
     register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), setup_context=_end_graph, lib=LIBRARY)
 for _name in ("unpack", "dequantize"):
     register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), lib=LIBRARY)
@@ -37,7 +37,7 @@ for _name in ("unpack", "dequantize"):
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scales, zero_points, bias, *args = inputs
-    *ctx.args, _activations = args
+    *ctx.args, _activations, ctx.layout, ctx.n = args
     ctx.x_shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
     ctx.save_for_backward(packed, scales, zero_points)
 
@@ -47,12 +47,16 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, scales, zero_points = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        shape = (scales.shape[0], ctx.x_shape[-1])
+        shape = (ctx.n, ctx.x_shape[-1])
+        if ctx.layout == "panels":
+            scheme, planes = ctx.args[:7], ctx.args[15]
+            stored = OPS.from_panels.default(packed, scales, zero_points, *scheme, planes, *shape)
+            packed, scales, zero_points = stored
         weight = OPS.unpack.default(packed, scales, zero_points, *ctx.args, shape, grad.dtype)
         grad_x = grad @ weight
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, *[None] * (len(ctx.args) + 1)
+    return grad_x, None, None, None, grad_bias, *[None] * (len(ctx.args) + 3)
 
 
 register_autograd(f"{NAMESPACE}::matmul", _matmul_backward, setup_context=_keep_weight, lib=LIBRARY)

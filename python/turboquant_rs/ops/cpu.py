@@ -60,9 +60,14 @@ def _written(out: Tensor) -> Any:
     return _array(out)
 
 
+def _scheme(args: Sequence[Any]) -> tuple[Any, ...]:
+    """SCHEME, the first 7 of args, as a tuple, the scale's dtype by name."""
+    return (*args[:6], FLOAT_NAMES[args[6]])
+
+
 def _scheme_and_rounding(args: Sequence[Any]) -> tuple[Any, Any]:
-    """SCHEME and ROUNDING, the first 15 of args, as two tuples, the scale's dtype by name."""
-    return (*args[:6], FLOAT_NAMES[args[6]]), args[7:15]
+    """SCHEME and ROUNDING, the first 15 of args, as two tuples."""
+    return _scheme(args), args[7:15]
 
 
 def pack_out(x: Tensor, *args: Any) -> None:
@@ -122,7 +127,7 @@ def matmul_out(
     x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
 ) -> None:
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
-    planes, read_bits, activations, out = args[15:]
+    planes, read_bits, activations, layout, n, out = args[15:]
     m, k = rows_and_k(x.shape)
     _core.matmul(
         _array(x),
@@ -132,14 +137,51 @@ def matmul_out(
         _array(scales),
         _array(zero_points),
         None if bias is None else _array(bias.float()),
-        scales.shape[0],
+        n,
         k,
         *_scheme_and_rounding(args),
         planes,
         read_bits,
+        layout,
         activations,
         _written(out),
         _name(out),
+        torch.get_num_threads(),
+    )
+
+
+def to_panels_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Rearrange a packed matrix `(n, k)` into panels."""
+    planes, k, panels, panel_scales, panel_zero_points = args[7:]
+    _core.to_panels(
+        _array(packed),
+        _array(scales),
+        _array(zero_points),
+        scales.shape[0],
+        k,
+        _scheme(args),
+        planes,
+        _written(panels),
+        _written(panel_scales),
+        _written(panel_zero_points),
+        torch.get_num_threads(),
+    )
+
+
+def from_panels_out(panels: Tensor, panel_scales: Tensor, panel_zero_points: Tensor, *args: Any) -> None:
+    """Bring panels back to a packed matrix `(n, k)`."""
+    planes, k, packed, scales, zero_points = args[7:]
+    _core.from_panels(
+        _array(panels),
+        _array(panel_scales),
+        _array(panel_zero_points),
+        scales.shape[0],
+        k,
+        _scheme(args),
+        planes,
+        _written(packed),
+        _written(scales),
+        _written(zero_points),
         torch.get_num_threads(),
     )
 

@@ -11,6 +11,7 @@ with 0 and no sum. Shapes below: `x: (rows, groups, size)`, scales and zero poin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from turboquant_rs.ops.schema import (
     BYTE_CODES,
     FLOAT_NAMES,
     OUT_OPS,
+    PANEL_COLUMNS,
+    PANEL_ROWS,
     RoundingArgs,
     SchemeArgs,
     packed_nbytes,
@@ -597,6 +600,101 @@ def _matmul_int8(
     return torch.where(broken, float("nan"), acc)
 
 
+# Panels ---------------------------------------------------------------------------------------------------
+
+
+def _padded_columns(codes: Tensor, group_size: int) -> Tensor:
+    """Codes `(n, k)`, each group padded to words of four columns, then rows and columns to whole panels."""
+    n, k = codes.shape
+    size = _group_length(k, group_size)
+    words = _split(codes, size)
+    words = F.pad(words, (0, -size % 4)).reshape(n, -1)
+    columns = -(-(k % size) // 4) * 4 - (size + -size % 4) if k % size else 0
+    words = words[:, : words.shape[1] + columns]
+    return F.pad(words, (0, -words.shape[1] % PANEL_COLUMNS, 0, -n % PANEL_ROWS))
+
+
+def _panels(rows: int) -> list[slice]:
+    """The panels of `rows` rows, as slices of vectors of 16: four, or what is left."""
+    vectors = -(-rows // PANEL_ROWS)
+    return [slice(first, min(first + 4, vectors)) for first in range(0, vectors, 4)]
+
+
+def _panel_order(values: Tensor, n: int) -> Tensor:
+    """Scales or zero points `(n, groups)` in the order of panels: panel, group, row."""
+    rows = F.pad(values, (0, 0, 0, -n % PANEL_ROWS))
+    vectors = rows.view(-1, PANEL_ROWS, values.shape[1])
+    parts = [vectors[panel].permute(2, 0, 1).reshape(-1) for panel in _panels(n)]
+    return torch.cat(parts).view_as(rows) if parts else rows
+
+
+def _row_order(values: Tensor, n: int) -> Tensor:
+    """The inverse of `_panel_order`."""
+    groups = values.shape[1]
+    rows = torch.empty_like(values).view(-1, PANEL_ROWS, groups)
+    for panel in _panels(n):
+        vectors = panel.stop - panel.start
+        part = values[panel.start * PANEL_ROWS : panel.stop * PANEL_ROWS]
+        rows[panel] = part.reshape(groups, vectors, PANEL_ROWS).permute(1, 2, 0)
+    return rows.view(-1, groups)[:n]
+
+
+def to_panels(
+    packed: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, planes: Sequence[int], k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed matrix `(n, k)` in the order of the CPU's kernels.
+
+    Plane by plane, panel of 64 rows by panel: units of 8 words of 4 columns, vectors of 16 rows, then as many
+    times 64 bytes as the plane has bits, each of which holds the fields of 8 / width words, the first lowest.
+    """
+    n = scales.shape[0]
+    codes = _padded_columns(unpack_codes(packed, planes, sum(planes), n, k), scheme.group_size)
+    words = codes.view(-1, PANEL_ROWS, codes.shape[1] // PANEL_COLUMNS, 8, 4)
+    parts, shift = [], sum(planes)
+    for width in planes:
+        shift -= width
+        fields = (words >> shift) & (2**width - 1)
+        for panel in _panels(n):
+            stacks = fields[panel].permute(2, 0, 3, 1, 4).unflatten(2, (width, 8 // width))
+            places = _shifts(width, codes.device)[:, None, None]
+            parts.append((stacks << places).sum(3, dtype=torch.uint8).reshape(-1))
+    panels = torch.cat(parts) if parts else packed.new_empty(0)
+    zeros = _panel_order(zero_points, n) if zero_points.numel() else zero_points
+    return panels, _panel_order(scales, n), zeros
+
+
+def from_panels(
+    panels: Tensor,
+    panel_scales: Tensor,
+    panel_zero_points: Tensor,
+    scheme: SchemeArgs,
+    planes: Sequence[int],
+    n: int,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `to_panels`."""
+    size = _group_length(k, scheme.group_size)
+    columns = _padded_columns(torch.zeros(1, k), scheme.group_size).shape[1]
+    units, vectors = columns // PANEL_COLUMNS, panel_scales.shape[0] // PANEL_ROWS
+    codes = panels.new_zeros(vectors, PANEL_ROWS, units, 8, 4)
+    rest = panels
+    for width in planes:
+        for panel in _panels(n):
+            shape = (units, panel.stop - panel.start, width, 1, PANEL_ROWS, 4)
+            stacks, rest = rest[: math.prod(shape)], rest[math.prod(shape) :]
+            places = _shifts(width, panels.device)[:, None, None]
+            fields = (stacks.view(shape) >> places) & (2**width - 1)
+            codes[panel] = codes[panel] << width | fields.flatten(2, 3).permute(1, 3, 0, 2, 4)
+    rows = codes.view(-1, columns)[:n]
+    if size % 4 and k > size:
+        padded = size + -size % 4
+        groups = [rows[:, at * padded :][:, : min(size, k - at * size)] for at in range(-(-k // size))]
+        rows = torch.cat(groups, 1)
+    packed = pack_codes(rows[:, :k], planes)
+    zeros = _row_order(panel_zero_points, n) if panel_zero_points.numel() else panel_zero_points
+    return packed, _row_order(panel_scales, n), zeros
+
+
 # The operators --------------------------------------------------------------------------------------------
 
 
@@ -632,8 +730,10 @@ def matmul_out(
     x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
 ) -> None:
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
-    scheme, rounding, (planes, read_bits, activations, out) = split_args(args)
-    n, k = scales.shape[0], x.shape[-1]
+    scheme, rounding, (planes, read_bits, activations, layout, n, out) = split_args(args)
+    k = x.shape[-1]
+    if layout == "panels":
+        packed, scales, zero_points = from_panels(packed, scales, zero_points, scheme, planes, n, k)
     prefix = _read(packed, scheme, rounding, planes, read_bits, n, k)
     rows = _to_f32(x).reshape(rows_and_k(x.shape))
     if activations == "float":
@@ -649,6 +749,24 @@ def matmul_out(
     if bias is not None:
         acc = acc + bias.detach().float()
     out.copy_(acc.view_as(out))
+
+
+def to_panels_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Rearrange a packed matrix `(n, k)` into panels."""
+    planes, k, *outputs = args[7:]
+    results = to_panels(packed, scales, zero_points, SchemeArgs(*args[:7]), planes, k)
+    for out, result in zip(outputs, results, strict=True):
+        out.copy_(result)
+
+
+def from_panels_out(panels: Tensor, panel_scales: Tensor, panel_zero_points: Tensor, *args: Any) -> None:
+    """Bring panels back to a packed matrix `(n, k)`."""
+    planes, k, *outputs = args[7:]
+    n = outputs[1].shape[0]
+    stored = (panels, panel_scales, panel_zero_points)
+    results = from_panels(*stored, SchemeArgs(*args[:7]), planes, n, k)
+    for out, result in zip(outputs, results, strict=True):
+        out.copy_(result)
 
 
 register({name: globals()[name] for name in OUT_OPS}, "CompositeExplicitAutograd")

@@ -1,6 +1,6 @@
 """The vocabulary: every operator declared once, with its shape rule.
 
-A backend implements the five `*_out` operators, which fill memory that the caller owns. The operators that
+A backend implements the `*_out` operators, which fill memory that the caller owns. The operators that
 return tensors are written here once, over those, for every backend.
 
 Two groups of arguments recur, always flat and always in this order:
@@ -12,6 +12,10 @@ Two groups of arguments recur, always flat and always in this order:
   logical index of the tensor's first element.
 
 `planes` lists widths, most significant first, or is `[8]`: one byte a code, whatever the bits.
+
+A packed matrix is `layout` canonical, or panels: the order in which CPU kernels read it, for weights that are
+used again and again. `to_panels` and `from_panels` go from one to the other; nothing is lost. The scales and
+zero points of panels are `(rows, groups)` with rows padded to 16, in an order of their own.
 """
 
 from __future__ import annotations
@@ -58,7 +62,11 @@ _SCHEMAS = (
     "pack_codes_out(Tensor codes, int[] planes, Tensor(a!) packed) -> ()",
     "unpack_codes_out(Tensor packed, int[] planes, int read_bits, Tensor(a!) codes) -> ()",
     f"matmul_out(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
-    "str activations, Tensor(a!) out) -> ()",
+    "str activations, str layout, SymInt n, Tensor(a!) out) -> ()",
+    f"to_panels_out({_STORED}, {_SCHEME}, int[] planes, SymInt k, "
+    "Tensor(a!) panels, Tensor(b!) panel_scales, Tensor(c!) panel_zero_points) -> ()",
+    f"from_panels_out(Tensor panels, Tensor panel_scales, Tensor panel_zero_points, {_SCHEME}, int[] planes, "
+    "SymInt k, Tensor(a!) packed, Tensor(b!) scales, Tensor(c!) zero_points) -> ()",
     f"pack(Tensor x, {_SCHEME}, {_ROUNDING}, int[] planes, bool nan_zero) -> (Tensor, Tensor, Tensor)",
     f"quantize(Tensor x, {_SCHEME}, {_ROUNDING}, bool nan_zero) -> (Tensor, Tensor, Tensor)",
     f"unpack({_STORED}, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, SymInt[] shape, "
@@ -68,7 +76,10 @@ _SCHEMAS = (
     "pack_codes(Tensor codes, int[] planes) -> Tensor",
     "unpack_codes(Tensor packed, int[] planes, int read_bits, SymInt[] shape) -> Tensor",
     f"matmul(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
-    "str activations) -> Tensor",
+    "str activations, str layout, SymInt n) -> Tensor",
+    f"to_panels({_STORED}, {_SCHEME}, int[] planes, SymInt k) -> (Tensor, Tensor, Tensor)",
+    f"from_panels(Tensor panels, Tensor panel_scales, Tensor panel_zero_points, {_SCHEME}, int[] planes, "
+    "SymInt n, SymInt k) -> (Tensor, Tensor, Tensor)",
 )
 
 for _schema in _SCHEMAS:
@@ -94,6 +105,18 @@ def groups_per_row(k: int, group_size: int) -> int:
 def packed_nbytes(rows: int, k: int, planes: Sequence[int]) -> int:
     """Bytes of the blob: plane after plane, each row padded to a byte."""
     return sum(rows * ((k * width + 7) // 8) for width in planes)
+
+
+PANEL_ROWS, PANEL_COLUMNS = 16, 32
+"""What the rows and columns of panels are padded to multiples of."""
+
+
+def panels_nbytes(rows: int, k: int, group_size: int, planes: Sequence[int]) -> int:
+    """Bytes of a packed matrix in panels: groups padded to four columns, then rows and columns."""
+    size = group_size or max(k, 1)
+    columns = k // size * (-(-size // 4) * 4) + -(-(k % size) // 4) * 4
+    rows, columns = -(-rows // PANEL_ROWS) * PANEL_ROWS, -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS
+    return rows * columns // 8 * sum(planes)
 
 
 # The operators that return tensors ------------------------------------------------------------------------
@@ -173,7 +196,32 @@ def _allocate_unpack_codes(
 
 def _allocate_matmul(x: Tensor, packed: Tensor, scales: Tensor, *args: Any) -> Tensor:
     check_matmul_shapes(x, scales)
-    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+    return x.new_empty((*x.shape[:-1], args[-1]))
+
+
+def _allocate_to_panels(
+    packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    scheme, planes, k = SchemeArgs(*args[:7]), args[7], args[8]
+    n, groups = scales.shape
+    padded = (-(-n // PANEL_ROWS) * PANEL_ROWS, groups)
+    return (
+        packed.new_empty(panels_nbytes(n, k, scheme.group_size, planes)),
+        scales.new_empty(padded),
+        zero_points.new_empty(padded if zero_points.numel() else 0),
+    )
+
+
+def _allocate_from_panels(
+    panels: Tensor, panel_scales: Tensor, panel_zero_points: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    planes, n, k = args[7:]
+    shape = (n, panel_scales.shape[1])
+    return (
+        panels.new_empty(packed_nbytes(n, k, planes)),
+        panel_scales.new_empty(shape),
+        panel_zero_points.new_empty(shape if panel_zero_points.numel() else 0),
+    )
 
 
 Fill = Callable[..., None]
@@ -227,6 +275,19 @@ def _matmul(fill: Fill, x: Tensor, *args: Any) -> Tensor:
     return out
 
 
+def _to_panels(fill: Fill, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate_to_panels(*args)
+    fill(*args, *outputs)
+    return outputs
+
+
+def _from_panels(fill: Fill, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate_from_panels(*args)
+    *stored, _n, k = args
+    fill(*stored, k, *outputs)
+    return outputs
+
+
 # Shape rules ----------------------------------------------------------------------------------------------
 
 
@@ -253,10 +314,15 @@ RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
     "pack_codes": (_pack_codes, "pack_codes_out", _allocate_pack_codes),
     "unpack_codes": (_unpack_codes, "unpack_codes_out", _allocate_unpack_codes),
     "matmul": (_matmul, "matmul_out", _allocate_matmul),
+    "to_panels": (_to_panels, "to_panels_out", _allocate_to_panels),
+    "from_panels": (_from_panels, "from_panels_out", _allocate_from_panels),
 }
 """The operators that return tensors: what they do, the operator that fills their memory, their shape rule."""
 
-OUT_OPS = ("pack_out", "unpack_out", "pack_codes_out", "unpack_codes_out", "matmul_out")
+OUT_OPS = (
+    *("pack_out", "unpack_out", "pack_codes_out", "unpack_codes_out"),
+    *("matmul_out", "to_panels_out", "from_panels_out"),
+)
 """What a backend implements."""
 
 

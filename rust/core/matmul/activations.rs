@@ -2,16 +2,18 @@
 
 use crate::parallel::{self, take_mut};
 use crate::planes::padded;
-use crate::simd::{Isa, Kernel, TILE, Token};
+use crate::quantize::Source;
+use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
-use super::layout::Layout;
+use super::affine::Affine;
+use super::cuts::Cuts;
 
 /// Quantized rows, cut like the weights they meet.
 pub(super) struct Activations {
-    /// Words of four codes: `layout.words` a row, zeros in the padding.
+    /// Words of four codes: those of whole units a row, zeros in the padding.
     words: Vec<[u8; 4]>,
-    /// Sum of the codes of each segment.
-    sums: Vec<i32>,
+    /// Each segment's sum of codes, as [`Affine::term`] has it.
+    terms: Vec<u32>,
     /// Scale of each segment.
     scales: Vec<f32>,
     /// Whether the row holds neither NaN nor ±Inf.
@@ -24,88 +26,134 @@ pub(super) struct Activations {
 #[derive(Clone, Copy)]
 pub(super) struct Row<'a> {
     pub(super) words: &'a [[u8; 4]],
-    pub(super) sums: &'a [i32],
+    pub(super) terms: &'a [u32],
     pub(super) scales: &'a [f32],
 }
 
+/// Elements that one task quantizes.
+const TASK: usize = 1 << 14;
+
 impl Activations {
-    /// Quantizes `rows` rows of `x`: rows · k.
+    /// Quantizes `rows` rows of `k` elements.
     pub(super) fn new(
         token: Token,
-        x: &[f32],
+        x: Source<'_>,
         rows: usize,
         k: usize,
-        layout: &Layout,
+        cuts: &Cuts,
+        affine: &Affine,
         threads: usize,
     ) -> Self {
-        let (words_a_row, segments) = (layout.words, layout.segments.len());
+        let (words_a_row, segments) = (cuts.words(), cuts.segments.len());
         let mut all = Self {
             words: vec![[0; 4]; rows * words_a_row],
-            sums: vec![0; rows * segments],
+            terms: vec![0; rows * segments],
             scales: vec![0.0; rows * segments],
             finite: vec![true; rows],
             words_a_row,
             segments,
         };
-        let (mut words, mut sums, mut scales) = (&mut all.words[..], &mut all.sums[..], &mut all.scales[..]);
-        let tasks = all.finite.iter_mut().enumerate().map(|(row, finite)| QuantizeRow {
-            x: &x[row * k..][..k],
-            layout,
-            words: take_mut(&mut words, words_a_row).as_flattened_mut(),
-            sums: take_mut(&mut sums, segments),
-            scales: take_mut(&mut scales, segments),
+        let (mut words, mut terms, mut scales) =
+            (&mut all.words[..], &mut all.terms[..], &mut all.scales[..]);
+        let step = TASK.div_ceil(k.max(1));
+        let tasks = all.finite.chunks_mut(step).enumerate().map(|(i, finite)| QuantizeRows {
+            x: x.part(i * step * k, finite.len() * k),
+            k,
+            cuts,
+            affine,
+            words: take_mut(&mut words, finite.len() * words_a_row).as_flattened_mut(),
+            terms: take_mut(&mut terms, finite.len() * segments),
+            scales: take_mut(&mut scales, finite.len() * segments),
             finite,
         });
         parallel::for_each(threads, tasks.collect(), |task| token.run(task));
         all
     }
 
+    #[inline(always)]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
         Row {
             words: &self.words[row * self.words_a_row..][..self.words_a_row],
-            sums: &self.sums[row * self.segments..][..self.segments],
+            terms: &self.terms[row * self.segments..][..self.segments],
             scales: &self.scales[row * self.segments..][..self.segments],
         }
     }
 
+    #[inline(always)]
     pub(super) fn is_finite(&self, row: usize) -> bool {
         self.finite[row]
     }
 }
 
-struct QuantizeRow<'a> {
-    x: &'a [f32],
-    layout: &'a Layout,
+struct QuantizeRows<'a> {
+    x: Source<'a>,
+    k: usize,
+    cuts: &'a Cuts,
+    affine: &'a Affine,
     words: &'a mut [u8],
-    sums: &'a mut [i32],
+    terms: &'a mut [u32],
     scales: &'a mut [f32],
-    finite: &'a mut bool,
+    finite: &'a mut [bool],
 }
 
-impl Kernel for QuantizeRow<'_> {
+impl Kernel for QuantizeRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) {
+        let k = self.k;
+        let mut widened = match self.x {
+            Source::F32(_) => Vec::new(),
+            _ => vec![0.0; k.next_multiple_of(TILE)],
+        };
+        for row in 0..self.finite.len() {
+            match self.x {
+                Source::F32(x) => self.quantize_row(isa, &x[row * k..][..k], row),
+                x => {
+                    widen_row(isa, x, row * k, &mut widened);
+                    self.quantize_row(isa, &widened[..k], row);
+                }
+            }
+        }
+    }
+}
+
+impl QuantizeRows<'_> {
+    #[inline(always)]
+    fn quantize_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize) {
+        let (stride, segments) = (4 * self.cuts.words(), self.cuts.segments.len());
+        let words = &mut self.words[row * stride..][..stride];
+        let (terms, scales) = (&mut self.terms[row * segments..], &mut self.scales[row * segments..]);
         // The segments of a long group share its scale, so the scale is found group by group.
         let mut number = 0;
-        for same_group in self.layout.segments.chunk_by(|a, b| a.group == b.group) {
+        for same_group in self.cuts.segments.chunk_by(|a, b| a.group == b.group) {
             let (first, last) = (same_group[0], same_group[same_group.len() - 1]);
-            let largest = largest_magnitude(isa, &self.x[first.begin..last.begin + last.len]);
+            let largest = largest_magnitude(isa, &x[first.begin..last.begin + last.len]);
             if !largest.is_finite() {
-                *self.finite = false;
+                self.finite[row] = false;
                 return;
             }
             let exact = largest / 127.0;
             let scale = if exact < f32::MIN_POSITIVE { 0.0 } else { exact };
             let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
             for segment in same_group {
-                let x = &self.x[segment.begin..][..segment.len];
-                let codes = &mut self.words[4 * segment.word..][..4 * segment.words()];
-                self.sums[number] = quantize(isa, x, inverse, codes);
-                self.scales[number] = scale;
+                let x = &x[segment.begin..][..segment.len];
+                let codes = &mut words[4 * segment.word..][..4 * segment.words()];
+                terms[number] = self.affine.term(quantize(isa, x, inverse, codes));
+                scales[number] = scale;
                 number += 1;
             }
+        }
+    }
+}
+
+/// The elements of `x` from `begin` on as f32, as many as `to` holds.
+#[inline(always)]
+fn widen_row<I: Isa>(isa: I, x: Source<'_>, begin: usize, to: &mut [f32]) {
+    for (i, to) in to.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+        let tile = x.tile(isa, begin + i * TILE);
+        for (to, v) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(tile) {
+            isa.store::<false>(to, v);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The float kernel: weights dequantized panel by panel, f32 products, one order of additions.
+//! The float kernel: weights dequantized a few columns at a time, f32 products, one order of additions.
 //!
 //! Columns are taken in runs of 64. Within a run products are added by fused multiply-add in index order from
 //! 0; the runs are added in order. So neither threads nor instruction sets show in the result.
@@ -6,17 +6,25 @@
 use std::ops::Range;
 
 use crate::quantize::Rows;
+use crate::scheme::Mode;
 use crate::simd::{Isa, Kernel, LANES};
 
+use super::Layout;
+use super::cuts::{Block, Cuts, Segment, UNIT};
 use super::output::Columns;
-use super::panel::{Lanes, transpose_rows};
+use super::panel::{AlignedWords, Codes, Lanes, Panel, VECTORS, Word, transpose_rows};
+use super::tile::ZERO;
 
 /// Columns of a run.
 pub(super) const RUN: usize = 64;
+/// Columns dequantized at a time: with 64 rows, 64 KiB.
+const CHUNK: usize = 4 * RUN;
 
 /// The work of one thread at a time: some panels of the weight, some rows of x.
 pub(super) struct Panels<'a> {
     pub(super) weight: &'a Rows<'a>,
+    pub(super) layout: Layout,
+    pub(super) cuts: &'a Cuts,
     /// All of x, k elements a row.
     pub(super) x: &'a [f32],
     pub(super) bias: Option<&'a [f32]>,
@@ -31,73 +39,238 @@ impl Kernel for Panels<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let k = self.weight.shape.k;
-        let mut by_row = vec![0.0; LANES * k];
-        let mut panel: Vec<Lanes> = vec![[0; LANES]; k.next_multiple_of(LANES)];
-        let (begin, end) = (self.outputs.start, self.outputs.end);
-        for first in (begin..end).step_by(LANES) {
-            let count = LANES.min(end - first);
-            self.weight.unpack(isa, first..first + count, &mut by_row[..count * k]);
-            transpose_rows(isa, &by_row[..count * k], k, &mut panel);
-            self.multiply(isa, &panel[..k], first, count);
+        // Dither goes by the index of an element, padding of words by its segment: whole rows at a time then.
+        let whole = !self.cuts.contiguous || self.weight.rounding.mode() == Mode::Subtractive;
+        let chunk = if whole { k.next_multiple_of(RUN) } else { CHUNK };
+        let mut floats = vec![ZERO; chunk * VECTORS];
+        let units = if whole { self.cuts.units } else { CHUNK / (4 * UNIT) };
+        let mut words = AlignedWords::new(units * VECTORS * UNIT);
+        let mut sums = vec![ZERO; self.rows.len() * VECTORS];
+        for panel in Panel::all(self.outputs.clone()) {
+            sums.fill(ZERO);
+            if self.weight.rounding.mode() == Mode::Subtractive {
+                self.unpack(isa, panel, &mut floats);
+                self.multiply(isa, panel, 0..k, &floats, &mut sums);
+            } else {
+                let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
+                let table = scheme.table();
+                let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
+                for begin in (0..k).step_by(chunk) {
+                    let columns = begin..k.min(begin + chunk);
+                    let units = if whole {
+                        0..self.cuts.units
+                    } else {
+                        begin / (4 * UNIT)..columns.end.div_ceil(4 * UNIT)
+                    };
+                    let block = Block { units, pieces: 0..0 };
+                    let words = &mut words.words_mut()[..block.units.len() * panel.vectors() * UNIT];
+                    codes.expand(isa, self.cuts, k, &block, words);
+                    self.dequantize(isa, panel, &columns, &block, words, &mut floats);
+                    self.multiply(isa, panel, columns, &floats, &mut sums);
+                }
+            }
+            self.write(isa, &sums, panel);
         }
     }
 }
 
 impl Panels<'_> {
-    /// All rows of x with one panel.
+    /// Dequantizes whole rows of a panel: `[column][vector]`.
     #[inline(always)]
-    fn multiply<I: Isa>(&mut self, isa: I, panel: &[Lanes], first: usize, count: usize) {
-        let mut bias = [0.0; LANES];
-        if let Some(all) = self.bias {
-            bias[..count].copy_from_slice(&all[first..first + count]);
-        }
-        let bias = isa.load(&bias);
-        let mut row = 0;
-        while row + 4 <= self.rows.len() {
-            let sums = self.dot_rows::<I, 4>(isa, panel, row);
-            for r in 0..4 {
-                self.write(isa, sums[r], bias, row + r, first, count);
+    fn unpack<I: Isa>(&self, isa: I, panel: Panel, floats: &mut [Lanes]) {
+        let k = self.weight.shape.k;
+        let mut by_row = vec![0.0; LANES * k];
+        let mut by_column = vec![ZERO; k.next_multiple_of(LANES)];
+        for c in 0..panel.vectors() {
+            let (first, count) = (panel.first + c * LANES, panel.rows_of(c));
+            self.weight.unpack(isa, first..first + count, &mut by_row[..count * k]);
+            transpose_rows(isa, &by_row[..count * k], k, &mut by_column);
+            for (to, from) in floats.chunks_exact_mut(panel.vectors()).zip(&by_column) {
+                to[c] = *from;
             }
-            row += 4;
-        }
-        while row < self.rows.len() {
-            let [sum] = self.dot_rows::<I, 1>(isa, panel, row);
-            self.write(isa, sum, bias, row, first, count);
-            row += 1;
         }
     }
 
-    /// The sums of `R` rows of x with the 16 weight rows of `panel`.
+    /// Dequantizes the words of `columns`, those of `block`: `[column][vector]`, the bits of f32.
     #[inline(always)]
-    fn dot_rows<I: Isa, const R: usize>(&self, isa: I, panel: &[Lanes], row: usize) -> [I::F32; R] {
-        let k = panel.len();
-        let mut x: [&[f32]; R] = [&[]; R];
-        for r in 0..R {
-            x[r] = &self.x[(self.rows.start + row + r) * k..][..k];
+    fn dequantize<I: Isa>(
+        &self,
+        isa: I,
+        panel: Panel,
+        columns: &Range<usize>,
+        block: &Block,
+        words: &[Word],
+        floats: &mut [Lanes],
+    ) {
+        let vectors = panel.vectors();
+        let dropped = self.weight.scheme.bits() - self.weight.read_bits;
+        let (unit, centre) = ((1u32 << dropped) as f32, ((1u32 << dropped) as f32 - 1.0) / 2.0);
+        let from = self.cuts.segments.partition_point(|s| s.begin + s.len <= columns.start);
+        for segment in self.cuts.segments[from..].iter().take_while(|s| s.begin < columns.end) {
+            let Segment { begin, len, word, group } = *segment;
+            // A long segment may begin before the columns and end behind them.
+            let (low, high) = (begin.max(columns.start), (begin + len).min(columns.end));
+            for c in 0..vectors {
+                let (scale, zero) = self.scale_and_zero(isa, panel, group, c);
+                for column in (low..high).step_by(4) {
+                    let word = word + (column - begin) / 4 - block.words().start;
+                    let codes = isa.load_u8(&words[(word / UNIT * vectors + c) * UNIT + word % UNIT]);
+                    let mut codes = isa.words(codes);
+                    for column in column..high.min(column + 4) {
+                        let code = isa.and(codes, isa.splat_i32(255));
+                        let mut v = isa.to_f32(code);
+                        if dropped > 0 {
+                            v = isa.add(isa.mul(v, isa.splat(unit)), isa.splat(centre));
+                        }
+                        let value = isa.mul(scale, isa.sub(v, zero));
+                        let to = &mut floats[(column - columns.start) * vectors + c];
+                        isa.store_i32(to, isa.to_bits(value));
+                        codes = isa.shr::<8>(codes);
+                    }
+                }
+            }
         }
-        let mut sums = [isa.splat(0.0); R];
-        for (run, weights) in panel.chunks(RUN).enumerate() {
+    }
+
+    /// The scales and zero points of a group for the rows of vector `c`.
+    #[inline(always)]
+    fn scale_and_zero<I: Isa>(&self, isa: I, panel: Panel, group: usize, c: usize) -> (I::F32, I::F32) {
+        let groups = self.weight.scheme.groups(self.weight.shape.k);
+        let constant = self.weight.scheme.zero_point().unwrap_or(0.0);
+        let (mut scales, mut zeros) = ([0.0; LANES], [0.0; LANES]);
+        for row in 0..panel.rows_of(c) {
+            let at = match self.layout {
+                Layout::Panels => panel.first * groups + (group * panel.vectors() + c) * LANES + row,
+                Layout::Canonical => (panel.first + c * LANES + row) * groups + group,
+            };
+            scales[row] = self.weight.scales.get(at);
+            zeros[row] = self.weight.zero_points.get(at, constant);
+        }
+        (isa.load(&scales), isa.load(&zeros))
+    }
+
+    /// Adds the products of `columns` to the sums of all rows, `[row][vector]`.
+    #[inline(always)]
+    fn multiply<I: Isa>(
+        &self,
+        isa: I,
+        panel: Panel,
+        columns: Range<usize>,
+        floats: &[Lanes],
+        sums: &mut [Lanes],
+    ) {
+        let (rows, vectors) = (self.rows.len(), panel.vectors());
+        let tiles = rows.div_ceil(I::TILE_ROWS);
+        let (low, tall) = (rows / tiles, rows % tiles);
+        let wide = I::TILE_VECTORS == VECTORS && vectors == VECTORS;
+        for first in (0..vectors).step_by(if wide { VECTORS } else { 1 }) {
+            let mut row = 0;
+            for tile in 0..tiles {
+                let height = low + usize::from(tile < tall);
+                let x = &self.x[(self.rows.start + row) * self.weight.shape.k..];
+                let sums = &mut sums[row * vectors..];
+                let on = Operands { x, k: self.weight.shape.k, columns: columns.clone(), floats, vectors };
+                if wide {
+                    on.tile::<I, VECTORS>(isa, height, first, sums);
+                } else {
+                    on.tile::<I, 1>(isa, height, first, sums);
+                }
+                row += height;
+            }
+        }
+    }
+
+    /// Writes the columns of a panel: sums plus bias.
+    #[inline(always)]
+    fn write<I: Isa>(&mut self, isa: I, sums: &[Lanes], panel: Panel) {
+        for c in 0..panel.vectors() {
+            let (first, count) = (panel.first + c * LANES, panel.rows_of(c));
+            let mut bias = [0.0; LANES];
+            if let Some(all) = self.bias {
+                bias[..count].copy_from_slice(&all[first..first + count]);
+            }
+            let bias = isa.load(&bias);
+            for row in 0..self.rows.len() {
+                let mut sum = isa.from_bits(isa.load_i32(&sums[row * panel.vectors() + c]));
+                if self.bias.is_some() {
+                    sum = isa.add(sum, bias);
+                }
+                self.out.write(isa, row, first - self.outputs.start, count, sum);
+            }
+        }
+    }
+}
+
+/// What the tiles share.
+struct Operands<'a> {
+    /// From the first row of the tile.
+    x: &'a [f32],
+    k: usize,
+    columns: Range<usize>,
+    /// Weights: `[column][vector]`, as bits of f32.
+    floats: &'a [Lanes],
+    vectors: usize,
+}
+
+impl Operands<'_> {
+    /// `height` rows of x against `C` vectors.
+    #[inline(always)]
+    fn tile<I: Isa, const C: usize>(self, isa: I, height: usize, first: usize, sums: &mut [Lanes]) {
+        match height {
+            1 => isa.vectorize(Tile::<1, C> { on: self, first, sums }),
+            2 => isa.vectorize(Tile::<2, C> { on: self, first, sums }),
+            3 if I::TILE_ROWS >= 3 => isa.vectorize(Tile::<3, C> { on: self, first, sums }),
+            4 if I::TILE_ROWS >= 4 => isa.vectorize(Tile::<4, C> { on: self, first, sums }),
+            5 if I::TILE_ROWS >= 5 => isa.vectorize(Tile::<5, C> { on: self, first, sums }),
+            _ if I::TILE_ROWS >= 6 => isa.vectorize(Tile::<6, C> { on: self, first, sums }),
+            _ => {}
+        }
+    }
+}
+
+/// `R` rows of x against the vectors `first` to `first + C`.
+struct Tile<'a, const R: usize, const C: usize> {
+    on: Operands<'a>,
+    first: usize,
+    /// Running results, `[row][vector]`.
+    sums: &'a mut [Lanes],
+}
+
+impl<const R: usize, const C: usize> Kernel for Tile<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Operands { x, k, columns, floats, vectors } = self.on;
+        let mut rows: [&[f32]; R] = [&[]; R];
+        for r in 0..R {
+            rows[r] = &x[r * k..][columns.clone()];
+        }
+        for (run, weights) in floats[..columns.len() * vectors].chunks(RUN * vectors).enumerate() {
             let mut part: [&[f32]; R] = [&[]; R];
             for r in 0..R {
-                part[r] = &x[r][run * RUN..][..weights.len()];
+                part[r] = &rows[r][run * RUN..][..weights.len() / vectors];
             }
-            let mut acc = [isa.splat(0.0); R];
-            for (i, lanes) in weights.iter().enumerate() {
-                let w = isa.from_bits(isa.load_i32(lanes));
+            let mut acc = [[isa.splat(0.0); C]; R];
+            for (i, lanes) in weights.chunks_exact(vectors).enumerate() {
+                let mut w = [isa.splat(0.0); C];
+                for c in 0..C {
+                    w[c] = isa.from_bits(isa.load_i32(&lanes[self.first + c]));
+                }
                 for r in 0..R {
-                    acc[r] = isa.mul_add(isa.splat(part[r][i]), w, acc[r]);
+                    let x = isa.splat(part[r][i]);
+                    for c in 0..C {
+                        acc[r][c] = isa.mul_add(x, w[c], acc[r][c]);
+                    }
                 }
             }
             for r in 0..R {
-                sums[r] = isa.add(sums[r], acc[r]);
+                for c in 0..C {
+                    let to = &mut self.sums[r * vectors + self.first + c];
+                    let sum = isa.add(isa.from_bits(isa.load_i32(to)), acc[r][c]);
+                    isa.store_i32(to, isa.to_bits(sum));
+                }
             }
         }
-        sums
-    }
-
-    #[inline(always)]
-    fn write<I: Isa>(&mut self, isa: I, sum: I::F32, bias: I::F32, row: usize, first: usize, count: usize) {
-        let sum = if self.bias.is_some() { isa.add(sum, bias) } else { sum };
-        self.out.write(isa, row, first - self.outputs.start, count, sum);
     }
 }

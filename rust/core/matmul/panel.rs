@@ -1,14 +1,458 @@
-//! Panels: 16 rows of the weight side by side, a row a lane, so that no sum ever crosses lanes.
+//! Panels: 64 rows of the weight side by side, a row a lane, so that no sum ever crosses lanes.
+//!
+//! A *word* holds the codes of four columns for 16 rows: what one dot product of bytes takes. A panel is cut
+//! into vectors of 16 rows and units of 8 words; expanded, it is `[unit][vector][word]`, a byte a code.
+//!
+//! Codes come from either layout of the weight: transposed from the canonical planes, row by row, or expanded
+//! from the planes of the compute layout (see `repack.rs`), which lie in memory in this very order.
+
+use std::ops::Range;
+
+use half::slice::HalfBitsSliceExt;
+use half::{bf16, f16};
 
 use crate::Shape;
 use crate::parallel::Span;
 use crate::planes::{PlaneReader, padded};
-use crate::scheme::{MAX_PLANES, Planes, row_bytes};
-use crate::simd::dot::Dot;
+use crate::quantize::Scales;
+use crate::scheme::{MAX_PLANES, Planes, Table};
 use crate::simd::{Isa, LANES, TILE};
+
+use super::Layout;
+use super::cuts::{Block, Cuts, UNIT};
 
 /// 16 lanes in memory, by their bits.
 pub(super) type Lanes = [u32; LANES];
+/// The codes of four columns of 16 rows: row `r` in bytes 4·r to 4·r + 3.
+pub(super) type Word = [u8; TILE];
+
+/// Vectors of 16 rows in a whole panel.
+pub(super) const VECTORS: usize = 4;
+/// Rows of a whole panel.
+pub(super) const PANEL: usize = VECTORS * LANES;
+/// How far ahead of the codes in use memory is asked for, in words.
+const AHEAD: usize = 24;
+
+/// Some rows of the weight: 64 of them, or what is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Panel {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+}
+
+impl Panel {
+    /// The panels of rows `rows`, which begin at a multiple of 64.
+    pub(super) fn all(rows: Range<usize>) -> impl Iterator<Item = Self> {
+        let end = rows.end;
+        rows.step_by(PANEL).map(move |first| Self { first, rows: PANEL.min(end - first) })
+    }
+
+    /// Vectors of 16 rows, the last one perhaps padded.
+    pub(super) fn vectors(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    /// Rows of vector `c`.
+    pub(super) fn rows_of(&self, c: usize) -> usize {
+        LANES.min(self.rows - c * LANES)
+    }
+}
+
+/// Bytes that begin at a cache line, so that no vector of them straddles two.
+pub(super) struct AlignedWords {
+    bytes: Vec<u8>,
+    begin: usize,
+}
+
+impl AlignedWords {
+    pub(super) fn new(words: usize) -> Self {
+        let bytes = vec![0; (words + 1) * TILE];
+        let begin = bytes.as_ptr().align_offset(TILE).min(TILE);
+        Self { bytes, begin }
+    }
+
+    pub(super) fn words_mut(&mut self) -> &mut [Word] {
+        self.bytes[self.begin..].as_chunks_mut().0
+    }
+}
+
+/// The scales of a panel: `[group][vector]`, 16 rows each.
+#[derive(Clone, Copy)]
+pub(super) enum PanelScales<'a> {
+    /// Brought from the canonical layout.
+    Lanes(&'a [Lanes]),
+    /// As they lie in the compute layout.
+    Bf16(&'a [[bf16; LANES]]),
+    F16(&'a [[f16; LANES]]),
+    F32(&'a [[f32; LANES]]),
+}
+
+impl<'a> PanelScales<'a> {
+    /// The scales in the compute layout from index `from` on.
+    pub(super) fn stored(scales: Scales<'a>, from: usize) -> Self {
+        match scales {
+            Scales::Bf16(s) => Self::Bf16(s[from..].reinterpret_cast::<bf16>().as_chunks().0),
+            Scales::F16(s) => Self::F16(s[from..].reinterpret_cast::<f16>().as_chunks().0),
+            Scales::F32(s) => Self::F32(s[from..].as_chunks().0),
+        }
+    }
+
+    /// Those of `C` vectors from number `at` on.
+    #[inline(always)]
+    pub(super) fn load<I: Isa, const C: usize>(&self, isa: I, at: usize) -> [I::F32; C] {
+        let mut scales = [isa.splat(0.0); C];
+        for c in 0..C {
+            scales[c] = match self {
+                Self::Lanes(s) => isa.from_bits(isa.load_i32(&s[at + c])),
+                Self::Bf16(s) => isa.load_bf16(&s[at + c]),
+                Self::F16(s) => isa.load_f16(&s[at + c]),
+                Self::F32(s) => isa.load(&s[at + c]),
+            };
+        }
+        scales
+    }
+}
+
+/// One plane of one panel in the compute layout.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Plane<'a> {
+    width: u32,
+    /// `width` vectors of bytes for each unit of each vector of rows.
+    bytes: &'a [Word],
+}
+
+impl Plane<'_> {
+    /// Expands units `units` of `vectors` vectors, the first plane (`FIRST`) or one that is appended to others.
+    #[inline(always)]
+    fn expand<I: Isa, const FIRST: bool>(
+        &self,
+        isa: I,
+        units: Range<usize>,
+        vectors: usize,
+        to: &mut [Word],
+    ) {
+        let unit = vectors * self.width as usize;
+        let bytes = &self.bytes[units.start * unit..units.end * unit];
+        match self.width {
+            8 => expand::<I, 8, FIRST>(isa, bytes, to),
+            4 => expand::<I, 4, FIRST>(isa, bytes, to),
+            2 => expand::<I, 2, FIRST>(isa, bytes, to),
+            _ => expand::<I, 1, FIRST>(isa, bytes, to),
+        }
+    }
+}
+
+/// Spreads fields of `WIDTH` bits to words: a unit from every `WIDTH` vectors of bytes.
+#[inline(always)]
+fn expand<I: Isa, const WIDTH: usize, const FIRST: bool>(isa: I, bytes: &[Word], to: &mut [Word]) {
+    for (bytes, to) in bytes.as_chunks::<WIDTH>().0.iter().zip(to.as_chunks_mut::<UNIT>().0) {
+        for j in 0..WIDTH {
+            isa.prefetch(&bytes[j], AHEAD * TILE);
+            let stacked = isa.load_u8(&bytes[j]);
+            for i in 0..UNIT / WIDTH {
+                let to = &mut to[j * (UNIT / WIDTH) + i];
+                let mut codes = stacked;
+                if WIDTH < 8 {
+                    codes = isa.shr_and_u8(stacked, (i * WIDTH) as u32, ((1u32 << WIDTH) - 1) as u8);
+                }
+                if !FIRST {
+                    codes = isa.shl_or_u8(isa.load_u8(to), WIDTH as u32, codes);
+                }
+                isa.store_u8(to, codes);
+            }
+        }
+    }
+}
+
+/// The planes of one panel in the compute layout, and what their codes stand for.
+#[derive(Clone, Copy)]
+pub(super) struct PanelPlanes<'a> {
+    planes: [Plane<'a>; MAX_PLANES],
+    count: usize,
+    vectors: usize,
+    table: Option<&'a Table>,
+}
+
+impl<'a> PanelPlanes<'a> {
+    /// The planes of `prefix` in a blob of `total` vectors of rows.
+    pub(super) fn new(
+        packed: &'a [u8],
+        prefix: &Planes,
+        total: usize,
+        units: usize,
+        table: Option<&'a Table>,
+        panel: Panel,
+    ) -> Self {
+        let mut rest = packed.as_chunks().0;
+        let mut planes = [Plane::default(); MAX_PLANES];
+        for (plane, width) in planes.iter_mut().zip(prefix.widths()) {
+            let vector = units * *width as usize;
+            let (all, behind) = rest.split_at(total * vector);
+            let from = panel.first / LANES * vector;
+            *plane = Plane { width: *width, bytes: &all[from..from + panel.vectors() * vector] };
+            rest = behind;
+        }
+        Self { planes, count: prefix.widths().len(), vectors: panel.vectors(), table }
+    }
+
+    /// Widths of the planes as digits of a hexadecimal number, the first plane lowest, above them whether levels
+    /// are looked up: what a kernel that expands in registers is compiled for.
+    pub(super) fn stack(&self) -> u32 {
+        let widths = self.planes[..self.count].iter().rev();
+        let digits = widths.fold(0, |digits, plane| digits << 4 | plane.width);
+        if self.count <= STACKED { digits | u32::from(self.table.is_some()) << 12 } else { 0 }
+    }
+
+    /// A unit of `C` vectors, a whole panel, whose planes are those of `STACK`.
+    #[inline(always)]
+    pub(super) fn unit<const STACK: u32, const C: usize>(&self, unit: usize) -> Unit<'a> {
+        let mut planes: [&[Word]; STACKED] = [&[]; STACKED];
+        for (i, plane) in planes.iter_mut().enumerate() {
+            let width = width_of(STACK, i);
+            *plane = &self.planes[i].bytes[unit * C * width..][..C * width];
+        }
+        Unit { planes, table: self.table }
+    }
+
+    /// The expanded words of a block where they are what lies in memory.
+    pub(super) fn as_words(&self, block: &Block) -> Option<&'a [Word]> {
+        let plain = self.count == 1 && self.planes[0].width == 8 && self.table.is_none();
+        let unit = self.vectors * UNIT;
+        plain.then(|| &self.planes[0].bytes[block.units.start * unit..block.units.end * unit])
+    }
+
+    /// Expands units `units` into `to`.
+    #[inline(always)]
+    pub(super) fn expand<I: Isa>(&self, isa: I, units: Range<usize>, to: &mut [Word]) {
+        self.planes[0].expand::<I, true>(isa, units.clone(), self.vectors, to);
+        for plane in &self.planes[1..self.count] {
+            plane.expand::<I, false>(isa, units.clone(), self.vectors, to);
+        }
+        if let Some(table) = self.table {
+            for word in to {
+                isa.store_u8(word, look_up(isa, table, isa.load_u8(word)));
+            }
+        }
+    }
+
+    /// The bytes that follow a block's in memory: the next block's, if only by its plane.
+    pub(super) fn ahead(&self, block: &Block, steps: usize) -> Ahead<'a> {
+        let mut ahead = Ahead { count: self.count, ..Ahead::default() };
+        for i in 0..self.count {
+            let Plane { width, bytes } = self.planes[i];
+            let unit = self.vectors * width as usize;
+            ahead.from[i] = &bytes[block.units.start * unit..];
+            ahead.next[i] = block.units.len() * unit;
+            ahead.step[i] = (block.units.len() * unit).div_ceil(steps.max(1));
+        }
+        ahead
+    }
+}
+
+/// Most planes that are expanded in registers.
+const STACKED: usize = 3;
+
+/// Width of plane `i` of a stack, see [`PanelPlanes::stack`]; 0 behind the last.
+const fn width_of(stack: u32, i: usize) -> usize {
+    (stack >> (4 * i) & 15) as usize
+}
+
+/// A unit of every vector of a panel.
+#[derive(Clone, Copy)]
+pub(super) struct Unit<'a> {
+    /// The unit's bytes in each plane.
+    planes: [&'a [Word]; STACKED],
+    table: Option<&'a Table>,
+}
+
+impl Unit<'_> {
+    /// The words of vector `c`, levels looked up.
+    #[inline(always)]
+    pub(super) fn words<I: Isa, const STACK: u32>(&self, isa: I, c: usize) -> [I::U8; UNIT] {
+        let mut words = [isa.splat_u8(0); UNIT];
+        for i in 0..STACKED {
+            let width = width_of(STACK, i);
+            if width > 0 {
+                let bytes = &self.planes[i][c * width..][..width];
+                for j in 0..width {
+                    isa.prefetch(&bytes[j], AHEAD * TILE);
+                    let stacked = isa.load_u8(&bytes[j]);
+                    for n in 0..UNIT / width {
+                        let word = &mut words[j * (UNIT / width) + n];
+                        let mut field = stacked;
+                        if width < 8 {
+                            field = isa.shr_and_u8(stacked, (n * width) as u32, ((1u32 << width) - 1) as u8);
+                        }
+                        *word = if i == 0 { field } else { isa.shl_or_u8(*word, width as u32, field) };
+                    }
+                }
+            }
+        }
+        if STACK >> 12 != 0
+            && let Some(table) = self.table
+        {
+            for word in &mut words {
+                *word = look_up(isa, table, *word);
+            }
+        }
+        words
+    }
+}
+
+/// Memory to ask for a little at a time while other memory is multiplied.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Ahead<'a> {
+    from: [&'a [Word]; MAX_PLANES],
+    /// The line to ask for next, counted from `from`.
+    next: [usize; MAX_PLANES],
+    /// Lines a step.
+    step: [usize; MAX_PLANES],
+    count: usize,
+}
+
+impl Ahead<'_> {
+    /// One step's share.
+    #[inline(always)]
+    pub(super) fn fetch<I: Isa>(&mut self, isa: I) {
+        for i in 0..self.count {
+            for _ in 0..self.step[i] {
+                if let Some(line) = self.from[i].first() {
+                    isa.prefetch(line, self.next[i] * TILE);
+                }
+                self.next[i] += 1;
+            }
+        }
+    }
+}
+
+/// The codes of one panel, block after block.
+pub(super) enum Codes<'a> {
+    /// In the canonical layout: a reader for each row.
+    Canonical { readers: Vec<PlaneReader<'a>>, table: Option<&'a Table> },
+    /// In the canonical layout, unpacked: rows of whole units, segments moved to their words.
+    Spread { rows: Vec<u8> },
+    /// In the compute layout.
+    Panels(PanelPlanes<'a>),
+}
+
+impl<'a> Codes<'a> {
+    /// The codes of a panel of `packed`, which holds the planes of `prefix` first; as levels of `table`.
+    #[inline(always)]
+    pub(super) fn open<I: Isa>(
+        isa: I,
+        packed: &'a [u8],
+        prefix: &Planes,
+        shape: Shape,
+        table: Option<&'a Table>,
+        layout: Layout,
+        cuts: &Cuts,
+        panel: Panel,
+    ) -> Self {
+        if layout == Layout::Panels {
+            let total = shape.rows.div_ceil(LANES);
+            return Self::Panels(PanelPlanes::new(packed, prefix, total, cuts.units, table, panel));
+        }
+        let readers = row_readers(packed, *prefix, shape, panel);
+        if cuts.contiguous {
+            return Self::Canonical { readers, table };
+        }
+        Self::Spread { rows: spread(isa, table, readers, cuts, shape.k) }
+    }
+
+    /// The planes of the compute layout.
+    pub(super) fn planes(&self) -> Option<&PanelPlanes<'a>> {
+        match self {
+            Self::Panels(planes) => Some(planes),
+            _ => None,
+        }
+    }
+
+    /// Expands the next block into `to`.
+    #[inline(always)]
+    pub(super) fn expand<I: Isa>(&mut self, isa: I, cuts: &Cuts, k: usize, block: &Block, to: &mut [Word]) {
+        let units = block.units.clone();
+        match self {
+            Self::Panels(planes) => planes.expand(isa, units, to),
+            Self::Canonical { readers, table } => {
+                let vectors = readers.len().div_ceil(LANES);
+                for (i, first) in units.step_by(2).enumerate() {
+                    let len = TILE.min(k - first * 4 * UNIT);
+                    for (c, rows) in readers.chunks_mut(LANES).enumerate() {
+                        let mut lanes = [isa.splat(0.0); LANES];
+                        for (lane, reader) in lanes.iter_mut().zip(rows) {
+                            let codes = read_levels(isa, *table, reader, len);
+                            *lane = isa.from_bits(isa.words(codes));
+                        }
+                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c);
+                    }
+                }
+            }
+            Self::Spread { rows } => {
+                let stride = cuts.words() * 4;
+                let vectors = (rows.len() / stride).div_ceil(LANES);
+                for (i, first) in units.step_by(2).enumerate() {
+                    for (c, rows) in rows.chunks(LANES * stride).enumerate() {
+                        let mut lanes = [isa.splat(0.0); LANES];
+                        for (lane, row) in lanes.iter_mut().zip(rows.chunks_exact(stride)) {
+                            let codes = load_padded(isa, &row[first * 4 * UNIT..]);
+                            *lane = isa.from_bits(isa.words(codes));
+                        }
+                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The levels that codes stand for; what lies above a table is its last level, as padding is.
+#[inline(always)]
+fn look_up<I: Isa>(isa: I, table: &Table, codes: I::U8) -> I::U8 {
+    isa.lookup_u8(isa.shr_and_u8(codes, 0, 15), table.padded())
+}
+
+/// The next `len` codes of a row, or the levels they stand for.
+#[inline(always)]
+fn read_levels<I: Isa>(isa: I, table: Option<&Table>, reader: &mut PlaneReader<'_>, len: usize) -> I::U8 {
+    let codes = reader.read(isa, len);
+    match table {
+        Some(table) => look_up(isa, table, codes),
+        None => codes,
+    }
+}
+
+/// A reader for each row of a panel of a packed matrix.
+fn row_readers(packed: &[u8], prefix: Planes, shape: Shape, panel: Panel) -> Vec<PlaneReader<'_>> {
+    let span = |row, rows| Span { row, rows, group: 0, groups: 0, begin: 0, end: shape.k };
+    let rows = panel.first..panel.first + panel.rows;
+    let spans: Vec<Span> = [span(0, panel.first)].into_iter().chain(rows.map(|row| span(row, 1))).collect();
+    PlaneReader::cut(packed, prefix, shape, &spans).split_off(1)
+}
+
+/// Unpacks rows and moves each segment to its words.
+#[inline(always)]
+fn spread<I: Isa>(
+    isa: I,
+    table: Option<&Table>,
+    mut readers: Vec<PlaneReader<'_>>,
+    cuts: &Cuts,
+    k: usize,
+) -> Vec<u8> {
+    let stride = cuts.words() * 4;
+    let mut rows = vec![0; readers.len() * stride];
+    let mut codes = vec![0; k.next_multiple_of(TILE)];
+    for (reader, row) in readers.iter_mut().zip(rows.chunks_exact_mut(stride.max(1))) {
+        for (tile, to) in codes.as_chunks_mut().0.iter_mut().enumerate() {
+            let len = TILE.min(k - tile * TILE);
+            isa.store_u8(to, read_levels(isa, table, reader, len));
+        }
+        for segment in &cuts.segments {
+            let from = &codes[segment.begin..][..segment.len];
+            row[4 * segment.word..][..segment.len].copy_from_slice(from);
+        }
+    }
+    rows
+}
 
 /// Rows become lanes: lane `r` of result `c` is lane `c` of row `r`.
 #[inline(always)]
@@ -34,12 +478,23 @@ pub(super) fn transpose<I: Isa>(isa: I, rows: &[I::F32; LANES]) -> [I::F32; LANE
     v
 }
 
-/// Stores the transpose of 16 rows of 16 lanes.
+/// Stores the transpose of 16 rows of 16 words as two units of vector `c`, or as one if `to` ends there.
 #[inline(always)]
-pub(super) fn store_transposed<I: Isa>(isa: I, rows: &[I::F32; LANES], to: &mut [Lanes]) {
-    let columns = transpose(isa, rows);
-    for (to, column) in to.iter_mut().zip(columns) {
-        isa.store_i32(to, isa.to_bits(column));
+fn store_units<I: Isa>(isa: I, rows: &[I::F32; LANES], to: &mut [Word], vectors: usize, c: usize) {
+    let words = transpose(isa, rows);
+    for (unit, words) in to.chunks_exact_mut(vectors * UNIT).zip(words.as_chunks::<UNIT>().0) {
+        for j in 0..UNIT {
+            isa.store_u8(&mut unit[c * UNIT + j], isa.bytes(isa.to_bits(words[j])));
+        }
+    }
+}
+
+/// 64 bytes, zeros behind the end.
+#[inline(always)]
+fn load_padded<I: Isa>(isa: I, from: &[u8]) -> I::U8 {
+    match from.first_chunk() {
+        Some(whole) => isa.load_u8(whole),
+        None => isa.load_u8(&padded(from)),
     }
 }
 
@@ -54,52 +509,8 @@ pub(super) fn transpose_rows<I: Isa>(isa: I, rows: &[f32], k: usize, to: &mut [L
                 None => isa.load(&padded(&row[column..])),
             };
         }
-        store_transposed(isa, &lanes, to);
-    }
-}
-
-/// A reader for each of the rows `first` to `first + count` of a packed matrix.
-pub(super) fn row_readers<'a>(
-    packed: &'a [u8],
-    prefix: Planes,
-    shape: Shape,
-    first: usize,
-    count: usize,
-) -> Vec<PlaneReader<'a>> {
-    let span = |row, rows| Span { row, rows, group: 0, groups: 0, begin: 0, end: shape.k };
-    let spans: Vec<Span> =
-        [span(0, first)].into_iter().chain((first..first + count).map(|row| span(row, 1))).collect();
-    PlaneReader::cut(packed, prefix, shape, &spans).split_off(1)
-}
-
-/// The bytes of a panel in every plane, fetched a tile at a time while the panel before it is multiplied: its
-/// rows are too short for the hardware to see streams in them.
-pub(super) struct Ahead<'a> {
-    planes: Planes,
-    rest: [&'a [u8]; MAX_PLANES],
-}
-
-impl<'a> Ahead<'a> {
-    /// The panel of the rows from `first` on.
-    pub(super) fn new(packed: &'a [u8], planes: Planes, shape: Shape, first: usize) -> Self {
-        let mut rest: [&[u8]; MAX_PLANES] = Default::default();
-        let mut begin = 0;
-        for (rest, width) in rest.iter_mut().zip(planes.widths()) {
-            let row = row_bytes(shape.k, *width);
-            let (from, to) = (first.min(shape.rows), (first + LANES).min(shape.rows));
-            *rest = &packed[begin + from * row..begin + to * row];
-            begin += shape.rows * row;
-        }
-        Self { planes, rest }
-    }
-
-    /// Asks for as many bytes as a tile of the panel takes.
-    #[inline(always)]
-    pub(super) fn fetch<D: Dot>(&mut self, dot: D) {
-        for (rest, width) in self.rest.iter_mut().zip(self.planes.widths()) {
-            let (now, later) = rest.split_at(rest.len().min(LANES * TILE / 8 * *width as usize));
-            now.iter().step_by(64).for_each(|byte| dot.isa().prefetch(byte));
-            *rest = later;
+        for (to, column) in to.iter_mut().zip(transpose(isa, &lanes)) {
+            isa.store_i32(to, isa.to_bits(column));
         }
     }
 }

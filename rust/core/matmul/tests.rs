@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::*;
+use crate::quantize::{ScalesMut, ZeroPointsMut};
 use crate::scheme::{ScaleDtype, ScaleRule};
 
 /// A packed matrix of random bits with everything to read it.
@@ -177,7 +178,7 @@ impl Matrix {
 
     /// The integer kernel on two threads, without a bias.
     fn run(&self, token: Token, x: Source<'_>, m: usize, out: Target<'_>) {
-        matmul_on(token, x, m, &self.rows(), None, Activations::Int8, out, 2).unwrap();
+        matmul_on(token, x, m, &self.rows(), Layout::Canonical, None, Activations::Int8, out, 2).unwrap();
     }
 
     /// Runs the kernel on everything there is and compares bits.
@@ -187,24 +188,86 @@ impl Matrix {
             Activations::Float => self.float(x, m, bias),
         };
         let expected: Vec<u32> = expected.iter().map(|y| canonical(*y)).collect();
+        let panels = self.panels();
+        let panels = panels.as_ref().map(Panels::rows);
+        let rows = self.rows();
         for token in Token::available() {
-            for threads in [1, 2, 7] {
-                let mut out = vec![f32::INFINITY; m * self.shape.rows];
-                let target = Target::F32(&mut out);
-                matmul_on(token, Source::F32(x), m, &self.rows(), bias, how, target, threads).unwrap();
-                let got: Vec<u32> = out.iter().map(|y| canonical(*y)).collect();
-                assert!(
-                    got == expected,
-                    "{} threads={threads} m={m} {:?} {:?} {:?} read={} {how:?}: first difference at {:?}",
-                    token.name(),
-                    self.shape,
-                    self.scheme,
-                    self.planes,
-                    self.read_bits,
-                    (0..got.len()).find(|i| got[*i] != expected[*i]),
-                );
+            for (layout, weight) in [(Layout::Canonical, Some(&rows)), (Layout::Panels, panels.as_ref())] {
+                let Some(weight) = weight else { continue };
+                for threads in [1, 2, 7] {
+                    let mut out = vec![f32::INFINITY; m * self.shape.rows];
+                    let target = Target::F32(&mut out);
+                    matmul_on(token, Source::F32(x), m, weight, layout, bias, how, target, threads).unwrap();
+                    let got: Vec<u32> = out.iter().map(|y| canonical(*y)).collect();
+                    assert!(
+                        got == expected,
+                        "{} {layout:?} threads={threads} m={m} {:?} {:?} {:?} read={} {how:?}: first difference \
+                         at {:?}",
+                        token.name(),
+                        self.shape,
+                        self.scheme,
+                        self.planes,
+                        self.read_bits,
+                        (0..got.len()).find(|i| got[*i] != expected[*i]),
+                    );
+                }
             }
         }
+    }
+
+    /// The same matrix in the compute layout, unless its codes go by their position.
+    fn panels(&self) -> Option<Panels<'_>> {
+        if self.rounding.mode() == Mode::Subtractive {
+            return None;
+        }
+        let groups = self.shape.rows.next_multiple_of(LANES) * self.scheme.groups(self.shape.k);
+        let mut panels = Panels {
+            of: self,
+            packed: vec![0; panels_nbytes(self.shape, &self.scheme, &self.planes)],
+            scales: vec![0; groups],
+            zeros_u8: vec![0; if self.zeros_u8.is_empty() { 0 } else { groups }],
+            zeros_f32: vec![0.0; if self.zeros_f32.is_empty() { 0 } else { groups }],
+        };
+        let zeros = match self.zero_points() {
+            ZeroPoints::Constant => ZeroPointsMut::Constant,
+            ZeroPoints::U8(_) => ZeroPointsMut::U8(&mut panels.zeros_u8),
+            ZeroPoints::F32(_) => ZeroPointsMut::F32(&mut panels.zeros_f32),
+        };
+        let (scales, packed) = (ScalesMut::Bf16(&mut panels.scales), &mut panels.packed);
+        to_panels(
+            &self.packed,
+            Scales::Bf16(&self.scales),
+            self.zero_points(),
+            self.shape,
+            &self.scheme,
+            &self.planes,
+            packed,
+            scales,
+            zeros,
+            2,
+        )
+        .unwrap();
+        Some(panels)
+    }
+}
+
+/// A [`Matrix`] in the compute layout.
+struct Panels<'a> {
+    of: &'a Matrix,
+    packed: Vec<u8>,
+    scales: Vec<u16>,
+    zeros_u8: Vec<u8>,
+    zeros_f32: Vec<f32>,
+}
+
+impl Panels<'_> {
+    fn rows(&self) -> Rows<'_> {
+        let zero_points = match self.of.zero_points() {
+            ZeroPoints::Constant => ZeroPoints::Constant,
+            ZeroPoints::U8(_) => ZeroPoints::U8(&self.zeros_u8),
+            ZeroPoints::F32(_) => ZeroPoints::F32(&self.zeros_f32),
+        };
+        Rows { packed: &self.packed, scales: Scales::Bf16(&self.scales), zero_points, ..self.of.rows() }
     }
 }
 
@@ -256,10 +319,10 @@ fn int8_equals_the_plain_loop_for_every_reading_and_size() {
     let mut random = Random(1);
     for (bits, symmetric, nested, table, widths, read) in readings() {
         for _ in 0..6 {
-            let m = random.pick(&[1, 2, 3, 4, 7, 8, 9, 13]);
-            let n = random.pick(&[1, 15, 16, 17, 33]);
-            let k = random.pick(&[1, 7, 63, 64, 65, 130, 200]);
-            let group = random.pick(&[0, 8, 9, 12, 30, 32, 64, 100]);
+            let m = random.pick(&[1, 2, 3, 4, 5, 6, 7, 11, 13]);
+            let n = random.pick(&[1, 15, 16, 17, 33, 63, 64, 65, 81]);
+            let k = random.pick(&[1, 7, 31, 32, 33, 63, 64, 65, 130, 200]);
+            let group = random.pick(&[0, 8, 9, 12, 30, 32, 64, 96, 100]);
             let scheme = scheme(bits, group, symmetric, nested, table);
             let matrix = Matrix::new(&mut random, Shape { rows: n, k }, scheme, &widths, read);
             let (x, bias) = (values(&mut random, m * k), values(&mut random, n));
@@ -315,6 +378,7 @@ fn rows_that_are_not_finite_give_rows_of_nan_and_zero_rows_give_the_bias() {
         Source::F32(&x),
         6,
         &matrix.rows(),
+        Layout::Canonical,
         Some(&bias),
         Activations::Int8,
         Target::F32(&mut out),
@@ -362,6 +426,7 @@ fn float_takes_weights_without_an_integer_form_and_int8_refuses_them() {
             Source::F32(&x),
             5,
             &matrix.rows(),
+            Layout::Canonical,
             None,
             Activations::Int8,
             target,
@@ -420,12 +485,54 @@ fn wrong_lengths_are_refused_with_the_numbers() {
     let run = |x: usize, bias: usize, out: usize| {
         let (x, bias, mut out) = (vec![0.0; x], vec![0.0; bias], vec![0.0; out]);
         let target = Target::F32(&mut out);
-        matmul_on(token, Source::F32(&x), 2, &matrix.rows(), Some(&bias), Activations::Int8, target, 1)
+        let (x, bias, how) = (Source::F32(&x), Some(&bias[..]), Activations::Int8);
+        matmul_on(token, x, 2, &matrix.rows(), Layout::Canonical, bias, how, target, 1)
     };
     assert!(run(128, 4, 8).is_ok());
     for (x, bias, out, name) in
         [(127, 4, 8, "x has 127"), (128, 3, 8, "bias has 3"), (128, 4, 9, "out has 9")]
     {
         assert!(run(x, bias, out).unwrap_err().to_string().contains(name));
+    }
+}
+
+#[test]
+fn the_compute_layout_gives_the_canonical_one_back() {
+    let mut random = Random(10);
+    for (bits, symmetric, nested, table, widths, read) in readings() {
+        for (n, k, group) in
+            [(1, 1, 8), (63, 70, 9), (64, 128, 32), (81, 2500, 64), (130, 200, 12), (0, 8, 8)]
+        {
+            let scheme = scheme(bits, group, symmetric, nested, table);
+            let shape = Shape { rows: n, k };
+            let mut matrix = Matrix::new(&mut random, shape, scheme, &widths, read);
+            // Canonical rows end in zero bits.
+            let mut codes = vec![0; n * k];
+            crate::unpack_codes(&matrix.packed, shape, &matrix.planes, matrix.planes.bits(), &mut codes, 1)
+                .unwrap();
+            crate::pack_codes(&codes, shape, &matrix.planes, &mut matrix.packed, 1).unwrap();
+            let panels = matrix.panels().unwrap();
+            let (mut packed, mut scales, mut zeros) =
+                (vec![1; matrix.packed.len()], vec![1; matrix.scales.len()], vec![1; matrix.zeros_u8.len()]);
+            let zero_points =
+                if zeros.is_empty() { ZeroPointsMut::Constant } else { ZeroPointsMut::U8(&mut zeros) };
+            from_panels(
+                &panels.packed,
+                Scales::Bf16(&panels.scales),
+                panels.rows().zero_points,
+                shape,
+                &matrix.scheme,
+                &matrix.planes,
+                &mut packed,
+                ScalesMut::Bf16(&mut scales),
+                zero_points,
+                2,
+            )
+            .unwrap();
+            assert!(
+                packed == matrix.packed && scales == matrix.scales && zeros == matrix.zeros_u8,
+                "{shape:?} {scheme:?}"
+            );
+        }
     }
 }

@@ -80,7 +80,7 @@ pub enum ZeroPointsMut<'a> {
 }
 
 impl<'a> Scales<'a> {
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Self::Bf16(s) | Self::F16(s) => s.len(),
             Self::F32(s) => s.len(),
@@ -115,7 +115,7 @@ impl<'a> Scales<'a> {
 }
 
 impl<'a> ScalesMut<'a> {
-    pub(super) fn view(&self) -> Scales<'_> {
+    pub(crate) fn view(&self) -> Scales<'_> {
         match self {
             Self::Bf16(s) => Scales::Bf16(s),
             Self::F16(s) => Scales::F16(s),
@@ -179,7 +179,7 @@ impl<'a> ZeroPoints<'a> {
 }
 
 impl<'a> ZeroPointsMut<'a> {
-    pub(super) fn view(&self) -> ZeroPoints<'_> {
+    pub(crate) fn view(&self) -> ZeroPoints<'_> {
         match self {
             Self::Constant => ZeroPoints::Constant,
             Self::U8(z) => ZeroPoints::U8(z),

@@ -111,6 +111,8 @@ impl Isa for Avx2 {
     type Wide = [__m256i; 4];
 
     const NAME: &'static str = "avx2";
+    const TILE_ROWS: usize = 6;
+    const TILE_VECTORS: usize = 1;
 
     #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -416,9 +418,9 @@ impl Isa for Avx2 {
         a
     }
     #[inline(always)]
-    fn prefetch(self, byte: &u8) {
-        // SAFETY: prefetching is part of every x86-64 and reads nothing the program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
+    fn prefetch(self, from: &[u8; 64], ahead: usize) {
+        // SAFETY: prefetching is part of every x86-64; it reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) }
     }
     #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {

@@ -61,6 +61,8 @@ impl Isa for Avx512 {
     type Wide = [__m512i; 2];
 
     const NAME: &'static str = "avx512";
+    const TILE_ROWS: usize = 6;
+    const TILE_VECTORS: usize = 4;
     const TWO_TILES: bool = true;
 
     #[inline(never)]
@@ -384,9 +386,9 @@ impl Isa for Avx512 {
         a
     }
     #[inline(always)]
-    fn prefetch(self, byte: &u8) {
-        // SAFETY: prefetching is part of every x86-64 and reads nothing the program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
+    fn prefetch(self, from: &[u8; 64], ahead: usize) {
+        // SAFETY: prefetching is part of every x86-64; it reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) }
     }
     #[inline(always)]
     fn shr_and_u8(self, a: __m512i, shift: u32, mask: u8) -> __m512i {

@@ -12,8 +12,10 @@ use super::{Isa, Kernel, Scalar, Token};
 pub(crate) trait Dot: Copy + Send + Sync {
     /// The instruction set.
     type Isa: Isa;
-    /// Rows of activations whose accumulators fit the registers.
-    const TILE_ROWS: usize;
+    /// Rows of a tile whose integer sums fit the registers, [`Dot::TILE_VECTORS`] vectors wide.
+    const TILE_ROWS: usize = Self::Isa::TILE_ROWS;
+    /// Vectors of such a tile: 1 or 4.
+    const TILE_VECTORS: usize = Self::Isa::TILE_VECTORS;
 
     /// The token of the instruction set.
     fn isa(self) -> Self::Isa;
@@ -82,7 +84,6 @@ pub(crate) fn dispatch_dot<K: DotKernel>(token: Token, max_code: u8, kernel: K) 
 
 impl Dot for Scalar {
     type Isa = Self;
-    const TILE_ROWS: usize = 2;
 
     #[inline(always)]
     fn isa(self) -> Self {
@@ -157,7 +158,6 @@ mod x86 {
 
     impl<const NARROW: bool> Dot for Avx512Dot<NARROW> {
         type Isa = Avx512;
-        const TILE_ROWS: usize = 8;
 
         #[inline(always)]
         fn isa(self) -> Avx512 {
@@ -205,7 +205,6 @@ mod x86 {
 
     impl Dot for Vnni {
         type Isa = Avx512;
-        const TILE_ROWS: usize = 8;
 
         #[inline(always)]
         fn isa(self) -> Avx512 {
@@ -230,6 +229,7 @@ mod x86 {
     ///
     /// The CPU must have all of them.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c,bmi2")]
+    #[inline(never)]
     unsafe fn with_vnni<K: DotKernel>(dot: Vnni, kernel: K) -> K::Output {
         kernel.run(dot)
     }
@@ -322,6 +322,7 @@ mod neon {
     ///
     /// The CPU must have both.
     #[target_feature(enable = "neon,dotprod")]
+    #[inline(never)]
     unsafe fn with_dotprod<const NARROW: bool, K: DotKernel>(dot: SdotDot<NARROW>, kernel: K) -> K::Output {
         kernel.run(dot)
     }

@@ -133,6 +133,8 @@ impl Isa for Neon {
     type Wide = Wide;
 
     const NAME: &'static str = "neon";
+    const TILE_ROWS: usize = 6;
+    const TILE_VECTORS: usize = 1;
 
     #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

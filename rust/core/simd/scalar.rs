@@ -45,6 +45,8 @@ impl Isa for Scalar {
     type Wide = [u64; 16];
 
     const NAME: &'static str = "scalar";
+    const TILE_ROWS: usize = 2;
+    const TILE_VECTORS: usize = 1;
 
     #[inline(never)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

@@ -1,0 +1,66 @@
+"""Panels: a packed matrix in the order in which the CPU's kernels read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant_rs import ops
+from turboquant_rs.packed import PackedTensor
+from turboquant_rs.scheme import Rounding, Scheme
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """The same codes, scales and zero points as a `PackedTensor` (n, k), bit for bit, in another order.
+
+    packed: u8; scales, zero_points: (n padded to 16, groups); see `ops.reference.to_panels`.
+    bits: how many bits of each code are stored. Rows are padded to 16 and columns to 32.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    shape: tuple[int, int]
+    scheme: Scheme
+    rounding: Rounding
+    bits: int
+
+    @staticmethod
+    def fits(packed: PackedTensor) -> bool:
+        """Whether `packed` can be brought to panels: a matrix on the CPU, codes that go by value alone."""
+        return (
+            packed.ndim == 2
+            and packed.device.type == "cpu"
+            and packed.rounding.mode != "subtractive"
+            and packed.numel() > 0
+        )
+
+    @classmethod
+    def of(cls, packed: PackedTensor) -> Panels:
+        """The panels of a matrix for which `fits` holds; a copy."""
+        n, k = packed.shape
+        widths = packed.scheme.stored_widths(packed.bits)
+        panels = ops.to_panels(*packed._stored, *packed.scheme.op_args(), widths, k)
+        return cls(*panels, (n, k), packed.scheme, packed.rounding, packed.bits)
+
+    def to_packed(self, dtype: torch.dtype, bits: int | None = None) -> PackedTensor:
+        """The canonical matrix of that dtype again, a copy, or the prefix of `bits` of it."""
+        widths = self.scheme.stored_widths(self.bits)
+        stored = (self.packed, self.scales, self.zero_points)
+        packed, scales, zeros = ops.from_panels(*stored, *self.scheme.op_args(), widths, *self.shape)
+        zero_points = zeros if zeros.numel() else None
+        shape = torch.Size(self.shape)
+        whole = PackedTensor(packed, scales, zero_points, shape, dtype, self.scheme, self.rounding, self.bits)
+        return whole if bits in (None, self.bits) else whole.at(bits)
+
+    def matmul(self, x: Tensor, bias: Tensor | None, *, activations: str, bits: int) -> Tensor:
+        """`tq.matmul` with this matrix, read at `bits`."""
+        arguments: tuple[Any, ...] = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths)
+        # Planes follow one another, each as long as it is wide.
+        packed = self.packed if bits == self.bits else self.packed[: self.packed.numel() // self.bits * bits]
+        stored = (packed, self.scales, self.zero_points)
+        return ops.matmul(x, *stored, bias, *arguments, bits, activations, "panels", self.shape[0])

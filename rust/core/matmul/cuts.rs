@@ -1,0 +1,193 @@
+//! How a row of k columns is cut for the integer kernels.
+//!
+//! ```text
+//! columns   ····|····|····|····|····|····|····|····      k
+//! words     four columns of one segment                  what a dot product of bytes takes at a time
+//! segments  a group, or 32768 columns of a longer one    one scale, one integer sum
+//! units     8 words                                      what memory is laid out in
+//! blocks    some units                                   what stays in the caches while x passes by
+//! pieces    a segment within a block                     whole, or with its integer sum carried over
+//! ```
+
+use std::ops::Range;
+
+/// Longest run of columns whose products always fit an i32.
+pub(super) const MAX_SEGMENT: usize = 32768;
+/// Words of a unit: in a plane of single bits they share one vector of bytes.
+pub(super) const UNIT: usize = 8;
+/// Words of a block: with 64 rows, 128 KiB of codes.
+const BLOCK: usize = 512;
+
+/// Columns that share a scale and one integer sum: a group, or a part of a very long one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Segment {
+    /// First column.
+    pub(super) begin: usize,
+    /// Number of columns.
+    pub(super) len: usize,
+    /// First word of four columns; the last word of a segment is padded.
+    pub(super) word: usize,
+    /// Number of the group within the row.
+    pub(super) group: usize,
+}
+
+impl Segment {
+    /// Words of four columns.
+    pub(super) fn words(&self) -> usize {
+        self.len.div_ceil(4)
+    }
+}
+
+/// The part of a segment that lies in one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Piece {
+    /// Number of the segment.
+    pub(super) segment: usize,
+    /// Number of the group within the row.
+    pub(super) group: usize,
+    /// First word, counted from the block's.
+    pub(super) begin: usize,
+    /// The word behind the last.
+    pub(super) end: usize,
+    /// Whether the segment begins here.
+    pub(super) first: bool,
+    /// Whether the segment ends here.
+    pub(super) last: bool,
+}
+
+/// Units whose codes are expanded together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Block {
+    pub(super) units: Range<usize>,
+    pub(super) pieces: Range<usize>,
+}
+
+impl Block {
+    /// Its words within a row.
+    pub(super) fn words(&self) -> Range<usize> {
+        self.units.start * UNIT..self.units.end * UNIT
+    }
+}
+
+/// The cuts of a row.
+#[derive(Debug)]
+pub(super) struct Cuts {
+    pub(super) segments: Vec<Segment>,
+    pub(super) pieces: Vec<Piece>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) units: usize,
+    /// Whether word `w` of a row simply holds columns 4·w to 4·w + 3.
+    pub(super) contiguous: bool,
+    /// Whether every segment begins at a unit, and so may be padded up to the next.
+    pub(super) by_units: bool,
+    /// Whether every piece is a whole segment.
+    pub(super) whole: bool,
+}
+
+impl Cuts {
+    /// Cuts a row of `k` columns in groups of `group` (at least 1).
+    pub(super) fn new(k: usize, group: usize) -> Self {
+        let mut segments = Vec::new();
+        let mut words = 0;
+        for (number, first) in (0..k).step_by(group).enumerate() {
+            let end = k.min(first + group);
+            for begin in (first..end).step_by(MAX_SEGMENT) {
+                let segment =
+                    Segment { begin, len: MAX_SEGMENT.min(end - begin), word: words, group: number };
+                words += segment.words();
+                segments.push(segment);
+            }
+        }
+        let units = words.div_ceil(UNIT);
+        let mut cuts = Self {
+            contiguous: segments.iter().all(|segment| segment.begin == 4 * segment.word),
+            by_units: segments.iter().all(|segment| segment.word.is_multiple_of(UNIT)),
+            whole: true,
+            pieces: Vec::new(),
+            blocks: Vec::new(),
+            segments,
+            units,
+        };
+        cuts.cut_blocks();
+        cuts
+    }
+
+    /// Cuts the segments at every [`BLOCK`] words.
+    fn cut_blocks(&mut self) {
+        let mut next = 0;
+        for begin in (0..self.units * UNIT).step_by(BLOCK) {
+            let end = (begin + BLOCK).min(self.units * UNIT);
+            let first_piece = self.pieces.len();
+            while let Some(segment) = self.segments.get(next).filter(|segment| segment.word < end) {
+                let segment_end = segment.word + segment.words();
+                let last = segment_end <= end;
+                self.pieces.push(Piece {
+                    segment: next,
+                    group: segment.group,
+                    begin: segment.word.max(begin) - begin,
+                    end: segment_end.min(end) - begin,
+                    first: segment.word >= begin,
+                    last,
+                });
+                if !last {
+                    self.whole = false;
+                    break;
+                }
+                next += 1;
+            }
+            let pieces = first_piece..self.pieces.len();
+            self.blocks.push(Block { units: begin / UNIT..end / UNIT, pieces });
+        }
+    }
+
+    /// Words of a row, the last unit's padding included.
+    pub(super) fn words(&self) -> usize {
+        self.units * UNIT
+    }
+
+    /// Units of the longest block.
+    pub(super) fn block_units(&self) -> usize {
+        self.blocks.first().map_or(0, |block| block.units.len())
+    }
+
+    /// Columns of the longest segment.
+    pub(super) fn longest_segment(&self) -> usize {
+        self.segments.iter().map(|segment| segment.len).max().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_and_pieces_cover_every_column_once_and_in_order() {
+        for (k, group) in [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)] {
+            let cuts = Cuts::new(k, group);
+            assert_eq!(cuts.segments.iter().map(|s| s.len).sum::<usize>(), k, "k={k} group={group}");
+            for segment in &cuts.segments {
+                assert!(segment.len <= MAX_SEGMENT && segment.begin / group == segment.group);
+            }
+            let mut seen = vec![0; cuts.segments.len()];
+            for block in &cuts.blocks {
+                assert!(block.units.len() <= cuts.block_units());
+                for piece in &cuts.pieces[block.pieces.clone()] {
+                    let segment = cuts.segments[piece.segment];
+                    assert_eq!(piece.first, seen[piece.segment] == 0);
+                    assert_eq!(segment.word + seen[piece.segment], block.words().start + piece.begin);
+                    seen[piece.segment] += piece.end - piece.begin;
+                    assert_eq!(piece.last, seen[piece.segment] == segment.words());
+                    assert!(piece.end <= block.units.len() * UNIT && piece.group == segment.group);
+                }
+            }
+            assert!(cuts.segments.iter().zip(seen).all(|(segment, seen)| segment.words() == seen));
+        }
+    }
+
+    #[test]
+    fn groups_of_whole_words_stay_contiguous() {
+        assert!(Cuts::new(4100, 64).contiguous && Cuts::new(1001, 1001).contiguous);
+        assert!(!Cuts::new(100, 9).contiguous);
+        assert!(Cuts::new(4100, 96).by_units && !Cuts::new(4100, 24).by_units);
+    }
+}

@@ -1,0 +1,342 @@
+//! The micro-kernels: a few rows of x against a panel of the weight, their sums in registers.
+//!
+//! ```text
+//! for each piece of a segment:
+//!   dots = −z·Σq, or 0, or what the block before left          i32, exact
+//!   for each word of four columns:  dots += codes · q
+//!   sum  = fma(s_r · s_x, f32(bracket of dots), sum)           at the segment's end
+//! ```
+//!
+
+use crate::simd::dot::{Dot, DotKernel};
+use crate::simd::{Isa, LANES};
+
+use super::activations::{Activations, Row};
+use super::affine::{Affine, Form};
+use super::cuts::{Block, Cuts, Piece, UNIT};
+use super::panel::{Ahead, Lanes, PanelPlanes, PanelScales, VECTORS, Word};
+
+/// What the kernels share: one panel, one block of columns, the rows of x from `row` on.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<'a> {
+    pub(super) x: &'a Activations,
+    pub(super) cuts: &'a Cuts,
+    pub(super) block: &'a Block,
+    pub(super) affine: &'a Affine,
+    /// Vectors of the panel.
+    pub(super) vectors: usize,
+    pub(super) scales: PanelScales<'a>,
+    /// Zero points of the panel: `[group][vector]`, as [`Affine::zero`] has them, or a single vector for all.
+    pub(super) zeros: &'a [Lanes],
+}
+
+impl Operands<'_> {
+    #[inline(always)]
+    fn pieces(&self) -> &[Piece] {
+        &self.cuts.pieces[self.block.pieces.clone()]
+    }
+
+    /// `R` rows of x, from `row` on, cut to the block.
+    #[inline(always)]
+    fn rows<const R: usize>(&self, row: usize) -> [Row<'_>; R] {
+        let mut rows = [self.x.row(row); R];
+        for r in 0..R {
+            rows[r] = self.x.row(row + r);
+            rows[r].words = &rows[r].words[self.block.words()];
+        }
+        rows
+    }
+
+    /// Adds a segment's brackets to the sums of `R` rows and the `C` vectors from `first` on.
+    #[inline(always)]
+    fn add<I: Isa, const R: usize, const C: usize>(
+        &self,
+        isa: I,
+        sums: &mut [[Lanes; C]; R],
+        dots: [[I::I32; C]; R],
+        x: &[Row<'_>; R],
+        piece: &Piece,
+        first: usize,
+    ) {
+        match self.affine.form {
+            Form::Start => self.add_form::<I, R, C, { Form::Start as u8 }>(isa, sums, dots, x, piece, first),
+            Form::Float => self.add_form::<I, R, C, { Form::Float as u8 }>(isa, sums, dots, x, piece, first),
+            Form::Integer => {
+                // Row by row, from memory: all at once is too much to unroll, and such segments are long.
+                let mut lanes = [[[0; LANES]; C]; R];
+                for r in 0..R {
+                    for c in 0..C {
+                        isa.store_i32(&mut lanes[r][c], dots[r][c]);
+                    }
+                }
+                for (r, (sums, lanes)) in sums.iter_mut().zip(&lanes).enumerate() {
+                    let mut dots = [isa.splat_i32(0); C];
+                    for c in 0..C {
+                        dots[c] = isa.load_i32(&lanes[c]);
+                    }
+                    let sums = std::array::from_mut(sums);
+                    self.add_form::<I, 1, C, { Form::Integer as u8 }>(
+                        isa,
+                        sums,
+                        [dots],
+                        &[x[r]],
+                        piece,
+                        first,
+                    );
+                }
+            }
+        }
+    }
+
+    /// [`Operands::add`] for brackets of one form. The loop over rows and vectors must unroll, or the sums of
+    /// products it reads by index would live in memory: nothing but arithmetic is left in it.
+    #[inline(always)]
+    fn add_form<I: Isa, const R: usize, const C: usize, const FORM: u8>(
+        &self,
+        isa: I,
+        sums: &mut [[Lanes; C]; R],
+        dots: [[I::I32; C]; R],
+        x: &[Row<'_>; R],
+        piece: &Piece,
+        first: usize,
+    ) {
+        let at = piece.group * self.vectors + first;
+        let mut zeros = [&self.zeros[0]; C];
+        if self.affine.stored {
+            for c in 0..C {
+                zeros[c] = &self.zeros[at + c];
+            }
+        }
+        let mut scales = self.scales.load::<I, C>(isa, at);
+        if self.affine.scale != 1.0 {
+            for c in 0..C {
+                scales[c] = isa.mul(scales[c], isa.splat(self.affine.scale));
+            }
+        }
+        let (mut scales_x, mut terms) = ([0.0; R], [0; R]);
+        for r in 0..R {
+            (scales_x[r], terms[r]) = (x[r].scales[piece.segment], x[r].terms[piece.segment]);
+        }
+        for r in 0..R {
+            for c in 0..C {
+                let bracket = self.affine.bracket::<I, FORM>(isa, dots[r][c], zeros[c], terms[r]);
+                let scale = isa.mul(scales[c], isa.splat(scales_x[r]));
+                let sum = isa.mul_add(scale, bracket, isa.from_bits(isa.load_i32(&sums[r][c])));
+                isa.store_i32(&mut sums[r][c], isa.to_bits(sum));
+            }
+        }
+    }
+
+    /// The sums of products with which a piece begins.
+    #[inline(always)]
+    fn begin<I: Isa, const R: usize, const C: usize>(
+        &self,
+        isa: I,
+        x: &[Row<'_>; R],
+        piece: &Piece,
+        carried: Option<&mut [[Lanes; C]; R]>,
+    ) -> [[I::I32; C]; R] {
+        let mut dots = [[isa.splat_i32(0); C]; R];
+        if let Some(carried) = carried.filter(|_| !piece.first) {
+            for r in 0..R {
+                for c in 0..C {
+                    dots[r][c] = isa.load_i32(&carried[r][c]);
+                }
+            }
+        } else if self.affine.form == Form::Start {
+            for r in 0..R {
+                dots[r] = [isa.splat_i32(x[r].terms[piece.segment].cast_signed()); C];
+            }
+        }
+        dots
+    }
+}
+
+/// Results on their way, by tiles: `[row][vector]` where tiles take whole panels, else `[vector][row]`.
+pub(super) struct Sums {
+    lanes: Vec<Lanes>,
+    rows: usize,
+}
+
+impl Sums {
+    pub(super) fn new(rows: usize) -> Self {
+        Self { lanes: vec![[0; LANES]; rows * VECTORS], rows }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.lanes.fill([0; LANES]);
+    }
+
+    /// Those of `R` rows from `row` on and the vectors `first` to `first + C`.
+    #[inline(always)]
+    fn tile<const R: usize, const C: usize>(&mut self, row: usize, first: usize) -> &mut [[Lanes; C]; R] {
+        let from = if C == VECTORS { row * C } else { first * self.rows + row };
+        self.lanes[from..].as_chunks_mut().0.first_chunk_mut().expect("a sum for each row and vector")
+    }
+
+    /// That of one row and one vector, in a panel of `vectors`.
+    #[inline(always)]
+    pub(super) fn get<D: Dot>(&self, row: usize, c: usize, vectors: usize) -> &Lanes {
+        let wide = D::TILE_VECTORS == VECTORS && vectors == VECTORS;
+        &self.lanes[if wide { row * VECTORS + c } else { c * self.rows + row }]
+    }
+}
+
+/// `R` rows of x against the vectors `first` to `first + C` of expanded codes.
+pub(super) struct Tile<'a, 'b, const R: usize, const C: usize> {
+    pub(super) on: Operands<'a>,
+    pub(super) row: usize,
+    pub(super) first: usize,
+    /// The block: `[unit][vector][word]`.
+    pub(super) codes: &'a [Word],
+    /// Running results, the bits of f32.
+    pub(super) sums: &'a mut Sums,
+    /// Integer sums of segments that began in an earlier block, if any do.
+    pub(super) carried: Option<&'a mut Sums>,
+    /// The tile's first row within the sums.
+    pub(super) sum: usize,
+    pub(super) ahead: &'a mut Ahead<'b>,
+}
+
+impl<const R: usize, const C: usize> DotKernel for Tile<'_, '_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<D: Dot>(self, dot: D) {
+        let isa = dot.isa();
+        let on = self.on;
+        let x = on.rows::<R>(self.row);
+        let sums = self.sums.tile::<R, C>(self.sum, self.first);
+        let mut carried = self.carried.map(|carried| carried.tile::<R, C>(self.sum, self.first));
+        for piece in on.pieces() {
+            let mut dots = on.begin(isa, &x, piece, carried.as_deref_mut());
+            let mut word = piece.begin;
+            while word < piece.end {
+                let len = (UNIT - word % UNIT).min(piece.end - word);
+                self.ahead.fetch(isa);
+                let from = (word / UNIT * on.vectors + self.first) * UNIT + word % UNIT;
+                dots = dot_words(dot, dots, &self.codes[from..], &x, word, len);
+                word += len;
+            }
+            if piece.last {
+                on.add(isa, sums, dots, &x, piece, self.first);
+            } else if let Some(carried) = carried.as_deref_mut() {
+                for r in 0..R {
+                    for c in 0..C {
+                        isa.store_i32(&mut carried[r][c], dots[r][c]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of `len` words, at most a unit, of `C` vectors with as many of `R` rows.
+#[inline(always)]
+fn dot_words<D: Dot, const R: usize, const C: usize>(
+    dot: D,
+    mut dots: [[<D::Isa as Isa>::I32; C]; R],
+    codes: &[Word],
+    x: &[Row<'_>; R],
+    word: usize,
+    len: usize,
+) -> [[<D::Isa as Isa>::I32; C]; R] {
+    let mut vectors: [&[Word]; C] = [&[]; C];
+    for c in 0..C {
+        vectors[c] = &codes[c * UNIT..][..len];
+    }
+    let mut q: [&[[u8; 4]]; R] = [&[]; R];
+    for r in 0..R {
+        q[r] = &x[r].words[word..][..len];
+    }
+    if len == UNIT {
+        for j in 0..UNIT {
+            dots = dot_word(dot, dots, &vectors, &q, j);
+        }
+    } else {
+        for j in 0..len {
+            dots = dot_word(dot, dots, &vectors, &q, j);
+        }
+    }
+    dots
+}
+
+/// Word `j` of [`dot_words`].
+#[inline(always)]
+fn dot_word<D: Dot, const R: usize, const C: usize>(
+    dot: D,
+    mut dots: [[<D::Isa as Isa>::I32; C]; R],
+    vectors: &[&[Word]; C],
+    q: &[&[[u8; 4]]; R],
+    j: usize,
+) -> [[<D::Isa as Isa>::I32; C]; R] {
+    let isa = dot.isa();
+    let mut codes = [isa.splat_u8(0); C];
+    for c in 0..C {
+        codes[c] = isa.load_u8(&vectors[c][j]);
+    }
+    for r in 0..R {
+        for c in 0..C {
+            dots[r][c] = dot.dot(dots[r][c], codes[c], i32::from_le_bytes(q[r][j]));
+        }
+    }
+    dots
+}
+
+/// `R` rows of x against a whole panel of `C` vectors, its codes expanded in registers: for few rows, which
+/// would not pay for writing the expanded codes down.
+pub(super) struct Stream<'a, const R: usize, const C: usize, const STACK: u32> {
+    pub(super) on: Operands<'a>,
+    pub(super) row: usize,
+    pub(super) codes: &'a PanelPlanes<'a>,
+    /// Running results, the bits of f32.
+    pub(super) sums: &'a mut Sums,
+    /// Integer sums of segments that began in an earlier block, if any do.
+    pub(super) carried: Option<&'a mut Sums>,
+    /// The tile's first row within the sums.
+    pub(super) sum: usize,
+}
+
+impl<const R: usize, const C: usize, const STACK: u32> DotKernel for Stream<'_, R, C, STACK> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<D: Dot>(self, dot: D) {
+        let isa = dot.isa();
+        let on = self.on;
+        let x = on.rows::<R>(self.row);
+        let sums = self.sums.tile::<R, C>(self.sum, 0);
+        let mut carried = self.carried.map(|carried| carried.tile::<R, C>(self.sum, 0));
+        for piece in on.pieces() {
+            let mut dots = on.begin(isa, &x, piece, carried.as_deref_mut());
+            // Whole units: what pads one meets zeros of x.
+            for number in piece.begin / UNIT..piece.end.div_ceil(UNIT) {
+                let unit = self.codes.unit::<STACK, C>(on.block.units.start + number);
+                let mut q: [&[[u8; 4]]; R] = [&[]; R];
+                for r in 0..R {
+                    q[r] = &x[r].words[number * UNIT..][..UNIT];
+                }
+                for c in 0..C {
+                    let words = unit.words::<D::Isa, STACK>(isa, c);
+                    for j in 0..UNIT {
+                        for r in 0..R {
+                            dots[r][c] = dot.dot(dots[r][c], words[j], i32::from_le_bytes(q[r][j]));
+                        }
+                    }
+                }
+            }
+            if piece.last {
+                on.add(isa, sums, dots, &x, piece, 0);
+            } else if let Some(carried) = carried.as_deref_mut() {
+                for r in 0..R {
+                    for c in 0..C {
+                        isa.store_i32(&mut carried[r][c], dots[r][c]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Lanes of zeros, for sums to begin with.
+pub(super) const ZERO: Lanes = [0; LANES];
