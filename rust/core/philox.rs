@@ -3,7 +3,7 @@
 //! element's index, and on nothing else.
 
 use crate::scheme::Rounding;
-use crate::simd::{Isa, LANES, array, four};
+use crate::simd::{Isa, LANES, array};
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -106,7 +106,9 @@ impl Generator {
                 isa.wide_splat(low0),
             ];
         }
-        for [k0, k1] in &self.keys[2..] {
+        let [rounds @ .., [k0, k1]] = &self.keys;
+        let last = (isa.splat_i32(*k0 as i32), isa.splat_i32(*k1 as i32));
+        for [k0, k1] in &rounds[2..] {
             let (k0, k1) = (isa.wide_splat(*k0), isa.wide_splat(*k1));
             for t in 0..N {
                 let low0 = isa.wide_mul(c[t][0], MULTIPLIERS[0]);
@@ -119,9 +121,18 @@ impl Generator {
                 ];
             }
         }
+        // The words of the last round are narrow before they are combined.
         let mut words = [[lanes; 4]; N];
         for t in 0..N {
-            words[t] = four!(w => isa.narrow_wide(c[t][w]));
+            let low0 = isa.wide_mul(c[t][0], MULTIPLIERS[0]);
+            let low1 = isa.wide_mul(c[t][2], MULTIPLIERS[1]);
+            let (c1, c3) = (isa.narrow_wide(c[t][1]), isa.narrow_wide(c[t][3]));
+            words[t] = [
+                isa.xor(isa.xor(isa.narrow_wide_high(low1), c1), last.0),
+                isa.narrow_wide(low1),
+                isa.xor(isa.xor(isa.narrow_wide_high(low0), c3), last.1),
+                isa.narrow_wide(low0),
+            ];
         }
         words
     }

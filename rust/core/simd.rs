@@ -172,6 +172,13 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn max_u32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Even lanes to themselves and to their odd neighbours.
     fn repeat_even(self, a: Self::I32) -> Self::I32;
+    /// False only if no lane is less than 4 modulo 2^16.
+    ///
+    /// Where asking costs more than it saves, the answer is always true.
+    #[inline(always)]
+    fn any_low_half_below_4(self, _v: [Self::I32; 4]) -> bool {
+        true
+    }
     /// Lane `i` becomes the sum of lanes 0 to `i`.
     fn prefix_sum(self, a: Self::I32) -> Self::I32;
     /// Lane 15 in every lane.
@@ -205,6 +212,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn wide_xor3(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide;
     /// The low halves as lanes, in order.
     fn narrow_wide(self, a: Self::Wide) -> Self::I32;
+    /// The high halves as lanes, in order.
+    #[inline(always)]
+    fn narrow_wide_high(self, a: Self::Wide) -> Self::I32 {
+        self.narrow_wide(self.wide_high(a))
+    }
 
     // ---- bytes --------------------------------------------------------------------------------------------
 
@@ -235,6 +247,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn lookup_u8(self, a: Self::U8, table: &[u8; 16]) -> Self::U8;
     /// clamp(v + z, 0, max) as bytes: lane `i` of `v[j]` becomes byte 16·j + i. Any `v`; |z| < 2^15.
     fn narrow(self, v: [Self::I32; 4], z: i32, max: u8) -> Self::U8;
+    /// (v >> 16) + z as bytes, in the order of [`Isa::narrow`]; all of them must lie in 0…255. |z| < 2^15.
+    #[inline(always)]
+    fn narrow_high(self, v: [Self::I32; 4], z: i32) -> Self::U8 {
+        self.narrow(four!(j => self.sar::<16>(v[j])), z, u8::MAX)
+    }
     /// Bytes 16·j + i to lane `i` of vector `j`, zero-extended.
     fn widen(self, a: Self::U8) -> [Self::I32; 4];
     /// Nibbles, element `i` at bit 4·i; bytes must be below 16.

@@ -120,6 +120,16 @@ impl<I: Isa> Group<I> {
         }
         four!(j => isa.round(t[j]))
     }
+
+    /// [`Group::fixed`] of a plain grid with 16 bits, plus 0 to 4, unless the scale is far from 1.
+    ///
+    /// t · 2^16 stays below 2^23: it is off by at most ½ before it is rounded in [`Group::fixed`], and here by 1, half
+    /// from the inverse and half from the sum. Either rounding adds ½: less than 3 together, and both are integers.
+    #[inline(always)]
+    fn nearly_fixed(&self, isa: I, x: [I::F32; 4]) -> [I::I32; 4] {
+        let inverse = isa.mul(self.inverse, isa.splat(65536.0));
+        four!(j => isa.round(isa.mul_add(x[j], inverse, isa.splat(2.0))))
+    }
 }
 
 /// `a` modulo 2^32, between ±2^31, for |a| < 2^32.
@@ -361,9 +371,15 @@ impl<const PLAIN: bool> Coder for Drawn<PLAIN> {
         let index = group.first + at as u64;
         if PLAIN {
             let draws = self.draws.paired_tile(isa, index);
-            let t = group.fixed::<16>(isa, Grid::PLAIN, x);
-            let codes = four!(j => isa.sar::<16>(isa.add_i32(t[j], draws[j])));
-            return isa.narrow(codes, group.z, self.last);
+            let t = group.nearly_fixed(isa, x);
+            let mut sums = four!(j => isa.add_i32(t[j], draws[j]));
+            // Above the last multiple of 2^16 by 4 or more, the exact sum is above the same one.
+            if group.far || isa.any_low_half_below_4(sums) {
+                let t = group.fixed::<16>(isa, Grid::PLAIN, x);
+                sums = four!(j => isa.add_i32(t[j], draws[j]));
+            }
+            // No code needs clamping: the scale of stochastic rounding does not clip.
+            return isa.narrow_high(sums, group.z);
         }
         if self.grid.one_bit && group.zero {
             return Sign.encode(isa, group, at, x);
@@ -481,6 +497,48 @@ mod tests {
                     let s = -f32::from_bits(0.01f32.to_bits() & 0xff80_0000 | significand << shift);
                     let wrong = isa.run(WrongQuotients { s, grid: Grid::new(&scheme) });
                     assert_eq!(wrong, 0, "{} {dtype} {s:e}", isa.name());
+                }
+            }
+        }
+    }
+
+    /// Counts the x, one in 2^9 of a binade and either sign, whose near quotient is not 0 to 4 above the exact one.
+    struct FarFromExact {
+        s: f32,
+    }
+
+    impl Kernel for FarFromExact {
+        type Output = usize;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> usize {
+            let group = Coefficients::new(&[self.s; LANES], &[0.0; LANES]).group(isa, 0, 0, 0);
+            let mut far = 0;
+            for first in (0..1 << 14).step_by(TILE) {
+                let x: [f32; TILE] = array(|i| {
+                    f32::from_bits(
+                        (1.0f32.to_bits() + ((first + i as u32) << 9 | 0x155)) | ((i as u32 & 1) << 31),
+                    )
+                });
+                let x = load_tile(isa, &x);
+                let (near, exact) = (group.nearly_fixed(isa, x), group.fixed::<16>(isa, Grid::PLAIN, x));
+                for j in 0..4 {
+                    let mut lanes = [0; LANES];
+                    isa.store_i32(&mut lanes, isa.sub_i32(near[j], exact[j]));
+                    far += lanes.iter().filter(|d| **d > 4).count();
+                }
+            }
+            far
+        }
+    }
+
+    #[test]
+    fn near_quotients_are_near() {
+        for isa in Token::available() {
+            for significand in (0..1 << 10).step_by(3) {
+                for exponent in [1.0f32, 0.25, 0.03125, 0.015625] {
+                    let s = f32::from_bits(exponent.to_bits() | significand << 13);
+                    assert_eq!(isa.run(FarFromExact { s }), 0, "{} {s:e}", isa.name());
                 }
             }
         }

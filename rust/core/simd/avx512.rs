@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "vendor intrinsics; the token proves that the CPU has them")]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -31,6 +32,18 @@ impl Avx512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c,bmi2")]
 fn trampoline<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
     kernel.run(isa)
+}
+
+/// `_mm512_permutex2var_epi8`, opaque: the compiler would make it four other shuffles.
+#[inline]
+#[target_feature(enable = "avx512vbmi")]
+fn permutex2var_epi8(mut a: __m512i, order: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the instruction is of AVX-512 VBMI and touches nothing but its operands.
+    unsafe {
+        asm!("vpermt2b {}, {}, {}", inout(zmm_reg) a, in(zmm_reg) order, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    a
 }
 
 /// An intrinsic on values.
@@ -288,6 +301,12 @@ impl Isa for Avx512 {
         op!(_mm512_shuffle_epi32::<0xa0>(a))
     }
     #[inline(always)]
+    fn any_low_half_below_4(self, v: [__m512i; 4]) -> bool {
+        let low = op!(_mm512_min_epu16(v[0], v[1]));
+        let high = op!(_mm512_min_epu16(v[2], v[3]));
+        op!(_mm512_testn_epi32_mask(_mm512_min_epu16(low, high), _mm512_set1_epi32(0xfffc))) != 0
+    }
+    #[inline(always)]
     fn prefix_sum(self, a: __m512i) -> __m512i {
         // Within each run of four lanes, then the totals of the runs before.
         let a = op!(_mm512_add_epi32(a, _mm512_bslli_epi128::<4>(a)));
@@ -302,29 +321,32 @@ impl Isa for Avx512 {
         op!(_mm512_permutexvar_epi32(_mm512_set1_epi32(15), a))
     }
 
-    /// Elements 4·l to 4·l + 3 are added up in lane `l` first, so that one prefix sum over lanes serves all 64, and
-    /// the high bytes of a lane's four sums are four bytes of the result.
+    /// Lane 4·b + j gets the run of elements 16·j + 4·b and the three after it, which are added up first, so that one
+    /// prefix sum over lanes serves all 64. In that sum b counts faster than j.
     #[inline(always)]
     fn high_byte_steps(self, v: [__m512i; 4], start: i32) -> __m512i {
-        let even = self.load_i32(&array(|i| 2 * i as u32));
-        let odd = self.load_i32(&array(|i| 2 * i as u32 + 1));
-        let low =
-            op!([_mm512_permutex2var_epi32(v[0], even, v[1]), _mm512_permutex2var_epi32(v[0], odd, v[1])]);
-        let high =
-            op!([_mm512_permutex2var_epi32(v[2], even, v[3]), _mm512_permutex2var_epi32(v[2], odd, v[3])]);
-        let a0 = op!(_mm512_permutex2var_epi32(low[0], even, high[0]));
-        let a1 = op!(_mm512_permutex2var_epi32(low[1], even, high[1]));
-        let a2 = op!(_mm512_permutex2var_epi32(low[0], odd, high[0]));
-        let a3 = op!(_mm512_permutex2var_epi32(low[1], odd, high[1]));
+        let (low01, high01) = op!((_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1])));
+        let (low23, high23) = op!((_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3])));
+        let (a0, a1) = op!((_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23)));
+        let (a2, a3) = op!((_mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)));
         let (a1, a23) = (self.add_i32(a0, a1), self.add_i32(a2, a3));
         let (a2, a3) = (self.add_i32(a1, a2), self.add_i32(a1, a23));
-        let before = self.add_i32(self.prefix_sum(a3), self.sub_i32(self.splat_i32(start), a3));
+
+        let runs = self.add_i32(a3, op!(_mm512_maskz_shuffle_i32x4::<0x90>(0xfff0, a3, a3)));
+        let runs = self.add_i32(runs, op!(_mm512_maskz_shuffle_i32x4::<0x40>(0xff00, runs, runs)));
+        let vectors = op!(_mm512_shuffle_i32x4::<0xff>(runs, runs));
+        let vectors = op!(_mm512_maskz_shuffle_epi32::<0x90>(0xeeee, vectors));
+        let vectors = self.add_i32(vectors, op!(_mm512_maskz_shuffle_epi32::<0x90>(0xeeee, vectors)));
+        let vectors = self.add_i32(vectors, op!(_mm512_maskz_shuffle_epi32::<0x40>(0xcccc, vectors)));
+
+        let before = self.add_i32(self.sub_i32(self.splat_i32(start), a3), self.add_i32(runs, vectors));
         let sum = |a| self.add_i32(a, before);
-        let merge = |mask, a, b| op!(_mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi32(mask), a, b));
-        let low = merge(0xff00, self.shr::<16>(sum(a1)), self.shr::<24>(sum(a0)));
-        let high = merge(0xff00_0000_u32 as i32, sum(a3), self.shr::<8>(sum(a2)));
-        let high = merge(0xffff_0000_u32 as i32, high, low);
-        self.sub_u8(high, self.or(self.shl::<8>(high), self.shr::<24>(before)))
+        // The high bytes, in order; those of a0 and a1 and those of a2 and a3 where they belong.
+        let order = self.load_u8(&array(|i| (i % 16 / 4 * 16 + i / 16 * 4 + 3 + i % 2 * 64) as u8));
+        let low = op!(permutex2var_epi8(sum(a0), order, sum(a1)));
+        let high = op!(permutex2var_epi8(sum(a2), order, sum(a3)));
+        let high = op!(_mm512_mask_blend_epi16(0xaaaa_aaaa, low, high));
+        self.sub_u8(high, self.previous_u8(high))
     }
 
     #[inline(always)]
@@ -355,6 +377,10 @@ impl Isa for Avx512 {
     fn narrow_wide(self, a: [__m512i; 2]) -> __m512i {
         // A shuffle: the compiler would turn a shift of a product into a slow 64-bit multiplication.
         op!(_mm512_mask_shuffle_epi32::<0xa0>(a[0], 0xaaaa, a[1]))
+    }
+    #[inline(always)]
+    fn narrow_wide_high(self, a: [__m512i; 2]) -> __m512i {
+        op!(_mm512_mask_shuffle_epi32::<0xf5>(a[1], 0x5555, a[0]))
     }
 
     #[inline(always)]
@@ -418,6 +444,15 @@ impl Isa for Avx512 {
         let high = op!(_mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), z));
         let bytes = op!(_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
         op!(_mm512_min_epu8(bytes, _mm512_set1_epi8(max as i8)))
+    }
+    #[inline(always)]
+    fn narrow_high(self, v: [__m512i; 4], z: i32) -> __m512i {
+        // The third bytes of two vectors, in either half of the result.
+        let third = self.load_u8(&array(|i| (i % 32 * 4 + 2) as u8));
+        let low = op!(permutex2var_epi8(v[0], third, v[1]));
+        let high = op!(permutex2var_epi8(v[2], third, v[3]));
+        let bytes = op!(_mm512_mask_blend_epi64(0xf0, low, high));
+        self.add_u8(bytes, self.splat_u8(z as u8))
     }
     #[inline(always)]
     fn widen(self, a: __m512i) -> [__m512i; 4] {
