@@ -44,7 +44,7 @@ impl Activations {
         affine: &Affine,
         threads: usize,
     ) -> Self {
-        let (words_a_row, segments) = (cuts.words(), cuts.segments.len());
+        let (words_a_row, segments) = (row_stride(cuts), cuts.segments.len());
         let mut all = Self {
             words: vec![[0; 4]; rows * words_a_row],
             terms: vec![0; rows * segments],
@@ -85,6 +85,13 @@ impl Activations {
     }
 }
 
+/// Words from one row to the next: an odd number of cache lines, so that the rows of a tile, read side by side,
+/// do not fall on the same lines of the cache.
+fn row_stride(cuts: &Cuts) -> usize {
+    const LINE: usize = 16;
+    cuts.words().div_ceil(LINE) / 2 * 2 * LINE + LINE
+}
+
 struct QuantizeRows<'a> {
     x: Source<'a>,
     k: usize,
@@ -121,7 +128,7 @@ impl Kernel for QuantizeRows<'_> {
 impl QuantizeRows<'_> {
     #[inline(always)]
     fn quantize_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize) {
-        let (stride, segments) = (4 * self.cuts.words(), self.cuts.segments.len());
+        let (stride, segments) = (4 * row_stride(self.cuts), self.cuts.segments.len());
         let words = &mut self.words[row * stride..][..stride];
         let (terms, scales) = (&mut self.terms[row * segments..], &mut self.scales[row * segments..]);
         // The segments of a long group share its scale, so the scale is found group by group.

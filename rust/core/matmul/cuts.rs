@@ -15,8 +15,8 @@ use std::ops::Range;
 pub(super) const MAX_SEGMENT: usize = 32768;
 /// Words of a unit: in a plane of single bits they share one vector of bytes.
 pub(super) const UNIT: usize = 8;
-/// Words of a block: with 64 rows, 128 KiB of codes.
-const BLOCK: usize = 512;
+/// Words of a block: with 64 rows, 256 KiB of codes.
+const BLOCK: usize = 1024;
 
 /// Columns that share a scale and one integer sum: a group, or a part of a very long one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
