@@ -3,9 +3,9 @@
     python benches/linear.py [--quick] [--threads 1 2] [--only TEXT ...] [--results FILE]
 
 Weights rotate through a pool that no cache holds, so every call streams its weight from memory, as a model
-does; m = 1 is also timed hot, on one layer. All take turns, round by round; a turn starts with calls that are
-not counted, until the threads of the turn before have gone to sleep. The peers (`peers/*_linear.py`) are
-optional: who is missing, fails or errs is named in the record with the reason.
+does; m = 1 is also timed hot, on one layer. All take turns, round by round. With several threads a turn
+starts with calls that are not counted, until the workers of the turn before no longer spin. The peers are
+optional (`peers/*_linear.py`): who is missing, fails or errs is named in the record with the reason.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from peers.layer import Call, Contender, Layer
 
 RESULTS = Path(__file__).parent / "results" / "linear.json"
 PACKAGES = ("onnx", "onnxruntime", "openvino", "bitsandbytes")  # of the peers; torch is the machine's
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-BATCHES = (1, 4, 16, 128, 512)
 POOL = 256 << 20  # bytes of weights that every contender rotates through, at least
-SETTLE = 0.015  # seconds of uncounted calls at the start of a turn: OpenMP's workers spin about that long
+SETTLE = 0.015  # seconds of uncounted calls at the start of a turn of several threads
 NO_PEAK = "no peak of the multipliers: nothing here measures it, and the best of the products is not it"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many turns each contender gets in a cell, and how many seconds a turn (one call at least)."""
+    """The cells, how many turns each contender gets in one, and seconds a turn (one call at least)."""
 
-    rounds: int
-    turn: float
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))
+    batches: tuple[int, ...] = (1, 4, 16, 128, 512)
+    rounds: int = 5
+    turn: float = 0.02
 
 
-FULL, QUICK = Effort(rounds=5, turn=0.03), Effort(rounds=3, turn=0.01)
+QUICK = Effort(shapes=((4096, 4096),), batches=(1, 16, 128), rounds=3, turn=0.01)
 
 
 def quant_linear(
@@ -57,11 +57,14 @@ def quant_linear(
     """Ours, as users write it."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def bind(x: Tensor, layer: nn.Module) -> Call:
+        return partial(layer, x)
+
     while True:
         layer = tq.nn.QuantLinear.from_float(linear, scheme, activations=activations)
         layer.read_bits = bits
-        nbytes = layer.packed.nbytes
-        yield Layer(lambda x, layer=layer: partial(layer, x), nbytes)
+        yield Layer(partial(bind, layer=layer), layer.packed.nbytes)
 
 
 def ours(
@@ -75,14 +78,14 @@ def ours(
 W8, W4, W4_32 = (tq.Scheme(bits=bits, group_size=group) for bits, group in ((8, None), (4, 128), (4, 32)))
 NESTED = tq.Scheme.nested(group_size=128)
 OURS = [
-    ours("W8", "W8", W8),
-    ours("W4 g128", "W4 g128", W4),
-    ours("W4 g32", "W4 g32", W4_32),
-    ours("W3 g128", "W3", tq.Scheme(bits=3, group_size=128)),
-    ours("W2 g128", "W2", tq.Scheme(bits=2, group_size=128)),
+    ours("W8", "W8A8", W8),
+    ours("W4 g128", "W4A8 g128", W4),
+    ours("W4 g32", "W4A8 g32", W4_32),
+    ours("W3 g128", "W3A8 g128", tq.Scheme(bits=3, group_size=128)),
+    ours("W2 g128", "W2A8 g128", tq.Scheme(bits=2, group_size=128)),
     ours("nested g128 at 8 bits", "nested", NESTED, bits=8),
     ours("nested g128 at 4 bits", "nested", NESTED, bits=4),
-    ours("W4 g128 float activations", "W4 float", W4, activations="float"),
+    ours("W4 g128 float activations", "W4A32 g128", W4, activations="float"),
 ]
 PEERS = [
     *torch_linear.CONTENDERS,
@@ -90,6 +93,8 @@ PEERS = [
     *openvino_linear.CONTENDERS,
     *bitsandbytes_linear.CONTENDERS,
 ]
+# Who competes takes turns next to each other.
+CONTENDERS = sorted(OURS + PEERS, key=lambda contender: contender.kind)
 
 
 @dataclass
@@ -129,15 +134,24 @@ def measure(record: Record, contenders: list[Contender], shape: tuple[int, int],
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator)
     pools = {c: pool for c in contenders if (pool := make_pool(record, c, weight))}
-    for m in BATCHES:
+    for m in effort.batches:
         x = torch.randn(m, shape[1], generator=generator)
         product = x @ weight.T
         pools = {c: pool for c, pool in pools.items() if verified(record, c, pool[0], x, product)}
         for hot in (False, True) if m == 1 else (False,):
+            before = machine.processor_seconds()
             seconds = take_turns({c: pool[:1] if hot else pool for c, pool in pools.items()}, x, effort)
-            cell = {"n": shape[0], "k": shape[1], "m": m, "threads": threads, "hot": hot}
-            record.cells.append(cell | figures(seconds, 2 * m * weight.numel(), pools if m == 1 else {}))
-            show(record.cells[-1])
+            cell: dict[str, Any] = {"n": shape[0], "k": shape[1], "m": m, "threads": threads, "hot": hot}
+            cell["others"] = machine.used_by_others(before)
+            cell["milliseconds"] = {c.name: digits(1e3 * t) for c, t in seconds.items()}
+            cell["gops"] = {c.name: digits(2e-9 * m * weight.numel() / t) for c, t in seconds.items()}
+            if m == 1:
+                stored = {c: pool[0].nbytes for c, pool in pools.items()}
+                cell["gigabytes_per_second"] = {
+                    c.name: digits(stored[c] / t / 1e9) for c, t in seconds.items()
+                }
+            record.cells.append(cell)
+            show(cell)
 
 
 def make_pool(record: Record, contender: Contender, weight: Tensor) -> list[Layer]:
@@ -145,7 +159,6 @@ def make_pool(record: Record, contender: Contender, weight: Tensor) -> list[Laye
     try:
         layers = contender.layers(weight, torch.get_num_threads())
         first = next(layers)
-        record.contenders[contender.name] = {"kind": contender.kind, "error": 0.0}
         return [first, *itertools.islice(layers, -(-POOL // first.nbytes) - 1)]
     except Exception as error:
         record.refuse(contender, f"{type(error).__name__}: {error}")
@@ -163,8 +176,10 @@ def verified(record: Record, contender: Contender, layer: Layer, x: Tensor, prod
     if not error < contender.max_error:
         record.refuse(contender, f"relative error {error:.2f} at m = {len(x)}")
         return False
-    entry = record.contenders[contender.name]
-    entry["error"] = max(entry["error"], digits(error))
+    bits = 8 * layer.nbytes / (product.shape[1] * x.shape[1])
+    about = {"kind": contender.kind, "bits": digits(bits), "error": 0.0}
+    found = record.contenders.setdefault(contender.name, about)
+    found["error"] = max(found["error"], digits(error))
     return True
 
 
@@ -179,30 +194,28 @@ def take_turns(pools: dict[Contender, list[Layer]], x: Tensor, effort: Effort) -
 
 
 def rotation(pool: list[Layer], x: Tensor, effort: Effort) -> Iterator[Call]:
-    """Calls in rotation, each made before: as many as a turn makes, so that none of it meets a layer twice.
+    """Calls in rotation, each made once before: enough of them that no turn meets a layer twice.
 
     Between two turns the weights of all the others go through the caches.
     """
     first = pool[0].bind(x)
-    first()
     start = time.perf_counter()
     first()
-    seconds = time.perf_counter() - start
-    enough = 2 + int(2 * (SETTLE + effort.turn) / seconds)
-    calls = [first, *(layer.bind(x) for layer in pool[1:enough])]
-    for call in calls:
+    enough = 2 + int(2 * (SETTLE + effort.turn) / (time.perf_counter() - start))
+    others = [layer.bind(x) for layer in pool[1:enough]]
+    for call in others:
         call()
-    return itertools.cycle(calls)
+    return itertools.cycle((first, *others))
 
 
 def turn(calls: Iterator[Call], seconds: float) -> float:
     """The median time of the calls of one turn."""
-    start = time.perf_counter()
-    while time.perf_counter() < start + SETTLE:
+    settled = time.perf_counter() + (SETTLE if torch.get_num_threads() > 1 else 0)
+    while time.perf_counter() < settled:
         next(calls)()
     times: list[float] = []
-    begin = time.perf_counter()
-    while not times or time.perf_counter() < begin + seconds:
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
         call = next(calls)
         start = time.perf_counter()
         call()
@@ -212,16 +225,60 @@ def turn(calls: Iterator[Call], seconds: float) -> float:
 
 def read_bandwidth() -> float:
     """GB/s at which the core reads memory."""
-    read = copies.plain_read(POOL)
-    return POOL / statistics.median(seconds(read) for _ in range(9)) / 1e9
+    read, times = copies.plain_read(POOL), []
+    for _ in range(9):
+        start = time.perf_counter()
+        read()
+        times.append(time.perf_counter() - start)
+    return POOL / statistics.median(times) / 1e9
 
 
-def figures(
-    seconds: dict[Contender, float], operations: int, pools: dict[Contender, list[Layer]]
-) -> dict[str, dict[str, float]]:
-    """Milliseconds, GOP/s, and GB/s of stored weight where `pools` is given."""
-    bandwidth = {c.name: digits(pools[c][0].nbytes / t / 1e9) for c, t in seconds.items() if c in pools}
-    return {
-        "milliseconds": {c.name: digits(1e3 * t) for c, t in seconds.items()},
-        "gops": {c.name: digits(operations / t / 1e9) for c, t in seconds.items()},
-    } | ({"gigabytes_per_second": bandwidth} if bandwidth else {})
+def digits(value: float) -> float:
+    """Four of them."""
+    return float(f"{value:.4g}")
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def show(cell: dict[str, Any]) -> None:
+    hot = " hot" if cell["hot"] else ""
+    others = "" if cell["others"] is None else f", others at work on {cell['others']} cores"
+    print(f"\n{cell['n']}x{cell['k']}, m = {cell['m']}{hot}, threads: {cell['threads']}{others}")
+    bandwidth = cell.get("gigabytes_per_second", {})
+    for name, milliseconds in cell["milliseconds"].items():
+        read = f"{bandwidth[name]:8.1f} GB/s" if bandwidth else ""
+        print(f"  {name:30} {milliseconds:10.3f} ms {cell['gops'][name]:8.1f} GOP/s {read}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape, fewer turns; recorded only by --results"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (1 2)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="only contenders whose names contain a TEXT"
+    )
+    parser.add_argument("--results", type=Path, help=f"JSON file to record in (results/{RESULTS.name})")
+    options = parser.parse_args()
+
+    effort = QUICK if options.quick else Effort()
+    path = options.results or (None if options.quick or options.only else RESULTS)
+    chosen = [c for c in CONTENDERS if not options.only or any(text in c.name for text in options.only)]
+    record = Record()
+    with torch.no_grad():
+        for threads, shape in itertools.product(sorted(options.threads), effort.shapes):
+            torch.set_num_threads(threads)
+            measure(record, chosen, shape, effort)
+    if path:
+        record.save(path, effort)
+
+
+if __name__ == "__main__":
+    main()

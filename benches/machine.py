@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 import turboquant_rs as tq
+
+Seconds = tuple[float, float, float]
+"""Of the clock, of all processors at work, of those at work for this process."""
+
+
+def processor_seconds() -> Seconds | None:
+    """Now; None where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, fields)
+    busy = user + nice + system + sum(interrupts_and_stolen)
+    return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def used_by_others(before: Seconds | None) -> float | None:
+    """Processors that were at work for others than this process since `before`: near 0 on a quiet machine."""
+    now = processor_seconds()
+    if before is None or now is None:
+        return None
+    wall, busy, ours = (b - a for a, b in zip(before, now, strict=True))
+    return round(max(busy - ours, 0) / wall, 2)
 
 
 def describe() -> dict[str, object]:

@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+HOW = {"speed": "make bench", "quality": "make quality", "linear": "python benches/linear.py"}
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -30,9 +31,7 @@ def read(name: str, section: str) -> Any:
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     if section not in record:
-        raise NotRecorded(
-            f"{path.name} has no {section} yet; run make {'bench' if name == 'speed' else name}"
-        )
+        raise NotRecorded(f"{path.name} has no {section} yet; run {HOW[name]}")
     return record[section]
 
 
@@ -97,11 +96,69 @@ def speed() -> str:
     return markdown(["job", "ms", "GB/s", "time of the peer over ours"], lines)
 
 
+CONTESTS = {
+    "ours W8": ("W8A8",),
+    "ours W4 g128": ("W4A8 g128", "W4A16 g128"),
+    "ours W4 g32": ("W4A8 g32", "W4A16 g32"),
+    "ours W4 g128 float activations": ("W4A16 g128",),
+}
+"""Who of ours meets which kinds of peers."""
+
+
+def linear() -> str:
+    """One line a cell: ours, and the time of the fastest peer that does the same, over ours."""
+    contenders = read("linear", "contenders")
+    floats = [name for name, about in contenders.items() if about["kind"] == "float"]
+    lines = []
+    for cell in (cell for cell in read("linear", "cells") if not cell["hot"]):
+        line = [f"{cell['n']} × {cell['k']}", str(cell["threads"]), str(cell["m"])]
+        for ours, kinds in CONTESTS.items():
+            peers = [name for name in cell["gops"] if contenders[name]["kind"] in kinds]
+            best = max(set(peers) - CONTESTS.keys(), key=cell["gops"].__getitem__, default="")
+            line += [rate(cell, ours), f"{ratio(cell, best, ours)} {best}"]
+        lines.append([*line, " / ".join(ratio(cell, name, "ours W8") for name in floats)])
+    columns = [column for ours in CONTESTS for column in (ours, "fastest peer's time over it")]
+    return markdown(["n × k", "threads", "m", *columns, f"{' / '.join(floats)} over W8"], lines)
+
+
+def linear_all() -> str:
+    """One line a contender, one column a cell of the first shape; the error is that to floats."""
+    contenders, cells = read("linear", "contenders"), read("linear", "cells")
+    first = [cell for cell in cells if (cell["n"], cell["k"]) == (cells[0]["n"], cells[0]["k"])]
+    limit = read("linear", "limits")["read_gigabytes_per_second"]
+    streamed = (
+        f"{limit[str(cell['threads'])]:.0f} GB/s" if cell["m"] == 1 and not cell["hot"] else ""
+        for cell in first
+    )
+    lines = [["reading memory", "", "", *streamed]]
+    for name, about in contenders.items():
+        rates = (rate(cell, name) for cell in first)
+        lines.append([name, f"{about['bits']:.2f}", f"{about['error']:.3f}", *rates])
+    lines += [[f"{name}: {reason}"] for name, reason in read("linear", "refused").items()]
+    columns = (f"m = {cell['m']}{', hot' * cell['hot']}, threads {cell['threads']}" for cell in first)
+    shape = f"{cells[0]['n']} × {cells[0]['k']}"
+    return markdown([shape, "bits", "error", *columns], lines)
+
+
+def rate(cell: dict, name: str) -> str:
+    """GB/s of stored weight at m = 1, GOP/s above; empty for who took no part."""
+    unit = ("gigabytes_per_second", "GB/s") if cell["m"] == 1 else ("gops", "GOP/s")
+    return f"{cell[unit[0]][name]:.0f} {unit[1]}" if name in cell["gops"] else ""
+
+
+def ratio(cell: dict, peer: str, ours: str) -> str:
+    """The peer's time over ours; empty where one of them took no part."""
+    times = cell["milliseconds"]
+    return f"{times[peer] / times[ours]:.2f}" if {peer, ours} <= times.keys() else ""
+
+
 TABLES = {
     "quality-encoder": encoder,
     "quality-language": language,
     "quality-perplexity": perplexity,
     "speed": speed,
+    "linear": linear,
+    "linear-all": linear_all,
 }
 
 

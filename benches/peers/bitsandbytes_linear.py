@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peers.layer import Contender, Layer
+from peers.layer import Call, Contender, Layer
 
 
 def nf4(weight: Tensor, threads: int) -> Iterator[Layer]:
@@ -23,9 +23,12 @@ def nf4(weight: Tensor, threads: int) -> Iterator[Layer]:
     linear = linear.to("cpu").eval()
     linear(torch.zeros(1, k, dtype=torch.bfloat16))  # the first call repacks for its CPU kernel
     stored = linear.weight.nbytes + linear.weight.quant_state.absmax.nbytes
+
+    def bind(x: Tensor, own: nn.Module) -> Call:
+        return partial(own, x.bfloat16())
+
     while True:
-        own = copy.deepcopy(linear)
-        yield Layer(lambda x, own=own: partial(own, x.bfloat16()), stored)
+        yield Layer(partial(bind, own=copy.deepcopy(linear)), stored)
 
 
-CONTENDERS = [Contender("bitsandbytes nf4 bf16 g64", "W4 g128", nf4)]
+CONTENDERS = [Contender("bitsandbytes nf4 bf16 g64", "W4A16 g128", nf4)]

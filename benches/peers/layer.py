@@ -36,7 +36,7 @@ class Layer:
 class Contender:
     """One way to multiply.
 
-    kind: who competes with whom: "float", "W8", "W4 g128" (64 for nf4), "W4 g32"; others are on their own.
+    kind: bits of weights and activations and the groups; nf4's blocks of 64 go with the groups of 128.
     layers: gives layers of weight: (n, k) f32, to be called with so many threads, for as long as one asks.
     max_error: relative to the product of the floats; a result farther away is refused.
     """

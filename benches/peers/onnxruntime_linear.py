@@ -18,7 +18,8 @@ from peers.layer import Call, Contender, Layer, output, signed
 def options(threads: int) -> Any:
     """One pool for all sessions: with one each, their workers spin in each other's way.
 
-    Raises: onnxruntime's Fail for a second number of threads above one; a process has one such pool.
+    A process has one such pool, and no session without it afterwards: one thread comes first, and a second
+    number of threads above one raises onnxruntime's Fail.
     """
     import onnxruntime
 
@@ -92,6 +93,6 @@ def int8(weight: Tensor, threads: int) -> Iterator[Layer]:
 
 
 CONTENDERS = [
-    Contender("onnxruntime int8 dynamic", "W8", int8),
-    *(Contender(f"onnxruntime int4 b{block}", f"W4 g{block}", partial(int4, block)) for block in (128, 32)),
+    Contender("onnxruntime int8 dynamic", "W8A8", int8),
+    *(Contender(f"onnxruntime int4 b{block}", f"W4A8 g{block}", partial(int4, block)) for block in (128, 32)),
 ]

@@ -69,6 +69,6 @@ def u4(group_size: int, weight: Tensor, threads: int) -> Iterator[Layer]:
 
 
 CONTENDERS = [
-    Contender(f"openvino u4 g{group_size}", f"W4 g{group_size}", partial(u4, group_size))
+    Contender(f"openvino u4 g{group_size}", f"W4A8 g{group_size}", partial(u4, group_size))
     for group_size in (128, 32)
 ]

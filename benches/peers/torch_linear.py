@@ -1,4 +1,4 @@
-"""PyTorch's own: F.linear, oneDNN's prepacked products, dynamic and static int8, int4 with bf16 activations."""
+"""PyTorch's own: F.linear, oneDNN's prepacked products, int8 dynamic and static, int4 on bf16 activations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from peers.layer import Call, Contender, Layer, signed
 
 def plain(dtype: torch.dtype, weight: Tensor, threads: int) -> Iterator[Layer]:
     """F.linear, as users write it."""
+
+    def bind(x: Tensor, own: Tensor) -> Call:
+        return partial(F.linear, x.to(dtype), own)
+
     while True:
         own = weight.to(dtype, copy=True)
-        yield Layer(lambda x, own=own: partial(F.linear, x.to(dtype), own), own.nbytes)
+        yield Layer(partial(bind, own=own), own.nbytes)
 
 
 def prepacked(dtype: torch.dtype, weight: Tensor, threads: int) -> Iterator[Layer]:
@@ -46,6 +50,10 @@ def dynamic(engine: str, weight: Tensor, threads: int) -> Iterator[Layer]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # quantized tensors are deprecated
         quantized = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
+
+    def bind(x: Tensor, packed: object) -> Call:
+        return partial(torch.ops.quantized.linear_dynamic, x, packed)
+
     while True:
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = engine  # chosen when the weight is packed
@@ -53,10 +61,7 @@ def dynamic(engine: str, weight: Tensor, threads: int) -> Iterator[Layer]:
             packed = torch.ops.quantized.linear_prepack(quantized, None)
         finally:
             torch.backends.quantized.engine = before
-        yield Layer(
-            lambda x, packed=packed: partial(torch.ops.quantized.linear_dynamic, x, packed),
-            codes.nbytes + scales.nbytes,
-        )
+        yield Layer(partial(bind, packed=packed), codes.nbytes + scales.nbytes)
 
 
 def static(weight: Tensor, threads: int) -> Iterator[Layer]:
@@ -69,12 +74,11 @@ def static(weight: Tensor, threads: int) -> Iterator[Layer]:
         step = float(high - low) / 255
         zero = round(-float(low) / step)
         given = (x / step).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise
-        options = (None, 1.0, 0, torch.float32, "none", [], "")
-        return partial(product, given, step, zero, packed, scales, zeros, *options)
+        inputs = (given, step, zero, packed, scales, zeros, None)
+        return partial(torch.ops.onednn.qlinear_pointwise, *inputs, 1.0, 0, torch.float32, "none", [], "")
 
     while True:
-        packed = torch.ops.onednn.qlinear_prepack(codes.t(), None)
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
         yield Layer(partial(bind, packed=packed), codes.nbytes + scales.nbytes)
 
 
@@ -102,7 +106,10 @@ CONTENDERS = [
     named("torch bf16 F.linear", "float", plain, torch.bfloat16),
     named("torch f32 oneDNN prepacked", "float", prepacked, torch.float32),
     named("torch bf16 oneDNN prepacked", "float", prepacked, torch.bfloat16),
-    *(named(f"torch int8 dynamic {engine}", "W8", dynamic, engine) for engine in ("fbgemm", "x86", "onednn")),
-    named("torch int8 static u8 onednn", "W8 static", static),
-    *(named(f"torch int4pack bf16 g{group}", f"W4 g{group}", int4, group) for group in (128, 32)),
+    *(
+        named(f"torch int8 dynamic {engine}", "W8A8", dynamic, engine)
+        for engine in ("fbgemm", "x86", "onednn")
+    ),
+    named("torch int8 static u8 onednn", "W8A8 static", static),
+    *(named(f"torch int4pack bf16 g{group}", f"W4A16 g{group}", int4, group) for group in (128, 32)),
 ]
