@@ -24,8 +24,10 @@ use super::panel::{
 };
 use super::tile::{Operands, Stream, Sums, Tile, ZERO};
 
-/// Rows of x up to which codes are expanded in registers.
-const STREAM_ROWS: usize = 4;
+/// Rows of x up to which codes are expanded in registers, a few rows after the other: measured.
+const STREAM_ROWS: usize = 8;
+/// The same for codes of a byte each, which there is nothing to expand of.
+const STREAM_ROWS_OF_BYTES: usize = 4;
 
 /// The work of one thread at a time: some panels of the weight, some rows of x.
 pub(super) struct Panels<'a> {
@@ -86,7 +88,7 @@ impl Panels<'_> {
         let mut carried = carried.as_mut();
         let on = Operands { x: self.x, cuts, block, affine, vectors, scales, zeros };
         if let Codes::Panels(planes) = codes
-            && self.rows.len() <= STREAM_ROWS
+            && self.rows.len() <= stream_rows(planes)
             && cuts.by_units
             && vectors == VECTORS
             && D::TILE_VECTORS == VECTORS
@@ -138,6 +140,14 @@ impl Panels<'_> {
     }
 }
 
+/// The stack of codes of a byte each.
+const BYTES: u32 = 0x8;
+
+/// Rows of x up to which these codes are expanded in registers.
+fn stream_rows(planes: &PanelPlanes<'_>) -> usize {
+    if planes.stack() == BYTES { STREAM_ROWS_OF_BYTES } else { STREAM_ROWS }
+}
+
 /// A few rows of x against the codes of a block as they lie in memory.
 struct Streams<'a> {
     on: Operands<'a>,
@@ -152,7 +162,7 @@ impl Streams<'_> {
     #[inline(always)]
     fn run<D: Dot>(&mut self, dot: D) -> bool {
         match self.codes.stack() {
-            0x8 => self.stack::<D, 0x8>(dot),
+            BYTES => self.stack::<D, BYTES>(dot),
             0x4 => self.stack::<D, 0x4>(dot),
             0x2 => self.stack::<D, 0x2>(dot),
             0x1 => self.stack::<D, 0x1>(dot),
@@ -175,6 +185,8 @@ impl Streams<'_> {
             done += match self.rows.len() - done {
                 1 => self.rows_of::<D, STACK, 1>(dot, done),
                 2 | 3 => self.rows_of::<D, STACK, 2>(dot, done),
+                // With four rows the loads of a unit are too far apart to be foreseen by the caches.
+                _ if STACK == BYTES => self.rows_of::<D, STACK, 2>(dot, done),
                 _ => self.rows_of::<D, STACK, 4>(dot, done),
             };
         }
