@@ -3,10 +3,13 @@
 //! A face borrows arrays, names their types (`convert`), and enters the core (`enter`). No arithmetic, no loops
 //! over elements, no decisions about instruction sets live here.
 
+#![deny(unsafe_code)]
+
 mod bandwidth;
 mod convert;
 mod enter;
 mod matmul;
+mod memory;
 mod philox;
 mod planes;
 mod quantize;

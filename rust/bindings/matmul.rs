@@ -6,6 +6,7 @@ use turboquant_core::{self as core, Activations, Layout};
 
 use crate::convert::{self, Array, ArrayMut, RoundingArgs, SchemeArgs, slice, slice_mut};
 use crate::enter::{enter, to_python};
+use crate::memory::advise_large_pages;
 
 /// out = x · Wᵀ (+ bias): x (m · k elements of type dtype), W packed (n rows of k), out (m · n of out_dtype).
 #[pyfunction]
@@ -75,6 +76,7 @@ pub(crate) fn to_panels(
     let (scheme, shape) = (&scheme.check()?, convert::shape(rows, k)?);
     let (planes, dtype) = (&convert::planes(&planes)?, scheme.scale_dtype());
     let (packed, panels) = (slice(&packed)?, slice_mut(&mut panels)?);
+    advise_large_pages(panels);
     let (scales, zeros) = (scales.scales(dtype)?, zero_points.zero_points(scheme)?);
     let (to_scales, to_zeros) = (panel_scales.scales(dtype)?, panel_zero_points.zero_points(scheme)?);
     enter(py, || {
