@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import turboquant_rs as tq
 
@@ -640,3 +641,176 @@ def test_a_layer_in_panels_compiles_and_differentiates():
     y.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, 70))
+
+
+# The way past the dispatcher: the same bits, and only where nobody would have seen the call
+
+
+def asked(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the call goes through the operator."""
+    operator = tq.ops.matmul
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        patch.setattr(tq.ops, "matmul", lambda *args: calls.append(1) or operator(*args))
+        layer(x)
+    return bool(calls)
+
+
+@pytest.fixture
+def arranged() -> tq.nn.QuantLinear:
+    layer = quant_layer()
+    layer.arrange()
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("scheme", [tq.Scheme(bits=3), tq.Scheme(bits=4, symmetric=False), NESTED])
+def test_a_direct_call_gives_the_bits_of_the_operator(dtype, activations, scheme):
+    for bias in (None, torch.float32, torch.bfloat16):
+        linear = float_layer(bias=bias is not None)
+        if bias is not None:
+            linear.bias = nn.Parameter(linear.bias.detach().to(bias))
+        layer = tq.nn.QuantLinear.from_float(linear, scheme, activations=activations)
+        for shape in ((70,), (1, 70), (5, 70), (2, 3, 70), (0, 70), (3, 140), (70, 3)):
+            x = torch.randn(shape).to(dtype)
+            x = x[..., ::2] if shape[-1] == 140 else x.t() if shape[-1] == 3 else x
+            with torch.no_grad():
+                expected = tq.matmul(x, layer.packed, layer.bias, activations=activations)
+            layer.arrange()
+            with torch.no_grad():
+                assert not asked(layer, x)
+                y = layer(x)
+            assert y.dtype == dtype and y.shape == expected.shape and torch.equal(y, expected)
+            assert y.is_contiguous() and not y._is_view()
+
+
+def test_a_direct_call_reads_the_prefix_that_is_asked_for():
+    layer = quant_layer(NESTED)
+    x = torch.randn(2, 70)
+    with torch.inference_mode():
+        layer(x)
+        for bits in (4, 8, 4):
+            layer.read_bits = bits
+            assert not asked(layer, x)
+            y = layer(x)
+            assert torch.equal(y, tq.matmul(x, quant_layer(NESTED).packed, layer.bias, bits=bits))
+
+
+def test_a_direct_call_sees_every_change_of_the_bias(arranged):
+    x, zero = torch.zeros(1, 70), torch.zeros(24)
+    with torch.no_grad():
+        for change in (
+            lambda bias: bias.add_(1),
+            lambda bias: bias.data.mul_(2),
+            lambda bias: setattr(bias, "data", torch.randn(24)),
+            lambda bias: setattr(arranged, "bias", nn.Parameter(torch.randn(24))),
+            lambda bias: setattr(arranged, "bias", nn.Parameter(torch.randn(24).half())),
+            lambda bias: setattr(arranged, "bias", None),
+        ):
+            change(arranged.bias)
+            expected = zero if arranged.bias is None else arranged.bias.float()
+            assert not asked(arranged, x) and torch.equal(arranged(x)[0], expected)
+
+
+def test_a_direct_call_follows_the_memory_of_the_weight(arranged):
+    x = torch.randn(1, 70)
+    with torch.no_grad():
+        y = arranged(x)
+        for name in ("weight_panels", "weight_panel_scale"):
+            arranged.get_buffer(name).share_memory_()  # frees the memory it had
+            assert torch.equal(arranged(x), y)
+        scales = arranged.get_buffer("weight_panel_scale")
+        scales.data = torch.zeros_like(scales)
+        assert torch.equal(arranged(x)[0], arranged.bias)
+
+
+def test_gradients_ask_the_operator(arranged):
+    x = torch.randn(1, 70)
+    assert asked(arranged, x)  # of the bias
+    arranged.requires_grad_(False)
+    assert not asked(arranged, x)
+    assert asked(arranged, x.requires_grad_())
+    with torch.no_grad():
+        assert not asked(arranged, x)
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Listen(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Loud(torch.Tensor):
+    pass
+
+
+@torch.no_grad()
+def test_whoever_watches_operators_sees_the_call(arranged):
+    x = torch.randn(2, 70)
+    expected = arranged(x)
+    for mode in (Watch(), Listen()):
+        with mode:
+            assert torch.equal(arranged(x), expected)
+        assert any("turboquant_rs.matmul" in name for name in mode.seen)
+    with torch.profiler.profile() as profile:
+        arranged(x)
+    assert any(event.key == "turboquant_rs::matmul" for event in profile.key_averages())
+    graph = make_fx(arranged)(x)
+    assert "turboquant_rs.matmul" in graph.code and torch.equal(graph(x), expected)
+    assert isinstance(arranged(x.as_subclass(Loud)), Loud)
+    assert torch.equal(torch.func.functional_call(arranged, {}, (x,)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert arranged(x).dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert torch.equal(arranged(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning", "ignore:.*torch.jit:FutureWarning")
+def test_transforms_meet_the_operator(arranged):
+    x = torch.randn(3, 2, 70)
+    assert torch.equal(torch.vmap(arranged)(x), arranged(x))
+    with torch.autograd.forward_ad.dual_level():
+        assert asked(arranged, torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_values_that_are_not_what_lies_in_memory_are_resolved(arranged):
+    x = torch.randn(1, 70)
+    with torch.no_grad():
+        assert torch.equal(arranged(torch._neg_view(x)), arranged(-x))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 71), torch.zeros(()), torch.zeros(2, 70, device="meta")])
+def test_a_direct_call_refuses_shapes_and_devices_that_do_not_fit(arranged, x):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"does not fit packed weights|is on meta"):
+        arranged(x)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 70).to_sparse(), torch.zeros(1, 70, dtype=torch.int64)])
+def test_a_direct_call_refuses_what_is_no_dense_tensor_of_floats(arranged, x):
+    with torch.no_grad(), pytest.raises(TypeError, match="x is sparse|x has dtype"):
+        arranged(x)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.zeros(23), torch.zeros(24, 1), torch.zeros(24, dtype=torch.int64), torch.zeros(24).to_sparse()],
+)
+def test_a_direct_call_refuses_a_bias_that_does_not_fit(arranged, bias):
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match="bias"):
+        arranged._panels.matmul(torch.zeros(1, 70), bias, activations="int8", bits=4)

@@ -9,12 +9,14 @@
 # Errors: TypeError for wrong element types, else ValueError; each names the numbers and a way out.
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 __all__ = [
+    "Product",
     "active_isa",
     "after_fork",
     "available_isas",
@@ -22,7 +24,6 @@ __all__ = [
     "copy_bandwidth",
     "force_isa",
     "from_panels",
-    "matmul",
     "pack",
     "pack_codes",
     "panels_nbytes",
@@ -78,26 +79,35 @@ def pack_codes(
 def unpack_codes(
     packed: _Bytes, rows: int, k: int, planes: Sequence[int], read_bits: int, codes: _Bytes, threads: int
 ) -> None: ...
-def matmul(
-    x: _Elements,
-    dtype: str,
-    m: int,
-    packed: _Bytes,
-    scales: _Scales,
-    zero_points: _ZeroPoints,
-    bias: NDArray[np.float32] | None,
-    n: int,
-    k: int,
-    scheme: _Scheme,
-    rounding: _Rounding,
-    planes: Sequence[int],
-    read_bits: int,
-    layout: str,
-    activations: str,
-    out: _Elements,
-    out_dtype: str,
-    threads: int,
-) -> None: ...
+
+@final
+class Product:
+    def __new__(
+        cls,
+        n: int,
+        k: int,
+        scheme: _Scheme,
+        rounding: _Rounding,
+        planes: Sequence[int],
+        read_bits: int,
+        layout: str,
+        activations: str,
+    ) -> Self: ...
+    def fill(
+        self,
+        x: _Elements,
+        dtype: str,
+        m: int,
+        packed: _Bytes,
+        scales: _Scales,
+        zero_points: _ZeroPoints,
+        bias: NDArray[np.float32] | None,
+        out: _Elements,
+        out_dtype: str,
+        threads: int,
+        /,
+    ) -> None: ...
+
 def panels_nbytes(rows: int, k: int, scheme: _Scheme, planes: Sequence[int]) -> int: ...
 def to_panels(
     packed: _Bytes,

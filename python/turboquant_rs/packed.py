@@ -628,3 +628,11 @@ def _check_operand(x: Tensor, name: str, device: torch.device) -> None:
         _check_floats(x, name)
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} and p on {device}; move one of them with .to()")
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as F.linear would take it: in autocast's dtype where autocast is on (f64 is left alone)."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from turboquant_rs import ops
-from turboquant_rs.packed import PackedTensor
+from turboquant_rs.packed import PackedTensor, autocast, check_linear
 from turboquant_rs.scheme import Rounding, Scheme
 
 
@@ -28,6 +28,7 @@ class Panels:
     scheme: Scheme
     rounding: Rounding
     bits: int
+    _products: dict[tuple[str, int], ops.cpu.Product] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def fits(packed: PackedTensor) -> bool:
@@ -58,9 +59,26 @@ class Panels:
         return whole if bits in (None, self.bits) else whole.at(bits)
 
     def matmul(self, x: Tensor, bias: Tensor | None, *, activations: str, bits: int) -> Tensor:
-        """`tq.matmul` with this matrix, read at `bits`."""
-        arguments: tuple[Any, ...] = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths)
+        """`tq.matmul` with this matrix, read at `bits`, of x as autocast wants it."""
+        if not torch.compiler.is_compiling():
+            product = self._products.get((activations, bits)) or self._product(activations, bits)
+            y = product(x, bias)
+            if y is not None:
+                return y
+        x = autocast(x)
+        check_linear(x, self.shape, self.packed.device, bias)
+        stored, arguments = self._operands(activations, bits)
+        return ops.matmul(x, *stored, bias, *arguments)
+
+    def _product(self, activations: str, bits: int) -> ops.cpu.Product:
+        stored, arguments = self._operands(activations, bits)
+        product = ops.cpu.Product(*stored, self.shape[1], *arguments)
+        self._products[activations, bits] = product
+        return product
+
+    def _operands(self, activations: str, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+        """What the operator takes besides x and bias: the weight's tensors, and what follows the bias."""
         # Planes follow one another, each as long as it is wide.
         packed = self.packed if bits == self.bits else self.packed[: self.packed.numel() // self.bits * bits]
-        stored = (packed, self.scales, self.zero_points)
-        return ops.matmul(x, *stored, bias, *arguments, bits, activations, "panels", self.shape[0])
+        arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths, bits)
+        return (packed, self.scales, self.zero_points), (*arguments, activations, "panels", self.shape[0])

@@ -1,8 +1,10 @@
 //! NumPy arrays to the core's slices, names to its types. Lengths and ranges are the core's to check.
 
 use half::{bf16, f16};
+use numpy::ndarray::Dimension;
 use numpy::{
-    PyArrayDescrMethods, PyReadonlyArray1, PyReadwriteArray1, PyUntypedArray, PyUntypedArrayMethods,
+    PyArrayDescrMethods, PyReadonlyArray, PyReadonlyArrayDyn, PyReadwriteArray, PyReadwriteArrayDyn,
+    PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -13,20 +15,20 @@ use turboquant_core::{
 
 use crate::enter::to_python;
 
-/// A borrowed array of one dimension; bf16 and f16 come as u16, told apart by the name beside them.
+/// A borrowed array, its rows one behind the other; bf16 and f16 come as u16, told apart by the name beside them.
 pub(crate) enum Array<'py> {
-    F32(PyReadonlyArray1<'py, f32>),
-    F64(PyReadonlyArray1<'py, f64>),
-    U16(PyReadonlyArray1<'py, u16>),
-    U8(PyReadonlyArray1<'py, u8>),
+    F32(PyReadonlyArrayDyn<'py, f32>),
+    F64(PyReadonlyArrayDyn<'py, f64>),
+    U16(PyReadonlyArrayDyn<'py, u16>),
+    U8(PyReadonlyArrayDyn<'py, u8>),
 }
 
 /// An array borrowed to be written to.
 pub(crate) enum ArrayMut<'py> {
-    F32(PyReadwriteArray1<'py, f32>),
-    F64(PyReadwriteArray1<'py, f64>),
-    U16(PyReadwriteArray1<'py, u16>),
-    U8(PyReadwriteArray1<'py, u8>),
+    F32(PyReadwriteArrayDyn<'py, f32>),
+    F64(PyReadwriteArrayDyn<'py, f64>),
+    U16(PyReadwriteArrayDyn<'py, u16>),
+    U8(PyReadwriteArrayDyn<'py, u8>),
 }
 
 /// Kind and size in bytes of an array's elements.
@@ -71,16 +73,24 @@ impl<'a, 'py> FromPyObject<'a, 'py> for ArrayMut<'py> {
 }
 
 /// The elements of a borrowed array, which must lie one behind the other.
-pub(crate) fn slice<'a, T: numpy::Element>(array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
+pub(crate) fn slice<'a, T: numpy::Element, D: Dimension>(
+    array: &'a PyReadonlyArray<'_, T, D>,
+) -> PyResult<&'a [T]> {
+    if !array.is_c_contiguous() {
+        return Err(not_contiguous(array.len()));
+    }
     array.as_slice().map_err(|_| not_contiguous(array.len()))
 }
 
 /// [`slice`] of an array to be written to.
-pub(crate) fn slice_mut<'a, T: numpy::Element>(
-    array: &'a mut PyReadwriteArray1<'_, T>,
+pub(crate) fn slice_mut<'a, T: numpy::Element, D: Dimension>(
+    array: &'a mut PyReadwriteArray<'_, T, D>,
 ) -> PyResult<&'a mut [T]> {
-    let len = array.len();
-    array.as_slice_mut().map_err(|_| not_contiguous(len))
+    let (len, rows_in_order) = (array.len(), array.is_c_contiguous());
+    match array.as_slice_mut() {
+        Ok(slice) if rows_in_order => Ok(slice),
+        _ => Err(not_contiguous(len)),
+    }
 }
 
 fn not_contiguous(len: usize) -> PyErr {

@@ -1,53 +1,79 @@
-//! Faces of `matmul` and of the layout it likes best.
+//! Faces of `matmul`, prepared for a weight, and of the layout it likes best.
 
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
-use turboquant_core::{self as core, Activations, Layout};
+use turboquant_core::{self as core, Activations, Layout, Planes, Rounding, Scheme, Shape};
 
 use crate::convert::{self, Array, ArrayMut, RoundingArgs, SchemeArgs, slice, slice_mut};
 use crate::enter::{enter, to_python};
 use crate::memory::advise_large_pages;
 
-/// out = x · Wᵀ (+ bias): x (m · k elements of type dtype), W packed (n rows of k), out (m · n of out_dtype).
-#[pyfunction]
-#[pyo3(signature = (
-    x, dtype, m, packed, scales, zero_points, bias, n, k, scheme, rounding, planes, read_bits, layout, activations,
-    out, out_dtype, threads
-))]
-pub(crate) fn matmul(
-    py: Python<'_>,
-    x: Array<'_>,
-    dtype: &str,
-    m: usize,
-    packed: PyReadonlyArray1<'_, u8>,
-    scales: Array<'_>,
-    zero_points: Array<'_>,
-    bias: Option<PyReadonlyArray1<'_, f32>>,
-    n: i64,
-    k: i64,
-    scheme: SchemeArgs,
-    rounding: RoundingArgs,
-    planes: Vec<i64>,
-    read_bits: i64,
-    layout: &str,
-    activations: &str,
-    mut out: ArrayMut<'_>,
-    out_dtype: &str,
-    threads: usize,
-) -> PyResult<()> {
-    let (scheme, rounding) = (&scheme.check()?, &rounding.check()?);
-    let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(n, k)?);
-    let (x, packed, out) = (x.source(dtype)?, slice(&packed)?, out.target(out_dtype)?);
-    let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
-    let (bias, read) = (bias.as_ref().map(slice).transpose()?, convert::unsigned("read_bits", read_bits)?);
-    let layout = Layout::from_name(layout).map_err(to_python)?;
-    let how = Activations::from_name(activations).map_err(to_python)?;
-    enter(py, || {
-        core::matmul(
-            x, m, packed, scales, zeros, bias, shape, scheme, rounding, planes, read, layout, how, out,
-            threads,
-        )
-    })
+/// x · Wᵀ (+ bias) for one weight of n rows and k columns: all that stays the same from call to call, checked.
+/// The memory comes with each call.
+#[pyclass(frozen, module = "turboquant_rs._core")]
+pub(crate) struct Product {
+    shape: Shape,
+    scheme: Scheme,
+    rounding: Rounding,
+    planes: Planes,
+    read_bits: u32,
+    layout: Layout,
+    activations: Activations,
+}
+
+#[pymethods]
+impl Product {
+    #[new]
+    fn new(
+        n: i64,
+        k: i64,
+        scheme: SchemeArgs,
+        rounding: RoundingArgs,
+        planes: Vec<i64>,
+        read_bits: i64,
+        layout: &str,
+        activations: &str,
+    ) -> PyResult<Self> {
+        let scheme = scheme.check()?;
+        Ok(Self {
+            shape: convert::shape(n, k)?,
+            scheme,
+            rounding: rounding.check()?,
+            planes: convert::planes_of(&scheme, &planes)?,
+            read_bits: convert::unsigned("read_bits", read_bits)?,
+            layout: Layout::from_name(layout).map_err(to_python)?,
+            activations: Activations::from_name(activations).map_err(to_python)?,
+        })
+    }
+
+    /// out = x · Wᵀ (+ bias): x (m · k elements of type dtype), W packed, out (m · n of out_dtype).
+    #[pyo3(signature = (x, dtype, m, packed, scales, zero_points, bias, out, out_dtype, threads, /))]
+    fn fill(
+        &self,
+        py: Python<'_>,
+        x: Array<'_>,
+        dtype: &str,
+        m: usize,
+        packed: PyReadonlyArray1<'_, u8>,
+        scales: Array<'_>,
+        zero_points: Array<'_>,
+        bias: Option<PyReadonlyArray1<'_, f32>>,
+        mut out: ArrayMut<'_>,
+        out_dtype: &str,
+        threads: usize,
+    ) -> PyResult<()> {
+        let Self { scheme, rounding, planes, .. } = self;
+        let (x, packed, out) = (x.source(dtype)?, slice(&packed)?, out.target(out_dtype)?);
+        let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
+        let bias = bias.as_ref().map(slice).transpose()?;
+        let (shape, read, layout, how) = (self.shape, self.read_bits, self.layout, self.activations);
+        enter(py, || {
+            core::matmul(
+                x, m, packed, scales, zeros, bias, shape, scheme, rounding, planes, read, layout, how, out,
+                threads,
+            )
+        })
+    }
 }
 
 /// Bytes of a packed matrix in the compute layout.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.packed import PackedTensor, check_linear, matmul, pack
+from turboquant_rs.packed import PackedTensor, autocast, matmul, pack
 from turboquant_rs.panels import Panels
 from turboquant_rs.scheme import Rounding, Scheme
 
@@ -159,10 +159,10 @@ class QuantLinear(PackedWeight, nn.Linear):
         if panels is None and not torch.compiler.is_compiling():
             self.arrange()
             panels = self._panels
-        input, bias = _autocast(input), self.bias
+        # nn.Module's way to a parameter is long.
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         if panels is None:
-            return matmul(input, self.packed, bias, activations=self.activations)
-        check_linear(input, panels.shape, panels.packed.device, bias)
+            return matmul(autocast(input), self.packed, bias, activations=self.activations)
         return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
 
     # Panels
@@ -274,11 +274,3 @@ def _weight(linear: nn.Module) -> Tensor:
             f"{type(linear).__name__} has no two-dimensional weight; expected nn.Linear or Conv1D"
         )
     return weight
-
-
-def _autocast(input: Tensor) -> Tensor:
-    """`input` as F.linear would take it: in autocast's dtype where autocast is on (f64 is left alone)."""
-    device = input.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
-        return input.to(torch.get_autocast_dtype(device))
-    return input

@@ -12,6 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 import turboquant_rs._core as _core
 from turboquant_rs.ops.schema import FLOAT_NAMES, OUT_OPS, register, rows_and_k
@@ -123,13 +133,19 @@ def unpack_codes_out(packed: Tensor, planes: Sequence[int], read_bits: int, code
     )
 
 
+def _product(k: int, args: Sequence[Any]) -> _core.Product:
+    """x · Wᵀ for weights of k columns, by what follows the bias in the operator's arguments."""
+    planes, read_bits, activations, layout, n = args[15:]
+    return _core.Product(n, k, *_scheme_and_rounding(args), planes, read_bits, layout, activations)
+
+
 def matmul_out(
     x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
 ) -> None:
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
-    planes, read_bits, activations, layout, n, out = args[15:]
+    out = args[-1]
     m, k = rows_and_k(x.shape)
-    _core.matmul(
+    _product(k, args[:-1]).fill(
         _array(x),
         _name(x),
         m,
@@ -137,13 +153,6 @@ def matmul_out(
         _array(scales),
         _array(zero_points),
         None if bias is None else _array(bias.float()),
-        n,
-        k,
-        *_scheme_and_rounding(args),
-        planes,
-        read_bits,
-        layout,
-        activations,
         _written(out),
         _name(out),
         torch.get_num_threads(),
@@ -183,6 +192,85 @@ def from_panels_out(panels: Tensor, panel_scales: Tensor, panel_zero_points: Ten
         _written(scales),
         _written(zero_points),
         torch.get_num_threads(),
+    )
+
+
+# A call without the dispatcher -----------------------------------------------------------------------------
+
+
+class Product:
+    """x · Wᵀ (+ bias) with one weight, called past the dispatcher: small layers spend longer there than here.
+
+    What a call has to check of the weight is checked once. Its memory stays that of its tensors.
+    """
+
+    def __init__(self, packed: Tensor, scales: Tensor, zero_points: Tensor, k: int, *args: Any) -> None:
+        """The weight of k columns; `args` are those that follow the bias in the operator's arguments."""
+        self._fill, self._n, self._k = _product(k, args).fill, args[-1], k
+        self._weight = (packed, scales, zero_points)
+        self._bias: tuple[Tensor, int, Any] | None = None
+        self._borrow()
+
+    def _borrow(self) -> None:
+        packed, scales, zero_points = self._weight
+        self._arrays = (_array(packed), _array(scales), _array(zero_points))
+        self._addresses = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What the operator returns, bit for bit; None where the operator must be asked.
+
+        That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler),
+        where x is no plain tensor in the CPU's memory, and where the operands do not fit.
+        """
+        if type(x) is not Tensor or _observed():
+            return None
+        shape, dtype = x.shape, x.dtype
+        if not shape or shape[-1] != self._k or dtype not in FLOAT_NAMES:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return None
+        packed, scales, zero_points = self._weight
+        if (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr()) != self._addresses:
+            self._borrow()
+        try:
+            memory = x if x.is_contiguous() else x.contiguous()
+            array = (memory.view(torch.uint16) if dtype in _HALVES else memory).numpy()
+            biases = None if bias is None else self._bias_array(bias)
+        except (TypeError, RuntimeError):  # not on the CPU, not dense, or values that are not what lies there
+            return None
+        m = x.numel() // self._k
+        # Sizes one by one are parsed faster than a tuple of them.
+        out = target = x.new_empty(m, self._n) if len(shape) == 2 else x.new_empty(*shape[:-1], self._n)
+        if dtype in _HALVES:
+            target = out.view(torch.uint16)
+        name = FLOAT_NAMES[dtype]
+        self._fill(array, name, m, *self._arrays, biases, target.numpy(), name, torch.get_num_threads())
+        return out
+
+    def _bias_array(self, bias: Tensor) -> Any:
+        """The bias as the extension takes it. Raises TypeError for one that the operator must look at."""
+        known, address = self._bias, bias.data_ptr()
+        if known is not None and known[0] is bias and known[1] == address:
+            return known[2]
+        plain = type(bias) in (Tensor, Parameter) and bias.dtype in FLOAT_NAMES
+        if not plain or bias.shape != (self._n,):
+            raise TypeError("no plain bias of n elements")
+        array = _array(bias.float())
+        if bias.dtype is torch.float32:  # of others it is a copy, which would not follow them
+            self._bias = (bias, address, array)
+        return array
+
+
+def _observed() -> bool:
+    """Whether anything in this thread wants to see the calls of operators."""
+    return bool(
+        _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or maybe_current_level() is not None
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 

@@ -6,6 +6,14 @@ use super::*;
 use crate::quantize::{ScalesMut, ZeroPointsMut};
 use crate::scheme::{ScaleDtype, ScaleRule};
 
+#[test]
+fn small_work_is_one_part_whatever_the_threads() {
+    for (m, n, k) in [(1, 64, 64), (1, 512, 512), (4, 256, 256)] {
+        let mut out = vec![0.0; m * n];
+        assert_eq!(cut(Target::F32(&mut out), m, n, k, 16).len(), 1, "{m} {n} {k}");
+    }
+}
+
 /// A packed matrix of random bits with everything to read it.
 struct Matrix {
     shape: Shape,
