@@ -403,6 +403,23 @@ def test_bench_times_every_job(run):
     assert "pack 4 bits" in run("bench", "--rows", 64, "--columns", 128, "--repeats", 1, "--bits", 4)[1]
 
 
+def test_bench_of_a_model_times_what_quantize_would_quantize(run, file):
+    arguments = ("bench", file, "--repeats", 1, "--bits", 4, 8, "--batches", 1, 2)
+    code, text, _ = run(*arguments, "--json")
+    assert code == 0
+    models = json.loads(text)["models"]
+    assert [speeds["scheme"]["bits"] for speeds in models] == [4, 8]
+    rows = {(*row["shape"], row["m"]): row for row in models[0]["rows"]}
+    assert {(40, 96, 1), (40, 96, 2), (130, 96, 1), (130, 96, 2)} <= set(rows)
+    assert all(row["ratio"] > 0 for row in rows.values())
+    assert "40 x 96" in run(*arguments)[1]
+
+
+def test_bench_of_a_model_says_what_is_wrong(run, file, tmp_path):
+    assert "no.safetensors" in failure(run, "bench", tmp_path / "no.safetensors")
+    assert run("bench", file, "--batches", 0)[0] == 2
+
+
 # Being stopped ---------------------------------------------
 
 

@@ -10,7 +10,7 @@ from turboquant_rs import nn
 from turboquant_rs.errors import BackendUnavailable, NoLayersMatched, QuantizationFormatError
 from turboquant_rs.formats.store import load, save
 from turboquant_rs.info import info
-from turboquant_rs.nn import dequantize_, precision, quantize_, set_precision
+from turboquant_rs.nn import bench, dequantize_, precision, quantize_, set_precision
 from turboquant_rs.ops.cpu import version
 from turboquant_rs.packed import PackedTensor, matmul, pack, unpack
 from turboquant_rs.report import Report
@@ -27,6 +27,7 @@ __all__ = [
     "Rounding",
     "Scheme",
     "__version__",
+    "bench",
     "dequantize_",
     "info",
     "load",

@@ -5,23 +5,24 @@ The recorded, many-sided measurement is `make bench`; this is the short one a us
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from turboquant_rs.checkpoint import inspect_checkpoint
+from turboquant_rs.checkpoint.select import select
+from turboquant_rs.nn.speed import BATCHES, Speeds, bench, take_turns
 from turboquant_rs.packed import PackedTensor, matmul, pack, unpack
 from turboquant_rs.progress import Progress
 from turboquant_rs.scheme import Rounding, Scheme
 
-__all__ = ["Timing", "run"]
+__all__ = ["Timing", "run", "run_model"]
 
 GROUP = 64
-BATCHES = (1, 64)
 
 Call = Callable[[], object]
 
@@ -74,6 +75,17 @@ def run(rows: int, columns: int, bits: Sequence[int], repeats: int) -> list[Timi
             timings.append(_time(job, repeats))
             progress.advance()
     return timings
+
+
+def run_model(path: Path, bits: Sequence[int], batches: Sequence[int], repeats: int) -> list[Speeds]:
+    """Times the shapes of the matrices that `turboquant-rs quantize` would quantize, at each of `bits`.
+
+    Reads headers only. Raises NoLayersMatched if there is no such matrix, and what opening the files raises.
+    """
+    tensors = {t.name: (getattr(torch, t.dtype), t.shape) for t in inspect_checkpoint(path).tensors}
+    matrices = [tensors[name][1] for name, reason in select(tensors).items() if not reason]
+    shapes = [(n, k) for n, k in matrices]
+    return [bench(shapes, Scheme(bits=b, group_size=GROUP), batches=batches, repeats=repeats) for b in bits]
 
 
 def _jobs(weight: Tensor, scheme: Scheme, generator: torch.Generator) -> list[_Job]:
@@ -147,14 +159,7 @@ def _time(job: _Job, repeats: int) -> Timing:
         calls.append(lambda: target.copy_(source))
     if job.rival:
         calls.append(job.rival)
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats + 1):
-        for call, mine in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:  # the first round only warms up
-                mine.append(time.perf_counter() - start)
-    medians = iter(statistics.median(mine) for mine in seconds)
+    medians = iter(take_turns(calls, repeats))
     return Timing(
         job.name, next(medians), job.moved, next(medians) if job.streams else None,
         next(medians) if job.rival else None,

@@ -96,6 +96,8 @@ def bench(options: argparse.Namespace) -> None:
     _set_threads(options)
     for bits in options.bits:
         _usage(partial(Scheme, bits=bits))
+    if options.model is not None:
+        return _bench_model(options)
     timings = bench_.run(options.rows, options.columns, options.bits, options.repeats)
     if options.json:
         return _print_json(
@@ -120,6 +122,15 @@ def bench(options: argparse.Namespace) -> None:
     )
     print(table(["job", "time", "moved", "time of a copy", "faster than torch"], rows))
     print("  a copy moves as many bytes; torch is eager group quantization, or F.linear in f32 for matmul")
+
+
+def _bench_model(options: argparse.Namespace) -> None:
+    results = bench_.run_model(Path(options.model), options.bits, options.batches, options.repeats)
+    if options.json:
+        return _print_json({"machine": machine_info(), "models": [speeds.to_dict() for speeds in results]})
+    for speeds in results:
+        print(speeds)
+    print("  milliseconds a call; the last column is against the faster of float32 and bfloat16")
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -114,12 +114,21 @@ def _compare(verb: argparse.ArgumentParser) -> None:
 def _bench(verb: argparse.ArgumentParser) -> None:
     _common(verb, commands.bench)
     verb.add_argument(
+        "model", metavar="MODEL", nargs="?",
+        help="a .safetensors file or model directory: time the shapes of its linear layers against f32 and "
+        "bf16, instead of one weight of --rows and --columns",
+    )  # fmt: skip
+    verb.add_argument(
         "--rows", type=_positive, default=4096, metavar="N", help="of the weight (default 4096)"
     )
     verb.add_argument(
         "--columns", type=_positive, default=4096, metavar="K", help="of the weight (default 4096)"
     )
     verb.add_argument("--bits", type=int, nargs="+", default=[4, 8], metavar="B", help="default: 4 8")
+    verb.add_argument(
+        "--batches", type=_positive, nargs="+", default=[1, 64], metavar="M",
+        help="rows of the input, with MODEL (default: 1 64)",
+    )  # fmt: skip
     verb.add_argument("--repeats", type=_positive, default=7, metavar="R", help="rounds; medians are shown")
 
 

@@ -4,10 +4,13 @@ from .convert import dequantize_, prepare_, quantize_
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .precision import precision, set_precision
+from .speed import Speeds, bench
 
 __all__ = [
     "QuantEmbedding",
     "QuantLinear",
+    "Speeds",
+    "bench",
     "dequantize_",
     "precision",
     "prepare_",

@@ -24,8 +24,9 @@ from turboquant_rs.report import QuantizedLayer, Report, SkippedLayer
 from turboquant_rs.scheme import Rounding, Scheme
 
 from .embedding import QuantEmbedding
-from .linear import ACTIVATIONS, QuantLinear
+from .linear import ACTIVATIONS, QuantLinear, is_conv1d
 from .patterns import Pattern, no_match, summary
+from .speed import BATCHES, time_linear
 from .weight import PackedWeight
 
 SchemeLike = Scheme | int
@@ -42,6 +43,7 @@ def quantize_(
     rounding: Rounding | str = "nearest",
     seed: int | None = None,
     activations: str = "int8",
+    keep_if_slower: bool = False,
     dry_run: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -57,6 +59,11 @@ def quantize_(
     rounding, seed: as in `tq.pack`; stochastic rounding draws from a stream of its own for each layer, named
         `<layer>.weight`, unless the rounding names one.
     activations: of the quantized linear layers, see `QuantLinear`.
+    keep_if_slower: keep the float layer where the quantized one would be slower than it on this machine. One
+        linear layer of each shape, dtype and scheme is timed both ways, with the threads torch has now, at
+        m = 1 and at m = 64 rows of input; those that are slower quantized at either stay as they are, and the
+        report lists them among the skipped, with the figures. Embeddings, and what is tied to one, are not
+        timed. Timings differ from run to run: a close call may go either way.
     dry_run: only report what would be done.
     progress: draw a bar on stderr, if that is a terminal.
 
@@ -75,6 +82,11 @@ def quantize_(
     plan, skipped = _plan(model, _rules(schemes), [Pattern(text) for text in skip])
     chosen = Rounding.parse(rounding, seed)
     forecast = tuple(_forecast(model, step, chosen, activations, dry_run) for step in plan)
+    if keep_if_slower:
+        slower = _slower(model, plan, chosen, activations)
+        skipped += tuple(SkippedLayer(name, reason) for name, reason in slower.items())
+        forecast = tuple(entry for entry in forecast if entry.name not in slower)
+        plan = [step for step in plan if step.name not in slower]
     if dry_run:
         return Report(forecast, skipped, dry_run=True)
     layers: list[QuantizedLayer] = []
@@ -275,7 +287,7 @@ def _join_ties(
         partners = tuple(dict.fromkeys(owner.get(other, (other,)) for other in others))
         group = (names, *partners)
         settled.update(group)
-        alike = all(selected.get(member) == scheme and not _is_conv1d(modules[member]) for member in group)
+        alike = all(selected.get(member) == scheme and not is_conv1d(modules[member]) for member in group)
         if alike or not partners:
             steps.append(_Step(names, scheme, partners))
             continue
@@ -286,15 +298,7 @@ def _join_ties(
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding)) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with weight (in, out); imports nothing to tell."""
-    return any(
-        kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-        for kind in type(module).__mro__
-    ) and hasattr(module, "nf")
+    return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
 
 
 def _modules_by_name(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
@@ -341,7 +345,7 @@ def _storage_key(tensor: Tensor) -> tuple[object, ...]:
 def _logical_weight(module: nn.Module) -> Tensor:
     """The weight as (out, in), whichever way round the module keeps it; shares its memory."""
     weight: Any = module.weight
-    logical: Tensor = weight.detach().t() if _is_conv1d(module) else weight.detach()
+    logical: Tensor = weight.detach().t() if is_conv1d(module) else weight.detach()
     return logical
 
 
@@ -379,6 +383,47 @@ def _check_values(name: str, module: nn.Module, dry_run: bool) -> None:
             f"{name}: {bad} of {weight.numel()} weights are NaN, infinite or above 2^120; repair them, or "
             f"leave the layer alone with skip=({name!r},)"
         )
+
+
+# Is it worth it?
+
+
+def _slower(model: nn.Module, plan: Sequence[_Step], rounding: Rounding, activations: str) -> dict[str, str]:
+    """The steps whose layer would be slower quantized, and the figures that say so."""
+    timed: dict[tuple[object, ...], str] = {}
+    slower = {}
+    for step in plan:
+        members = [model.get_submodule(names[0]) for names in (step.names, *step.tied)]
+        if any(isinstance(module, nn.Embedding) for module in members):
+            continue
+        weight = _logical_weight(members[0])
+        if weight.is_meta:
+            weight = torch.zeros(weight.shape, dtype=weight.dtype)
+        if weight.device.type != "cpu":
+            raise ValueError(
+                f"keep_if_slower times layers on the CPU, and {step.name} is on {weight.device}; move the "
+                "model with .cpu() first, or leave keep_if_slower out"
+            )
+        key = (weight.shape, weight.stride(), weight.dtype, step.scheme)
+        if key not in timed:
+            timed[key] = _verdict(weight, step.scheme, rounding, activations) if weight.numel() else ""
+        if timed[key]:
+            slower[step.name] = timed[key]
+    return slower
+
+
+def _verdict(weight: Tensor, scheme: Scheme, rounding: Rounding, activations: str) -> str:
+    """Where a layer is slower quantized than as it is, in words; empty where it is not."""
+    seconds = time_linear(
+        weight, scheme, (weight.dtype,), BATCHES, rounding=rounding, activations=activations
+    )
+    lost = []
+    for m, (ours, theirs) in seconds.items():
+        if ours > theirs:
+            scale, unit = (1e6, "µs") if theirs < 1e-3 else (1e3, "ms")
+            lost.append(f"{scale * ours:.1f} against {scale * theirs:.1f} {unit} at m = {m}")
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"slower than {dtype} here: {', '.join(lost)}" if lost else ""
 
 
 # The swap.

@@ -274,3 +274,11 @@ def _weight(linear: nn.Module) -> Tensor:
             f"{type(linear).__name__} has no two-dimensional weight; expected nn.Linear or Conv1D"
         )
     return weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with weight (in, out); imports nothing to tell."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+        for kind in type(module).__mro__
+    ) and hasattr(module, "nf")

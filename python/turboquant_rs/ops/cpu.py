@@ -255,9 +255,10 @@ class Product:
         plain = type(bias) in (Tensor, Parameter) and bias.dtype in FLOAT_NAMES
         if not plain or bias.shape != (self._n,):
             raise TypeError("no plain bias of n elements")
-        array = _array(bias.float())
-        if bias.dtype is torch.float32:  # of others it is a copy, which would not follow them
-            self._bias = (bias, address, array)
+        if bias.dtype is not torch.float32:  # a copy, which would not follow the bias
+            return bias.float().numpy()
+        array = _array(bias)
+        self._bias = (bias, address, array)
         return array
 
 
