@@ -1,10 +1,10 @@
 # The compiled kernels; what each does is in its docstring. Only `turboquant_rs.ops.cpu` calls them.
 #
-# Arrays have one dimension and are contiguous. bfloat16 and float16 come as uint16, named by the dtype
-# argument beside them: "f32", "f64", "bf16" or "f16". Scales are uint16 (bf16, f16) or float32; zero points
-# are uint8, float32 (`preserve_variance`), or empty uint8 where the scheme has a constant one. `seed` is a
-# u64 in two's complement, `stream` a CRC-32. Outputs are memory of the caller. The interpreter is released
-# while a kernel runs, and results do not depend on `threads`.
+# Arrays are contiguous, row by row; bytes and biases have one dimension. bfloat16 and float16 come as
+# uint16, named by the dtype argument beside them: "f32", "f64", "bf16" or "f16". Scales are uint16 (bf16,
+# f16) or float32; zero points are uint8, float32 (`preserve_variance`), or empty uint8 where the scheme has
+# a constant one. `seed` is a u64 in two's complement, `stream` a CRC-32. Outputs are memory of the caller.
+# The interpreter is released while a kernel runs, and results do not depend on `threads`.
 #
 # Errors: TypeError for wrong element types, else ValueError; each names the numbers and a way out.
 

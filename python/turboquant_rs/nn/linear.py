@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("int8", "float")
 
 PANELS = ("weight_panels", "weight_panel_scale", "weight_panel_zero_point")
-_REARRANGING = threading.Lock()
+_REARRANGING = threading.RLock()
 
 
 class QuantLinear(PackedWeight, nn.Linear):
@@ -213,9 +213,12 @@ class QuantLinear(PackedWeight, nn.Linear):
         return sys.getrefcount(packed) <= 3 and users <= 2
 
     def __getattr__(self, name: str) -> Any:
-        if name in BUFFERS and self._panels is not None:
+        value = super().__getattr__(name)
+        if value is not None or name not in BUFFERS or torch.compiler.is_compiling():
+            return value
+        with _REARRANGING:  # no forward of another thread may take the bytes away again
             self._restore()
-        return super().__getattr__(name)
+            return super().__getattr__(name)
 
     def _weight_source(self) -> tuple[torch.device, Callable[[], PackedTensor]]:
         panels, dtype, bits = self._panels, self.weight_dtype, self.read_bits
@@ -232,24 +235,31 @@ class QuantLinear(PackedWeight, nn.Linear):
 
         Raises `ValueError` for another name, another shape, or a tensor this module cannot compute with.
         """
-        self._restore()
-        super().load_packed(name, packed)
+        with _REARRANGING:
+            self._restore()
+            super().load_packed(name, packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._restore()
-        return super()._apply(fn, recurse)
+        with _REARRANGING:
+            self._restore()
+            return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._restore()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _REARRANGING:
+            self._restore()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        with _REARRANGING:
+            self._restore()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._restore()
-        return self.__dict__.copy()
+        with _REARRANGING:
+            self._restore()
+            state = self.__dict__.copy()
+            state["_buffers"] = dict(self._buffers)
+            return state
 
     def extra_repr(self) -> str:
         """nn.Linear's line, then scheme and activations."""
