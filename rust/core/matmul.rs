@@ -19,7 +19,7 @@ use crate::parallel;
 use crate::planes::check_packed;
 use crate::quantize::{Rows, Scales, Source, Target, ZeroPoints, check_groups, readable};
 use crate::scheme::{Mode, Planes, Rounding, Scheme};
-use crate::simd::dot::dispatch_dot;
+use crate::simd::dot::{dispatch_dot, has_blocks};
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 mod activations;
@@ -30,6 +30,7 @@ mod int8;
 mod output;
 mod panel;
 mod repack;
+mod strips;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -156,10 +157,14 @@ fn matmul_on(
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let parts = cut(out, m, n, k, threads);
     let cuts = &Cuts::new(k, weight.scheme.group_len(k));
+    // Whether whole blocks are multiplied, and the rows of x that come in one go.
+    let blocks =
+        activations == Activations::Int8 && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
+    let (max_rows, strip) = if blocks { (strips::max_rows(k), strips::ROWS) } else { (MAX_ROWS, 1) };
+    let parts = cut(out, m, n, k, max_rows, strip, threads);
     match activations {
-        Activations::Int8 => int8(isa, x, m, weight, layout, cuts, bias, parts, threads),
+        Activations::Int8 => int8(isa, x, m, weight, layout, cuts, bias, parts, blocks, threads),
         Activations::Float => {
             let widened;
             let x = match x {
@@ -187,10 +192,15 @@ fn int8(
     cuts: &Cuts,
     bias: Option<&[f32]>,
     parts: Vec<Part<'_>>,
+    blocks: bool,
     threads: usize,
 ) {
     let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts);
-    let x = &Quantized::new(isa, x, m, weight.shape.k, cuts, affine, threads);
+    let mut x = Quantized::new(isa, x, m, weight.shape.k, cuts, affine, threads);
+    if blocks {
+        x.tile(strips::laid(cuts).step(), threads);
+    }
+    let x = &x;
     let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
     parallel::for_each(threads, parts, |Part { rows, columns, out }| {
         let part = int8::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out };
@@ -222,14 +232,22 @@ fn check_integer_form(rounding: &Rounding) -> Result<(), Error> {
 }
 
 /// Cuts the result: columns first, so that each weight is unpacked once; rows where columns are too few.
-fn cut(out: Target<'_>, m: usize, n: usize, k: usize, threads: usize) -> Vec<Part<'_>> {
+fn cut(
+    out: Target<'_>,
+    m: usize,
+    n: usize,
+    k: usize,
+    max_rows: usize,
+    strip: usize,
+    threads: usize,
+) -> Vec<Part<'_>> {
     let threads = threads.clamp(1, (m * n * k.max(1)).div_ceil(MIN_WORK));
     let wanted = if threads == 1 { 1 } else { threads * PARTS_A_THREAD };
     let panels = n.div_ceil(PANEL);
     let column_parts = wanted.min(panels);
     let column_step = panels.div_ceil(column_parts) * PANEL;
     let row_parts = (wanted / n.div_ceil(column_step)).max(1);
-    let row_step = m.div_ceil(row_parts).min(MAX_ROWS);
+    let row_step = m.div_ceil(row_parts).next_multiple_of(strip).min(max_rows);
     output::cut(out, n, row_step, column_step)
 }
 

@@ -14,6 +14,7 @@ use half::{bf16, f16};
 
 use crate::error::Error;
 
+pub(crate) mod amx;
 pub(crate) mod dot;
 mod scalar;
 pub use scalar::Scalar;

@@ -213,7 +213,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         return sys.getrefcount(packed) <= 3 and users <= 2
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         if value is not None or name not in BUFFERS or torch.compiler.is_compiling():
             return value
         with _REARRANGING:  # no forward of another thread may take the bytes away again

@@ -7,18 +7,21 @@ use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 use super::affine::Affine;
 use super::cuts::Cuts;
+use super::panel::Lines;
 
 /// Quantized rows, cut like the weights they meet.
 pub(super) struct Activations {
-    /// Words of four codes: those of whole units a row, zeros in the padding.
-    words: Vec<[u8; 4]>,
+    /// Words of four codes, zeros behind them: whole lines a row.
+    words: Lines<u8, TILE>,
     /// Each segment's sum of codes, as [`Affine::term`] has it.
     terms: Vec<u32>,
     /// Scale of each segment.
     scales: Vec<f32>,
     /// Whether the row holds neither NaN nor ±Inf.
     finite: Vec<bool>,
-    words_a_row: usize,
+    /// The same words as a unit for blocks takes them: `[16 rows][step][row][word]`, if it takes any.
+    tiles: Lines<u8, TILE>,
+    lines_a_row: usize,
     segments: usize,
 }
 
@@ -44,24 +47,28 @@ impl Activations {
         affine: &Affine,
         threads: usize,
     ) -> Self {
-        let (words_a_row, segments) = (row_stride(cuts), cuts.segments.len());
+        // An odd number, so that the rows of a tile, read side by side, do not meet in the cache's sets.
+        let lines_a_row = (4 * cuts.words()).div_ceil(TILE) | 1;
+        let segments = cuts.segments.len();
         let mut all = Self {
-            words: vec![[0; 4]; rows * words_a_row],
+            words: Lines::new(rows * lines_a_row),
             terms: vec![0; rows * segments],
             scales: vec![0.0; rows * segments],
             finite: vec![true; rows],
-            words_a_row,
+            tiles: Lines::new(0),
+            lines_a_row,
             segments,
         };
         let (mut words, mut terms, mut scales) =
-            (&mut all.words[..], &mut all.terms[..], &mut all.scales[..]);
+            (all.words.lines_mut(), &mut all.terms[..], &mut all.scales[..]);
         let step = TASK.div_ceil(k.max(1));
         let tasks = all.finite.chunks_mut(step).enumerate().map(|(i, finite)| QuantizeRows {
             x: x.part(i * step * k, finite.len() * k),
             k,
             cuts,
             affine,
-            words: take_mut(&mut words, finite.len() * words_a_row).as_flattened_mut(),
+            stride: lines_a_row * TILE,
+            words: take_mut(&mut words, finite.len() * lines_a_row).as_flattened_mut(),
             terms: take_mut(&mut terms, finite.len() * segments),
             scales: take_mut(&mut scales, finite.len() * segments),
             finite,
@@ -73,10 +80,46 @@ impl Activations {
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> Row<'_> {
         Row {
-            words: &self.words[row * self.words_a_row..][..self.words_a_row],
+            words: self.words.lines()[row * self.lines_a_row..][..self.lines_a_row]
+                .as_flattened()
+                .as_chunks()
+                .0,
             terms: &self.terms[row * self.segments..][..self.segments],
             scales: &self.scales[row * self.segments..][..self.segments],
         }
+    }
+
+    /// Lays the words out in tiles of 16 rows and steps of `step` words, 8 or 16.
+    pub(super) fn tile(&mut self, step: usize, threads: usize) {
+        let (lines, rows) = (self.lines_a_row, self.finite.len());
+        let mut tiles = Lines::new(rows.next_multiple_of(LANES) * lines);
+        if lines > 0 {
+            let from = self.words.lines()[..rows * lines].chunks(LANES * lines);
+            let tasks = tiles.lines_mut().chunks_mut(LANES * lines).zip(from);
+            parallel::for_each(threads, tasks.collect(), |(to, from): (&mut [[u8; TILE]], &[[u8; TILE]])| {
+                for (r, row) in from.chunks(lines).enumerate() {
+                    match step {
+                        8 => place::<32>(row.as_flattened(), r, to.as_flattened_mut()),
+                        _ => place::<64>(row.as_flattened(), r, to.as_flattened_mut()),
+                    }
+                }
+            });
+        }
+        self.tiles = tiles;
+    }
+
+    /// The tiles from word `word` of row `row` on, which begin one, and the words from 16 rows to the next.
+    #[inline(always)]
+    pub(super) fn tiles_from(&self, row: usize, word: usize) -> (&[[u8; 4]], usize) {
+        let strip = LANES * self.lines_a_row * TILE / 4;
+        (&self.tiles.lines().as_flattened().as_chunks().0[row / LANES * strip + LANES * word..], strip)
+    }
+
+    /// The scale and the term of one segment of a row.
+    #[inline(always)]
+    pub(super) fn factors(&self, row: usize, segment: usize) -> (f32, u32) {
+        let at = row * self.segments + segment;
+        (self.scales[at], self.terms[at])
     }
 
     #[inline(always)]
@@ -85,11 +128,12 @@ impl Activations {
     }
 }
 
-/// Words from one row to the next: an odd number of cache lines, so that the rows of a tile, read side by side,
-/// do not fall on the same lines of the cache.
-fn row_stride(cuts: &Cuts) -> usize {
-    const LINE: usize = 16;
-    cuts.words().div_ceil(LINE) / 2 * 2 * LINE + LINE
+/// Makes a row the row `r` of its tiles, whose rows have `BYTES` bytes.
+fn place<const BYTES: usize>(row: &[u8], r: usize, tiles: &mut [u8]) {
+    let tiles = tiles.as_chunks_mut::<BYTES>().0.chunks_mut(LANES);
+    for (from, tile) in row.as_chunks::<BYTES>().0.iter().zip(tiles) {
+        tile[r] = *from;
+    }
 }
 
 struct QuantizeRows<'a> {
@@ -97,6 +141,8 @@ struct QuantizeRows<'a> {
     k: usize,
     cuts: &'a Cuts,
     affine: &'a Affine,
+    /// Bytes from row to row.
+    stride: usize,
     words: &'a mut [u8],
     terms: &'a mut [u32],
     scales: &'a mut [f32],
@@ -128,8 +174,8 @@ impl Kernel for QuantizeRows<'_> {
 impl QuantizeRows<'_> {
     #[inline(always)]
     fn quantize_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize) {
-        let (stride, segments) = (4 * row_stride(self.cuts), self.cuts.segments.len());
-        let words = &mut self.words[row * stride..][..stride];
+        let segments = self.cuts.segments.len();
+        let words = &mut self.words[row * self.stride..][..self.stride];
         let (terms, scales) = (&mut self.terms[row * segments..], &mut self.scales[row * segments..]);
         // The segments of a long group share its scale, so the scale is found group by group.
         let mut number = 0;

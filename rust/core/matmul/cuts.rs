@@ -80,6 +80,8 @@ pub(super) struct Cuts {
     pub(super) contiguous: bool,
     /// Whether every segment begins at a unit, and so may be padded up to the next.
     pub(super) by_units: bool,
+    /// Whether every segment even begins at a pair of units.
+    pub(super) by_pairs: bool,
     /// Whether every piece is a whole segment.
     pub(super) whole: bool,
 }
@@ -102,6 +104,7 @@ impl Cuts {
         let mut cuts = Self {
             contiguous: segments.iter().all(|segment| segment.begin == 4 * segment.word),
             by_units: segments.iter().all(|segment| segment.word.is_multiple_of(UNIT)),
+            by_pairs: segments.iter().all(|segment| segment.word.is_multiple_of(2 * UNIT)),
             whole: true,
             pieces: Vec::new(),
             blocks: Vec::new(),

@@ -12,7 +12,7 @@ use crate::simd::{Isa, Kernel, LANES};
 use super::Layout;
 use super::cuts::{Block, Cuts, Segment, UNIT};
 use super::output::Columns;
-use super::panel::{AlignedWords, Codes, Lanes, Panel, VECTORS, Word, transpose_rows};
+use super::panel::{AlignedWords, Codes, Laid, Lanes, Panel, VECTORS, Word, transpose_rows};
 use super::tile::ZERO;
 
 /// Columns of a run.
@@ -63,8 +63,8 @@ impl Kernel for Panels<'_> {
                         begin / (4 * UNIT)..columns.end.div_ceil(4 * UNIT)
                     };
                     let block = Block { units, pieces: 0..0 };
-                    let words = &mut words.words_mut()[..block.units.len() * panel.vectors() * UNIT];
-                    codes.expand(isa, self.cuts, k, &block, words);
+                    let words = &mut words.lines_mut()[..block.units.len() * panel.vectors() * UNIT];
+                    codes.expand(isa, self.cuts, k, &block, words, Laid::Units);
                     self.dequantize(isa, panel, &columns, &block, words, &mut floats);
                     self.multiply(isa, panel, columns, &floats, &mut sums);
                 }

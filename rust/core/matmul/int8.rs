@@ -4,7 +4,7 @@
 //! for each panel of 64 rows of W:
 //!   for each block of columns:                      its codes fit a cache
 //!     expand the block's codes
-//!     for each tile of rows of x:                   tile.rs
+//!     for each tile of rows of x:                   tile.rs, or strips.rs where a unit multiplies blocks
 //!   write the 64 columns of the result
 //! ```
 
@@ -17,11 +17,13 @@ use crate::simd::{Isa, LANES};
 use super::Layout;
 use super::activations::Activations;
 use super::affine::Affine;
-use super::cuts::{Block, Cuts, UNIT};
+use super::cuts::{Block, Cuts};
 use super::output::Columns;
 use super::panel::{
-    Ahead, AlignedWords, Codes, Lanes, Panel, PanelPlanes, PanelScales, VECTORS, Word, transpose_rows,
+    Ahead, AlignedWords, Codes, Laid, Lanes, PANEL, Panel, PanelPlanes, PanelScales, VECTORS, Word,
+    transpose_rows,
 };
+use super::strips::{self, Strips};
 use super::tile::{Operands, Stream, Sums, Tile, ZERO};
 
 /// Rows of x up to which codes are expanded in registers, a few rows after the other: measured.
@@ -99,6 +101,18 @@ impl Panels<'_> {
                 return;
             }
         }
+        if let Some(amx) = dot.blocks()
+            && self.rows.len() >= strips::MIN_ROWS
+            && cuts.by_units
+            && vectors == VECTORS
+        {
+            let order = strips::laid(cuts);
+            let to = &mut expanded.lines_mut()[..order.words(block.units.len(), vectors)];
+            codes.expand(dot.isa(), cuts, self.weight.shape.k, block, to, order);
+            let (rows, planes) = (self.rows.clone(), codes.planes());
+            dot.vectorize(Strips { on, amx, order, codes: to, rows, planes, sums, carried });
+            return;
+        }
         let direct = match codes {
             Codes::Panels(planes) => planes.as_words(block),
             _ => None,
@@ -106,8 +120,8 @@ impl Panels<'_> {
         let words = match direct {
             Some(words) => words,
             None => {
-                let to = &mut expanded.words_mut()[..block.units.len() * vectors * UNIT];
-                codes.expand(dot.isa(), cuts, self.weight.shape.k, block, to);
+                let to = &mut expanded.lines_mut()[..Laid::Units.words(block.units.len(), vectors)];
+                codes.expand(dot.isa(), cuts, self.weight.shape.k, block, to, Laid::Units);
                 to
             }
         };
@@ -119,22 +133,24 @@ impl Panels<'_> {
     #[inline(always)]
     fn write<D: Dot>(&mut self, dot: D, sums: &Sums, panel: Panel) {
         let isa = dot.isa();
-        for c in 0..panel.vectors() {
-            let (first, count) = (panel.first + c * LANES, panel.rows_of(c));
-            let mut bias = [0.0; LANES];
-            if let Some(all) = self.bias {
-                bias[..count].copy_from_slice(&all[first..first + count]);
-            }
-            let bias = isa.load(&bias);
-            for row in 0..self.rows.len() {
+        let mut bias = [0.0; PANEL];
+        if let Some(all) = self.bias {
+            bias[..panel.rows].copy_from_slice(&all[panel.first..][..panel.rows]);
+        }
+        let (bias, _) = bias.as_chunks();
+        let first = panel.first - self.outputs.start;
+        // Rows of the result lie far apart: each is visited once.
+        for row in 0..self.rows.len() {
+            let finite = self.x.is_finite(self.rows.start + row);
+            for c in 0..panel.vectors() {
                 let mut sum = isa.from_bits(isa.load_i32(sums.get::<D>(row, c, panel.vectors())));
                 if self.bias.is_some() {
-                    sum = isa.add(sum, bias);
+                    sum = isa.add(sum, isa.load(&bias[c]));
                 }
-                if !self.x.is_finite(self.rows.start + row) {
+                if !finite {
                     sum = isa.splat(f32::NAN);
                 }
-                self.out.write(isa, row, first - self.outputs.start, count, sum);
+                self.out.write(isa, row, first + c * LANES, panel.rows_of(c), sum);
             }
         }
     }
@@ -299,7 +315,7 @@ struct Scratch {
 impl Scratch {
     fn new(cuts: &Cuts, rows: usize) -> Self {
         Self {
-            expanded: AlignedWords::new(cuts.block_units() * VECTORS * UNIT),
+            expanded: AlignedWords::new(Laid::Pairs.words(cuts.block_units(), VECTORS)),
             scales: Vec::new(),
             zeros: Vec::new(),
             by_row: Vec::new(),

@@ -16,6 +16,7 @@ use crate::parallel::Span;
 use crate::planes::{PlaneReader, padded};
 use crate::quantize::Scales;
 use crate::scheme::{MAX_PLANES, Planes, Table};
+use crate::simd::amx::Prefetch;
 use crate::simd::{Isa, LANES, TILE};
 
 use super::Layout;
@@ -58,21 +59,64 @@ impl Panel {
     }
 }
 
-/// Bytes that begin at a cache line, so that no vector of them straddles two.
-pub(super) struct AlignedWords {
-    bytes: Vec<u8>,
+/// Zeros at first, from the beginning of a cache line on, so that no vector of them straddles two.
+pub(super) struct Lines<T, const N: usize> {
+    values: Vec<T>,
     begin: usize,
 }
 
-impl AlignedWords {
-    pub(super) fn new(words: usize) -> Self {
-        let bytes = vec![0; (words + 1) * TILE];
-        let begin = bytes.as_ptr().align_offset(TILE).min(TILE);
-        Self { bytes, begin }
+/// Words of codes.
+pub(super) type AlignedWords = Lines<u8, TILE>;
+
+impl<T: Copy + Default, const N: usize> Lines<T, N> {
+    /// `lines` lines of `N` values.
+    pub(super) fn new(lines: usize) -> Self {
+        let values = vec![T::default(); (lines + 1) * N];
+        let begin = values.as_ptr().align_offset(TILE).min(N);
+        Self { values, begin }
     }
 
-    pub(super) fn words_mut(&mut self) -> &mut [Word] {
-        self.bytes[self.begin..].as_chunks_mut().0
+    pub(super) fn lines(&self) -> &[[T; N]] {
+        self.values[self.begin..].as_chunks().0
+    }
+
+    pub(super) fn lines_mut(&mut self) -> &mut [[T; N]] {
+        self.values[self.begin..].as_chunks_mut().0
+    }
+}
+
+/// How expanded codes lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Laid {
+    /// `[unit][vector][word]`.
+    Units = 1,
+    /// The same of pairs of units: `[pair][vector][word of 16]`. Half of the last pair may be anything.
+    Pairs = 2,
+}
+
+impl Laid {
+    /// Units of a vector that lie together.
+    #[inline(always)]
+    pub(super) fn together(self) -> usize {
+        self as usize
+    }
+
+    /// Words of a vector that lie together.
+    #[inline(always)]
+    pub(super) fn step(self) -> usize {
+        self.together() * UNIT
+    }
+
+    /// Words that `units` units of `vectors` vectors take.
+    pub(super) fn words(self, units: usize, vectors: usize) -> usize {
+        units.next_multiple_of(self.together()) * vectors * UNIT
+    }
+
+    /// The first word of a unit of vector `c`.
+    #[inline(always)]
+    fn at(self, unit: usize, c: usize, vectors: usize) -> usize {
+        let together = self.together();
+        ((unit / together * vectors + c) * together + unit % together) * UNIT
     }
 }
 
@@ -130,22 +174,32 @@ impl Plane<'_> {
         units: Range<usize>,
         vectors: usize,
         to: &mut [Word],
+        order: Laid,
     ) {
         let unit = vectors * self.width as usize;
         let bytes = &self.bytes[units.start * unit..units.end * unit];
         match self.width {
-            8 => expand::<I, 8, FIRST>(isa, bytes, to),
-            4 => expand::<I, 4, FIRST>(isa, bytes, to),
-            2 => expand::<I, 2, FIRST>(isa, bytes, to),
-            _ => expand::<I, 1, FIRST>(isa, bytes, to),
+            8 => expand::<I, 8, FIRST>(isa, bytes, vectors, to, order),
+            4 => expand::<I, 4, FIRST>(isa, bytes, vectors, to, order),
+            2 => expand::<I, 2, FIRST>(isa, bytes, vectors, to, order),
+            _ => expand::<I, 1, FIRST>(isa, bytes, vectors, to, order),
         }
     }
 }
 
 /// Spreads fields of `WIDTH` bits to words: a unit from every `WIDTH` vectors of bytes.
 #[inline(always)]
-fn expand<I: Isa, const WIDTH: usize, const FIRST: bool>(isa: I, bytes: &[Word], to: &mut [Word]) {
-    for (bytes, to) in bytes.as_chunks::<WIDTH>().0.iter().zip(to.as_chunks_mut::<UNIT>().0) {
+fn expand<I: Isa, const WIDTH: usize, const FIRST: bool>(
+    isa: I,
+    bytes: &[Word],
+    vectors: usize,
+    to: &mut [Word],
+    order: Laid,
+) {
+    let (mut unit, mut c) = (0, 0);
+    for bytes in bytes.as_chunks::<WIDTH>().0 {
+        let to = &mut to[order.at(unit, c, vectors)..][..UNIT];
+        (unit, c) = if c + 1 < vectors { (unit, c + 1) } else { (unit + 1, 0) };
         for j in 0..WIDTH {
             isa.prefetch(&bytes[j], AHEAD * TILE);
             let stacked = isa.load_u8(&bytes[j]);
@@ -223,10 +277,10 @@ impl<'a> PanelPlanes<'a> {
 
     /// Expands units `units` into `to`.
     #[inline(always)]
-    pub(super) fn expand<I: Isa>(&self, isa: I, units: Range<usize>, to: &mut [Word]) {
-        self.planes[0].expand::<I, true>(isa, units.clone(), self.vectors, to);
+    pub(super) fn expand<I: Isa>(&self, isa: I, units: Range<usize>, to: &mut [Word], order: Laid) {
+        self.planes[0].expand::<I, true>(isa, units.clone(), self.vectors, to, order);
         for plane in &self.planes[1..self.count] {
-            plane.expand::<I, false>(isa, units.clone(), self.vectors, to);
+            plane.expand::<I, false>(isa, units.clone(), self.vectors, to, order);
         }
         if let Some(table) = self.table {
             for word in to {
@@ -308,9 +362,25 @@ pub(super) struct Ahead<'a> {
     /// Lines a step.
     step: [usize; MAX_PLANES],
     count: usize,
+    /// The plane whose turn it is, where they take turns.
+    turn: usize,
 }
 
 impl Ahead<'_> {
+    /// The share of `steps` steps for someone else to ask for; the planes take turns.
+    #[inline(always)]
+    pub(super) fn take(&mut self, steps: usize) -> Prefetch {
+        let i = self.turn;
+        if i >= self.count {
+            return Prefetch { from: std::ptr::null(), lines: 0 };
+        }
+        let lines = self.step[i] * self.count;
+        let from = self.from[i].as_ptr().cast::<u8>().wrapping_add(self.next[i] * TILE);
+        self.next[i] += lines * steps;
+        self.turn = (i + 1) % self.count;
+        Prefetch { from, lines }
+    }
+
     /// One step's share.
     #[inline(always)]
     pub(super) fn fetch<I: Isa>(&mut self, isa: I) {
@@ -369,10 +439,18 @@ impl<'a> Codes<'a> {
 
     /// Expands the next block into `to`.
     #[inline(always)]
-    pub(super) fn expand<I: Isa>(&mut self, isa: I, cuts: &Cuts, k: usize, block: &Block, to: &mut [Word]) {
+    pub(super) fn expand<I: Isa>(
+        &mut self,
+        isa: I,
+        cuts: &Cuts,
+        k: usize,
+        block: &Block,
+        to: &mut [Word],
+        order: Laid,
+    ) {
         let units = block.units.clone();
         match self {
-            Self::Panels(planes) => planes.expand(isa, units, to),
+            Self::Panels(planes) => planes.expand(isa, units, to, order),
             Self::Canonical { readers, table } => {
                 let vectors = readers.len().div_ceil(LANES);
                 for (i, first) in units.step_by(2).enumerate() {
@@ -383,7 +461,7 @@ impl<'a> Codes<'a> {
                             let codes = read_levels(isa, *table, reader, len);
                             *lane = isa.from_bits(isa.words(codes));
                         }
-                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c);
+                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c, order);
                     }
                 }
             }
@@ -397,7 +475,7 @@ impl<'a> Codes<'a> {
                             let codes = load_padded(isa, &row[first * 4 * UNIT..]);
                             *lane = isa.from_bits(isa.words(codes));
                         }
-                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c);
+                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c, order);
                     }
                 }
             }
@@ -480,11 +558,21 @@ pub(super) fn transpose<I: Isa>(isa: I, rows: &[I::F32; LANES]) -> [I::F32; LANE
 
 /// Stores the transpose of 16 rows of 16 words as two units of vector `c`, or as one if `to` ends there.
 #[inline(always)]
-fn store_units<I: Isa>(isa: I, rows: &[I::F32; LANES], to: &mut [Word], vectors: usize, c: usize) {
+fn store_units<I: Isa>(
+    isa: I,
+    rows: &[I::F32; LANES],
+    to: &mut [Word],
+    vectors: usize,
+    c: usize,
+    order: Laid,
+) {
     let words = transpose(isa, rows);
-    for (unit, words) in to.chunks_exact_mut(vectors * UNIT).zip(words.as_chunks::<UNIT>().0) {
-        for j in 0..UNIT {
-            isa.store_u8(&mut unit[c * UNIT + j], isa.bytes(isa.to_bits(words[j])));
+    for (unit, words) in words.as_chunks::<UNIT>().0.iter().enumerate() {
+        let at = order.at(unit, c, vectors);
+        if let Some(to) = to.get_mut(at..at + UNIT) {
+            for j in 0..UNIT {
+                isa.store_u8(&mut to[j], isa.bytes(isa.to_bits(words[j])));
+            }
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::simd::{Isa, Kernel, LANES, TILE, dispatch};
 
 use super::Layout;
 use super::cuts::{Cuts, UNIT};
-use super::panel::{AlignedWords, Codes, PANEL, Panel, VECTORS, Word, transpose};
+use super::panel::{AlignedWords, Codes, Laid, PANEL, Panel, VECTORS, Word, transpose};
 
 /// Bytes of the compute layout of `planes`.
 pub fn panels_nbytes(shape: Shape, scheme: &Scheme, planes: &Planes) -> usize {
@@ -224,8 +224,8 @@ impl Kernel for ToPanel<'_> {
         let mut scratch = AlignedWords::new(cuts.block_units() * VECTORS * UNIT);
         let mut codes = Codes::open(isa, packed, planes, shape, None, Layout::Canonical, cuts, panel);
         for block in &cuts.blocks {
-            let words = &mut scratch.words_mut()[..block.units.len() * panel.vectors() * UNIT];
-            codes.expand(isa, cuts, shape.k, block, words);
+            let words = &mut scratch.lines_mut()[..block.units.len() * panel.vectors() * UNIT];
+            codes.expand(isa, cuts, shape.k, block, words, Laid::Units);
             let mut shift = planes.bits();
             for (part, width) in parts.iter_mut().zip(planes.widths()) {
                 shift -= width;
@@ -282,8 +282,8 @@ impl Kernel for FromPanel<'_> {
         let stride = cuts.words() * 4;
         let mut rows = vec![0; PANEL * stride];
         for block in &cuts.blocks {
-            let words = &mut scratch.words_mut()[..block.units.len() * vectors * UNIT];
-            codes.expand(isa, cuts, shape.k, block, words);
+            let words = &mut scratch.lines_mut()[..block.units.len() * vectors * UNIT];
+            codes.expand(isa, cuts, shape.k, block, words, Laid::Units);
             for (i, units) in words.chunks(2 * vectors * UNIT).enumerate() {
                 let first = (block.units.start + 2 * i) * 4 * UNIT;
                 for c in 0..vectors {

@@ -10,7 +10,7 @@ use crate::scheme::{ScaleDtype, ScaleRule};
 fn small_work_is_one_part_whatever_the_threads() {
     for (m, n, k) in [(1, 64, 64), (1, 512, 512), (4, 256, 256)] {
         let mut out = vec![0.0; m * n];
-        assert_eq!(cut(Target::F32(&mut out), m, n, k, 16).len(), 1, "{m} {n} {k}");
+        assert_eq!(cut(Target::F32(&mut out), m, n, k, MAX_ROWS, 1, 16).len(), 1, "{m} {n} {k}");
     }
 }
 
@@ -349,6 +349,24 @@ fn int8_of_several_blocks_and_threads_equals_the_plain_loop() {
             let matrix = Matrix::new(&mut random, Shape { rows: 150, k }, scheme, &widths, bits);
             let x = values(&mut random, m * k);
             matrix.check(&x, m, None, Activations::Int8);
+        }
+    }
+}
+
+#[test]
+fn int8_of_many_rows_equals_the_plain_loop() {
+    let mut random = Random(11);
+    let readings = readings();
+    // Whole and broken strips and panels; segments that share, fill, straddle and pad the steps of a matrix unit.
+    for m in [15, 16, 17, 31, 32, 33, 48, 65] {
+        for (k, group) in [(64, 32), (200, 96), (330, 64), (1100, 0), (1300, 640), (700, 128), (90, 24)] {
+            let (bits, symmetric, nested, table, widths, read) = &readings[random.below(readings.len())];
+            let scheme = scheme(*bits, group, *symmetric, *nested, table);
+            let shape = Shape { rows: random.pick(&[64, 80, 128]), k };
+            let matrix = Matrix::new(&mut random, shape, scheme, widths, *read);
+            let (mut x, bias) = (values(&mut random, m * k), values(&mut random, shape.rows));
+            x[random.below(m * k)] = random.pick(&[1.0, f32::NAN]);
+            matrix.check(&x, m, Some(&bias), Activations::Int8);
         }
     }
 }

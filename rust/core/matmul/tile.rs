@@ -14,7 +14,7 @@ use crate::simd::{Isa, LANES};
 use super::activations::{Activations, Row};
 use super::affine::{Affine, Form};
 use super::cuts::{Block, Cuts, Piece, UNIT};
-use super::panel::{Ahead, Lanes, PanelPlanes, PanelScales, VECTORS, Word};
+use super::panel::{Ahead, Lanes, Lines, PanelPlanes, PanelScales, VECTORS, Word};
 
 /// What the kernels share: one panel, one block of columns, the rows of x from `row` on.
 #[derive(Clone, Copy)]
@@ -32,7 +32,7 @@ pub(super) struct Operands<'a> {
 
 impl Operands<'_> {
     #[inline(always)]
-    fn pieces(&self) -> &[Piece] {
+    pub(super) fn pieces(&self) -> &[Piece] {
         &self.cuts.pieces[self.block.pieces.clone()]
     }
 
@@ -100,6 +100,27 @@ impl Operands<'_> {
         piece: &Piece,
         first: usize,
     ) {
+        let (scales, zeros) = self.factors::<I, C>(isa, piece, first);
+        let (mut scales_x, mut terms) = ([0.0; R], [0; R]);
+        for r in 0..R {
+            (scales_x[r], terms[r]) = (x[r].scales[piece.segment], x[r].terms[piece.segment]);
+        }
+        for r in 0..R {
+            for c in 0..C {
+                let bracket = self.affine.bracket::<I, FORM>(isa, dots[r][c], zeros[c], terms[r]);
+                add_bracket(isa, &mut sums[r][c], scales[c], scales_x[r], bracket);
+            }
+        }
+    }
+
+    /// The scales and zero points of a piece and the `C` vectors from `first` on.
+    #[inline(always)]
+    fn factors<I: Isa, const C: usize>(
+        &self,
+        isa: I,
+        piece: &Piece,
+        first: usize,
+    ) -> ([I::F32; C], [&Lanes; C]) {
         let at = piece.group * self.vectors + first;
         let mut zeros = [&self.zeros[0]; C];
         if self.affine.stored {
@@ -113,16 +134,49 @@ impl Operands<'_> {
                 scales[c] = isa.mul(scales[c], isa.splat(self.affine.scale));
             }
         }
-        let (mut scales_x, mut terms) = ([0.0; R], [0; R]);
-        for r in 0..R {
-            (scales_x[r], terms[r]) = (x[r].scales[piece.segment], x[r].terms[piece.segment]);
+        (scales, zeros)
+    }
+
+    /// Adds a segment's brackets to the sums of the rows from `row` on, a whole panel wide, from products that
+    /// began at 0 and lie in memory.
+    #[inline(always)]
+    pub(super) fn add_strip<I: Isa>(
+        &self,
+        isa: I,
+        sums: &mut [[Lanes; VECTORS]],
+        products: &[[Lanes; VECTORS]],
+        row: usize,
+        piece: &Piece,
+    ) {
+        match self.affine.form {
+            Form::Start => self.add_strip_form::<I, { Form::Start as u8 }>(isa, sums, products, row, piece),
+            Form::Float => self.add_strip_form::<I, { Form::Float as u8 }>(isa, sums, products, row, piece),
+            Form::Integer => {
+                self.add_strip_form::<I, { Form::Integer as u8 }>(isa, sums, products, row, piece)
+            }
         }
-        for r in 0..R {
-            for c in 0..C {
-                let bracket = self.affine.bracket::<I, FORM>(isa, dots[r][c], zeros[c], terms[r]);
-                let scale = isa.mul(scales[c], isa.splat(scales_x[r]));
-                let sum = isa.mul_add(scale, bracket, isa.from_bits(isa.load_i32(&sums[r][c])));
-                isa.store_i32(&mut sums[r][c], isa.to_bits(sum));
+    }
+
+    /// [`Operands::add_strip`] for brackets of one form.
+    #[inline(always)]
+    fn add_strip_form<I: Isa, const FORM: u8>(
+        &self,
+        isa: I,
+        sums: &mut [[Lanes; VECTORS]],
+        products: &[[Lanes; VECTORS]],
+        row: usize,
+        piece: &Piece,
+    ) {
+        let (scales, zeros) = self.factors::<I, VECTORS>(isa, piece, 0);
+        for (r, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
+            let (scale_x, term) = self.x.factors(row + r, piece.segment);
+            for c in 0..VECTORS {
+                let mut dots = isa.load_i32(&products[c]);
+                if FORM == Form::Start as u8 {
+                    dots = isa.add_i32(dots, isa.splat_i32(term.cast_signed()));
+                }
+                let bracket = self.affine.bracket::<I, FORM>(isa, dots, zeros[c], term);
+                add_bracket(isa, &mut sums[c], scales[c], scale_x, bracket);
             }
         }
     }
@@ -152,33 +206,51 @@ impl Operands<'_> {
     }
 }
 
+/// sum = fma(s_r · s_x, bracket, sum)
+#[inline(always)]
+fn add_bracket<I: Isa>(isa: I, sum: &mut Lanes, scale: I::F32, scale_x: f32, bracket: I::F32) {
+    let scale = isa.mul(scale, isa.splat(scale_x));
+    let added = isa.mul_add(scale, bracket, isa.from_bits(isa.load_i32(sum)));
+    isa.store_i32(sum, isa.to_bits(added));
+}
+
 /// Results on their way, by tiles: `[row][vector]` where tiles take whole panels, else `[vector][row]`.
 pub(super) struct Sums {
-    lanes: Vec<Lanes>,
+    lanes: Lines<u32, LANES>,
     rows: usize,
 }
 
 impl Sums {
     pub(super) fn new(rows: usize) -> Self {
-        Self { lanes: vec![[0; LANES]; rows * VECTORS], rows }
+        Self { lanes: Lines::new(rows * VECTORS), rows }
     }
 
     pub(super) fn clear(&mut self) {
-        self.lanes.fill([0; LANES]);
+        self.lanes.lines_mut().fill(ZERO);
     }
 
     /// Those of `R` rows from `row` on and the vectors `first` to `first + C`.
     #[inline(always)]
     fn tile<const R: usize, const C: usize>(&mut self, row: usize, first: usize) -> &mut [[Lanes; C]; R] {
         let from = if C == VECTORS { row * C } else { first * self.rows + row };
-        self.lanes[from..].as_chunks_mut().0.first_chunk_mut().expect("a sum for each row and vector")
+        self.lanes.lines_mut()[from..]
+            .as_chunks_mut()
+            .0
+            .first_chunk_mut()
+            .expect("a sum for each row and vector")
+    }
+
+    /// Those of `rows` rows from `row` on, where tiles take whole panels.
+    #[inline(always)]
+    pub(super) fn panel(&mut self, row: usize, rows: usize) -> &mut [[Lanes; VECTORS]] {
+        &mut self.lanes.lines_mut().as_chunks_mut().0[row..row + rows]
     }
 
     /// That of one row and one vector, in a panel of `vectors`.
     #[inline(always)]
     pub(super) fn get<D: Dot>(&self, row: usize, c: usize, vectors: usize) -> &Lanes {
         let wide = D::TILE_VECTORS == VECTORS && vectors == VECTORS;
-        &self.lanes[if wide { row * VECTORS + c } else { c * self.rows + row }]
+        &self.lanes.lines()[if wide { row * VECTORS + c } else { c * self.rows + row }]
     }
 }
 

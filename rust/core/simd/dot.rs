@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "a token proves that the CPU has the instructions")]
 
+use super::amx::Amx;
 use super::{Isa, Kernel, Scalar, Token};
 
 /// An instruction set and its dot product of bytes.
@@ -19,6 +20,12 @@ pub(crate) trait Dot: Copy + Send + Sync {
 
     /// The token of the instruction set.
     fn isa(self) -> Self::Isa;
+
+    /// The unit that multiplies whole blocks of the same bytes, if the CPU has one.
+    #[inline(always)]
+    fn blocks(self) -> Option<Amx> {
+        None
+    }
 
     /// Lane `i` of `acc` plus the products of codes 4·i … 4·i + 3 (unsigned) with the four bytes of `word`
     /// (signed, none −128).
@@ -82,6 +89,22 @@ pub(crate) fn dispatch_dot<K: DotKernel>(token: Token, max_code: u8, kernel: K) 
     }
 }
 
+/// Whether the dot product of `token` comes with a unit for whole blocks.
+pub(crate) fn has_blocks(token: Token) -> bool {
+    struct Asked;
+
+    impl DotKernel for Asked {
+        type Output = bool;
+
+        #[inline(always)]
+        fn run<D: Dot>(self, dot: D) -> bool {
+            dot.blocks().is_some()
+        }
+    }
+
+    dispatch_dot(token, u8::MAX, Asked)
+}
+
 impl Dot for Scalar {
     type Isa = Self;
 
@@ -108,6 +131,7 @@ impl Dot for Scalar {
 mod x86 {
     use std::arch::x86_64::*;
 
+    use super::super::amx::Amx;
     use super::super::{Avx2, Avx512};
     use super::{Dot, DotKernel};
 
@@ -192,14 +216,17 @@ mod x86 {
         _mm512_add_epi32(acc, _mm512_add_epi32(even, odd))
     }
 
-    /// AVX-512 with VNNI.
+    /// AVX-512 with VNNI, and with AMX where there is that too.
     #[derive(Clone, Copy)]
-    pub(super) struct Vnni(Avx512);
+    pub(super) struct Vnni {
+        isa: Avx512,
+        amx: Option<Amx>,
+    }
 
     impl Vnni {
         /// The token, if the CPU has VNNI besides.
         pub(super) fn detect(isa: Avx512) -> Option<Self> {
-            is_x86_feature_detected!("avx512vnni").then_some(Self(isa))
+            is_x86_feature_detected!("avx512vnni").then(|| Self { isa, amx: Amx::detect() })
         }
     }
 
@@ -208,7 +235,12 @@ mod x86 {
 
         #[inline(always)]
         fn isa(self) -> Avx512 {
-            self.0
+            self.isa
+        }
+
+        #[inline(always)]
+        fn blocks(self) -> Option<Amx> {
+            self.amx
         }
 
         #[inline(always)]
