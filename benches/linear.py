@@ -3,9 +3,9 @@
     python benches/linear.py [--quick] [--threads 1 2] [--only TEXT ...] [--results FILE]
 
 Weights rotate through a pool that no cache holds, so every call streams its weight from memory, as a model
-does; m = 1 is also timed hot, on one layer. All take turns, round by round. With several threads a turn
-starts with calls that are not counted, until the workers of the turn before no longer spin. The peers are
-optional (`peers/*_linear.py`): who is missing, fails or errs is named in the record with the reason.
+does; m = 1 is also timed hot, on one layer. All take turns, round by round; with several threads a turn waits
+until the workers of the one before no longer spin, then wakes its own by calls that are not counted. Peers
+are optional (`peers/*_linear.py`): who is missing, fails or errs is in the record with the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peers.layer import Call, Contender, Layer
 RESULTS = Path(__file__).parent / "results" / "linear.json"
 PACKAGES = ("onnx", "onnxruntime", "openvino", "bitsandbytes")  # of the peers; torch is the machine's
 POOL = 256 << 20  # bytes of weights that every contender rotates through, at least
-SETTLE = 0.015  # seconds of uncounted calls at the start of a turn of several threads
+WAKE = 0.01  # seconds of uncounted calls at the start of a turn of several threads
 NO_PEAK = "no peak of the multipliers: nothing here measures it, and the best of the products is not it"
 
 
@@ -201,7 +201,7 @@ def rotation(pool: list[Layer], x: Tensor, effort: Effort) -> Iterator[Call]:
     first = pool[0].bind(x)
     start = time.perf_counter()
     first()
-    enough = 2 + int(2 * (SETTLE + effort.turn) / (time.perf_counter() - start))
+    enough = 2 + int(2 * (WAKE + effort.turn) / (time.perf_counter() - start))
     others = [layer.bind(x) for layer in pool[1:enough]]
     for call in others:
         call()
@@ -210,9 +210,11 @@ def rotation(pool: list[Layer], x: Tensor, effort: Effort) -> Iterator[Call]:
 
 def turn(calls: Iterator[Call], seconds: float) -> float:
     """The median time of the calls of one turn."""
-    settled = time.perf_counter() + (SETTLE if torch.get_num_threads() > 1 else 0)
-    while time.perf_counter() < settled:
-        next(calls)()
+    if torch.get_num_threads() > 1:
+        hush()
+        awake = time.perf_counter() + WAKE
+        while time.perf_counter() < awake:
+            next(calls)()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -221,6 +223,16 @@ def turn(calls: Iterator[Call], seconds: float) -> float:
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def hush() -> None:
+    """Waits until no worker of the turn before spins: OpenMP's do for 10 ms, ONNX Runtime's for 40."""
+    last = time.perf_counter() + 2
+    while time.perf_counter() < last:
+        before = time.process_time()
+        time.sleep(0.005)
+        if time.process_time() - before < 0.0005:
+            return
 
 
 def read_bandwidth() -> float:
