@@ -769,7 +769,7 @@ def test_whoever_watches_operators_sees_the_call(arranged):
         with mode:
             assert torch.equal(arranged(x), expected)
         assert any("turboquant_rs.matmul" in name for name in mode.seen)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         arranged(x)
     assert any(event.key == "turboquant_rs::matmul" for event in profile.key_averages())
     graph = make_fx(arranged)(x)

@@ -249,11 +249,11 @@ def test_panels_are_those_of_the_specification_and_go_back(
                     assert_identical(got, expected, (scheme, n, k, backend.name))
 
 
-def test_an_empty_matrix_has_empty_panels(compiled: Backend) -> None:
+def test_an_empty_matrix_has_empty_panels(backend: Backend) -> None:
     scheme = Scheme(bits=4)
     for n, k in ((0, 64), (3, 0)):
-        stored = compiled.pack(torch.empty(n, k), scheme)
-        back = compiled.from_panels(compiled.to_panels(stored, scheme, k), scheme, n, k)
+        stored = backend.pack(torch.empty(n, k), scheme)
+        back = backend.from_panels(backend.to_panels(stored, scheme, k), scheme, n, k)
         for got, expected in zip(back, stored, strict=True):
             assert_identical(got, expected)
 

@@ -608,7 +608,7 @@ def _padded_columns(codes: Tensor, group_size: int) -> Tensor:
     n, k = codes.shape
     size = _group_length(k, group_size)
     words = _split(codes, size)
-    words = F.pad(words, (0, -size % 4)).reshape(n, -1)
+    words = F.pad(words, (0, -size % 4)).flatten(1)
     columns = -(-(k % size) // 4) * 4 - (size + -size % 4) if k % size else 0
     words = words[:, : words.shape[1] + columns]
     return F.pad(words, (0, -words.shape[1] % PANEL_COLUMNS, 0, -n % PANEL_ROWS))
@@ -623,7 +623,7 @@ def _panels(rows: int) -> list[slice]:
 def _panel_order(values: Tensor, n: int) -> Tensor:
     """Scales or zero points `(n, groups)` in the order of panels: panel, group, row."""
     rows = F.pad(values, (0, 0, 0, -n % PANEL_ROWS))
-    vectors = rows.view(-1, PANEL_ROWS, values.shape[1])
+    vectors = rows.unflatten(0, (rows.shape[0] // PANEL_ROWS, PANEL_ROWS))
     parts = [vectors[panel].permute(2, 0, 1).reshape(-1) for panel in _panels(n)]
     return torch.cat(parts).view_as(rows) if parts else rows
 
@@ -631,12 +631,12 @@ def _panel_order(values: Tensor, n: int) -> Tensor:
 def _row_order(values: Tensor, n: int) -> Tensor:
     """The inverse of `_panel_order`."""
     groups = values.shape[1]
-    rows = torch.empty_like(values).view(-1, PANEL_ROWS, groups)
+    rows = torch.empty_like(values).unflatten(0, (values.shape[0] // PANEL_ROWS, PANEL_ROWS))
     for panel in _panels(n):
         vectors = panel.stop - panel.start
         part = values[panel.start * PANEL_ROWS : panel.stop * PANEL_ROWS]
         rows[panel] = part.reshape(groups, vectors, PANEL_ROWS).permute(1, 2, 0)
-    return rows.view(-1, groups)[:n]
+    return rows.flatten(0, 1)[:n]
 
 
 def to_panels(
@@ -649,7 +649,8 @@ def to_panels(
     """
     n = scales.shape[0]
     codes = _padded_columns(unpack_codes(packed, planes, sum(planes), n, k), scheme.group_size)
-    words = codes.view(-1, PANEL_ROWS, codes.shape[1] // PANEL_COLUMNS, 8, 4)
+    shape = (codes.shape[0] // PANEL_ROWS, PANEL_ROWS, codes.shape[1] // PANEL_COLUMNS, 8, 4)
+    words = codes.view(shape)
     parts, shift = [], sum(planes)
     for width in planes:
         shift -= width
@@ -685,7 +686,7 @@ def from_panels(
             places = _shifts(width, panels.device)[:, None, None]
             fields = (stacks.view(shape) >> places) & (2**width - 1)
             codes[panel] = codes[panel] << width | fields.flatten(2, 3).permute(1, 3, 0, 2, 4)
-    rows = codes.view(-1, columns)[:n]
+    rows = codes.flatten(0, 1).flatten(1)[:n]
     if size % 4 and k > size:
         padded = size + -size % 4
         groups = [rows[:, at * padded :][:, : min(size, k - at * size)] for at in range(-(-k // size))]
