@@ -623,7 +623,7 @@ def _panels(rows: int) -> list[slice]:
 def _panel_order(values: Tensor, n: int) -> Tensor:
     """Scales or zero points `(n, groups)` in the order of panels: panel, group, row."""
     rows = F.pad(values, (0, 0, 0, -n % PANEL_ROWS))
-    vectors = rows.unflatten(0, (rows.shape[0] // PANEL_ROWS, PANEL_ROWS))
+    vectors = rows.view(rows.shape[0] // PANEL_ROWS, PANEL_ROWS, values.shape[1])
     parts = [vectors[panel].permute(2, 0, 1).reshape(-1) for panel in _panels(n)]
     return torch.cat(parts).view_as(rows) if parts else rows
 
@@ -631,7 +631,7 @@ def _panel_order(values: Tensor, n: int) -> Tensor:
 def _row_order(values: Tensor, n: int) -> Tensor:
     """The inverse of `_panel_order`."""
     groups = values.shape[1]
-    rows = torch.empty_like(values).unflatten(0, (values.shape[0] // PANEL_ROWS, PANEL_ROWS))
+    rows = values.new_empty(values.shape[0] // PANEL_ROWS, PANEL_ROWS, groups)
     for panel in _panels(n):
         vectors = panel.stop - panel.start
         part = values[panel.start * PANEL_ROWS : panel.stop * PANEL_ROWS]
