@@ -480,9 +480,12 @@ def test_compiles_without_a_graph_break(backend, activations):
     torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_compiles_where_a_model_reads_the_dtype_of_its_weight():
+@pytest.mark.parametrize("arrange", [False, True])
+def test_compiles_where_a_model_reads_the_dtype_of_its_weight(arrange):
     torch._dynamo.reset()
     layer = quant_layer()
+    if arrange:
+        layer.arrange()
     compiled = torch.compile(lambda x: layer(x.to(layer.weight.dtype)), fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 70)
     torch.testing.assert_close(compiled(x.half()), layer(x.half().float()))

@@ -26,7 +26,6 @@ __all__ = [
     "from_panels",
     "pack",
     "pack_codes",
-    "panels_nbytes",
     "philox",
     "read_bandwidth",
     "to_panels",
@@ -108,7 +107,6 @@ class Product:
         /,
     ) -> None: ...
 
-def panels_nbytes(rows: int, k: int, scheme: _Scheme, planes: Sequence[int]) -> int: ...
 def to_panels(
     packed: _Bytes,
     scales: _Scales,

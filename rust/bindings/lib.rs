@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use crate::bandwidth::{copy_bandwidth, read_bandwidth};
     #[pymodule_export]
-    use crate::matmul::{Product, from_panels, panels_nbytes, to_panels};
+    use crate::matmul::{Product, from_panels, to_panels};
     #[pymodule_export]
     use crate::philox::philox;
     #[pymodule_export]

@@ -76,13 +76,6 @@ impl Product {
     }
 }
 
-/// Bytes of a packed matrix in the compute layout.
-#[pyfunction]
-pub(crate) fn panels_nbytes(rows: i64, k: i64, scheme: SchemeArgs, planes: Vec<i64>) -> PyResult<usize> {
-    let (scheme, shape) = (&scheme.check()?, convert::shape(rows, k)?);
-    Ok(core::panels_nbytes(shape, scheme, &convert::planes(&planes)?))
-}
-
 /// Rearranges a packed matrix into the compute layout.
 #[pyfunction]
 pub(crate) fn to_panels(

@@ -31,6 +31,7 @@ mod output;
 mod panel;
 mod repack;
 mod strips;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod tile;

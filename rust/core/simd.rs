@@ -35,6 +35,8 @@ pub use neon::Neon;
 
 /// Lanes of a vector of f32 or i32.
 pub const LANES: usize = 16;
+/// Vectors of lanes side by side in the widest tiles of products.
+pub const VECTORS: usize = 4;
 /// Bytes of a vector of codes: four vectors of lanes.
 pub const TILE: usize = 4 * LANES;
 
@@ -60,7 +62,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const TWO_TILES: bool = false;
     /// Rows of a tile of products whose sums fit the registers, [`Isa::TILE_VECTORS`] vectors wide.
     const TILE_ROWS: usize;
-    /// Vectors of such a tile: 1 or 4.
+    /// Vectors of such a tile: 1 or [`VECTORS`].
     const TILE_VECTORS: usize;
 
     /// Runs `kernel` with this instruction set enabled, so that everything in it inlines.
@@ -181,9 +183,22 @@ pub trait Isa: Copy + Send + Sync + 'static {
         true
     }
     /// Lane `i` becomes the sum of lanes 0 to `i`.
-    fn prefix_sum(self, a: Self::I32) -> Self::I32;
+    #[inline(always)]
+    fn prefix_sum(self, a: Self::I32) -> Self::I32 {
+        let mut lanes = [0; 16];
+        self.store_i32(&mut lanes, a);
+        for i in 1..16 {
+            lanes[i] = lanes[i].wrapping_add(lanes[i - 1]);
+        }
+        self.load_i32(&lanes)
+    }
     /// Lane 15 in every lane.
-    fn splat_last(self, a: Self::I32) -> Self::I32;
+    #[inline(always)]
+    fn splat_last(self, a: Self::I32) -> Self::I32 {
+        let mut lanes = [0; 16];
+        self.store_i32(&mut lanes, a);
+        self.splat_i32(lanes[15].cast_signed())
+    }
     /// By how much each of the 64 lanes of `v`, in order, raises the high byte of a running sum that begins at
     /// `start` < 2^24; modulo 256.
     #[inline(always)]

@@ -220,6 +220,12 @@ class QuantLinear(PackedWeight, nn.Linear):
             self._restore()
             return super().__getattr__(name)
 
+    def _packed_at(self, bits: int) -> PackedTensor:
+        panels = self._panels
+        if panels is not None and torch.compiler.is_compiling():  # a compiled graph moves no buffers
+            return panels.to_packed(self.weight_dtype, bits)
+        return super()._packed_at(bits)
+
     def _weight_source(self) -> tuple[torch.device, Callable[[], PackedTensor]]:
         panels, dtype, bits = self._panels, self.weight_dtype, self.read_bits
         if panels is None:

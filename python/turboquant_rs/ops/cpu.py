@@ -159,40 +159,22 @@ def matmul_out(
     )
 
 
+def _rearrange(kernel: Any, stored: Sequence[Tensor], n: int, args: Sequence[Any]) -> None:
+    """`kernel` (to_panels or from_panels) for a matrix of n rows; args: SCHEME, planes, k, outputs."""
+    planes, k, *outputs = args[7:]
+    inputs, written = map(_array, stored), map(_written, outputs)
+    kernel(*inputs, n, k, _scheme(args), planes, *written, torch.get_num_threads())
+
+
 def to_panels_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
     """Rearrange a packed matrix `(n, k)` into panels."""
-    planes, k, panels, panel_scales, panel_zero_points = args[7:]
-    _core.to_panels(
-        _array(packed),
-        _array(scales),
-        _array(zero_points),
-        scales.shape[0],
-        k,
-        _scheme(args),
-        planes,
-        _written(panels),
-        _written(panel_scales),
-        _written(panel_zero_points),
-        torch.get_num_threads(),
-    )
+    _rearrange(_core.to_panels, (packed, scales, zero_points), scales.shape[0], args)
 
 
 def from_panels_out(panels: Tensor, panel_scales: Tensor, panel_zero_points: Tensor, *args: Any) -> None:
     """Bring panels back to a packed matrix `(n, k)`."""
-    planes, k, packed, scales, zero_points = args[7:]
-    _core.from_panels(
-        _array(panels),
-        _array(panel_scales),
-        _array(panel_zero_points),
-        scales.shape[0],
-        k,
-        _scheme(args),
-        planes,
-        _written(packed),
-        _written(scales),
-        _written(zero_points),
-        torch.get_num_threads(),
-    )
+    _packed, scales, _zero_points = args[9:]
+    _rearrange(_core.from_panels, (panels, panel_scales, panel_zero_points), scales.shape[0], args)
 
 
 # A call without the dispatcher -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from turboquant_rs.ops.schema import (
     RoundingArgs,
     SchemeArgs,
     packed_nbytes,
+    panel_columns,
     register,
     rows_and_k,
     split_args,
@@ -609,9 +610,8 @@ def _padded_columns(codes: Tensor, group_size: int) -> Tensor:
     size = _group_length(k, group_size)
     words = _split(codes, size)
     words = F.pad(words, (0, -size % 4)).flatten(1)
-    columns = -(-(k % size) // 4) * 4 - (size + -size % 4) if k % size else 0
-    words = words[:, : words.shape[1] + columns]
-    return F.pad(words, (0, -words.shape[1] % PANEL_COLUMNS, 0, -n % PANEL_ROWS))
+    # The last group, filled up by `_split`, may be longer than what it is padded to.
+    return F.pad(words, (0, panel_columns(k, group_size) - words.shape[1], 0, -n % PANEL_ROWS))
 
 
 def _panels(rows: int) -> list[slice]:
@@ -675,7 +675,7 @@ def from_panels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `to_panels`."""
     size = _group_length(k, scheme.group_size)
-    columns = _padded_columns(torch.zeros(1, k), scheme.group_size).shape[1]
+    columns = panel_columns(k, scheme.group_size)
     units, vectors = columns // PANEL_COLUMNS, panel_scales.shape[0] // PANEL_ROWS
     codes = panels.new_zeros(vectors, PANEL_ROWS, units, 8, 4)
     rest = panels

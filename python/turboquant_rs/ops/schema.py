@@ -111,12 +111,17 @@ PANEL_ROWS, PANEL_COLUMNS = 16, 32
 """What the rows and columns of panels are padded to multiples of."""
 
 
-def panels_nbytes(rows: int, k: int, group_size: int, planes: Sequence[int]) -> int:
-    """Bytes of a packed matrix in panels: groups padded to four columns, then rows and columns."""
+def panel_columns(k: int, group_size: int) -> int:
+    """Columns of k in panels: groups padded to four, then all of them to whole panels."""
     size = group_size or max(k, 1)
     columns = k // size * (-(-size // 4) * 4) + -(-(k % size) // 4) * 4
-    rows, columns = -(-rows // PANEL_ROWS) * PANEL_ROWS, -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS
-    return rows * columns // 8 * sum(planes)
+    return -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS
+
+
+def panels_nbytes(rows: int, k: int, group_size: int, planes: Sequence[int]) -> int:
+    """Bytes of a packed matrix in panels."""
+    rows = -(-rows // PANEL_ROWS) * PANEL_ROWS
+    return rows * panel_columns(k, group_size) // 8 * sum(planes)
 
 
 # The operators that return tensors ------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 //! Activations quantized on the fly: per row and per group of columns, symmetric, to nearest, −127 … 127.
 
+use std::ops::Range;
+
 use crate::parallel::{self, take_mut};
 use crate::planes::padded;
 use crate::quantize::Source;
@@ -123,8 +125,8 @@ impl Activations {
     }
 
     #[inline(always)]
-    pub(super) fn is_finite(&self, row: usize) -> bool {
-        self.finite[row]
+    pub(super) fn finite(&self, rows: &Range<usize>) -> &[bool] {
+        &self.finite[rows.clone()]
     }
 }
 

@@ -7,13 +7,13 @@ use std::ops::Range;
 
 use crate::quantize::Rows;
 use crate::scheme::Mode;
-use crate::simd::{Isa, Kernel, LANES};
+use crate::simd::{Isa, Kernel, LANES, VECTORS};
 
 use super::Layout;
 use super::cuts::{Block, Cuts, Segment, UNIT};
 use super::output::Columns;
-use super::panel::{AlignedWords, Codes, Laid, Lanes, Panel, VECTORS, Word, transpose_rows};
-use super::tile::ZERO;
+use super::panel::{AlignedWords, Codes, Laid, Lanes, Panel, Word, transpose_rows};
+use super::sums::{Sums, by_height, tiles};
 
 /// Columns of a run.
 pub(super) const RUN: usize = 64;
@@ -42,12 +42,12 @@ impl Kernel for Panels<'_> {
         // Dither goes by the index of an element, padding of words by its segment: whole rows at a time then.
         let whole = !self.cuts.contiguous || self.weight.rounding.mode() == Mode::Subtractive;
         let chunk = if whole { k.next_multiple_of(RUN) } else { CHUNK };
-        let mut floats = vec![ZERO; chunk * VECTORS];
+        let mut floats = vec![[0; LANES]; chunk * VECTORS];
         let units = if whole { self.cuts.units } else { CHUNK / (4 * UNIT) };
         let mut words = AlignedWords::new(units * VECTORS * UNIT);
-        let mut sums = vec![ZERO; self.rows.len() * VECTORS];
+        let mut sums = Sums::new(self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
-            sums.fill(ZERO);
+            sums.begin(panel.vectors(), I::TILE_VECTORS);
             if self.weight.rounding.mode() == Mode::Subtractive {
                 self.unpack(isa, panel, &mut floats);
                 self.multiply(isa, panel, 0..k, &floats, &mut sums);
@@ -69,7 +69,7 @@ impl Kernel for Panels<'_> {
                     self.multiply(isa, panel, columns, &floats, &mut sums);
                 }
             }
-            self.write(isa, &sums, panel);
+            sums.write(isa, panel, self.bias, None, &mut self.out, panel.first - self.outputs.start);
         }
     }
 }
@@ -80,7 +80,7 @@ impl Panels<'_> {
     fn unpack<I: Isa>(&self, isa: I, panel: Panel, floats: &mut [Lanes]) {
         let k = self.weight.shape.k;
         let mut by_row = vec![0.0; LANES * k];
-        let mut by_column = vec![ZERO; k.next_multiple_of(LANES)];
+        let mut by_column = vec![[0; LANES]; k.next_multiple_of(LANES)];
         for c in 0..panel.vectors() {
             let (first, count) = (panel.first + c * LANES, panel.rows_of(c));
             self.weight.unpack(isa, first..first + count, &mut by_row[..count * k]);
@@ -157,45 +157,19 @@ impl Panels<'_> {
         panel: Panel,
         columns: Range<usize>,
         floats: &[Lanes],
-        sums: &mut [Lanes],
+        sums: &mut Sums,
     ) {
-        let (rows, vectors) = (self.rows.len(), panel.vectors());
-        let tiles = rows.div_ceil(I::TILE_ROWS);
-        let (low, tall) = (rows / tiles, rows % tiles);
-        let wide = I::TILE_VECTORS == VECTORS && vectors == VECTORS;
-        for first in (0..vectors).step_by(if wide { VECTORS } else { 1 }) {
-            let mut row = 0;
-            for tile in 0..tiles {
-                let height = low + usize::from(tile < tall);
-                let x = &self.x[(self.rows.start + row) * self.weight.shape.k..];
-                let sums = &mut sums[row * vectors..];
-                let on = Operands { x, k: self.weight.shape.k, columns: columns.clone(), floats, vectors };
-                if wide {
-                    on.tile::<I, VECTORS>(isa, height, first, sums);
+        let (k, vectors) = (self.weight.shape.k, panel.vectors());
+        let passes = if sums.wide(I::TILE_VECTORS) { 1 } else { vectors };
+        for first in 0..passes {
+            for (row, height) in tiles(self.rows.len(), I::TILE_ROWS) {
+                let x = &self.x[(self.rows.start + row) * k..];
+                let on = Operands { x, k, columns: columns.clone(), floats, vectors, first, row };
+                if sums.wide(I::TILE_VECTORS) {
+                    by_height!(height, I::TILE_ROWS, R => isa.vectorize(Tile::<R, VECTORS> { on, sums }));
                 } else {
-                    on.tile::<I, 1>(isa, height, first, sums);
+                    by_height!(height, I::TILE_ROWS, R => isa.vectorize(Tile::<R, 1> { on, sums }));
                 }
-                row += height;
-            }
-        }
-    }
-
-    /// Writes the columns of a panel: sums plus bias.
-    #[inline(always)]
-    fn write<I: Isa>(&mut self, isa: I, sums: &[Lanes], panel: Panel) {
-        for c in 0..panel.vectors() {
-            let (first, count) = (panel.first + c * LANES, panel.rows_of(c));
-            let mut bias = [0.0; LANES];
-            if let Some(all) = self.bias {
-                bias[..count].copy_from_slice(&all[first..first + count]);
-            }
-            let bias = isa.load(&bias);
-            for row in 0..self.rows.len() {
-                let mut sum = isa.from_bits(isa.load_i32(&sums[row * panel.vectors() + c]));
-                if self.bias.is_some() {
-                    sum = isa.add(sum, bias);
-                }
-                self.out.write(isa, row, first - self.outputs.start, count, sum);
             }
         }
     }
@@ -210,30 +184,16 @@ struct Operands<'a> {
     /// Weights: `[column][vector]`, as bits of f32.
     floats: &'a [Lanes],
     vectors: usize,
-}
-
-impl Operands<'_> {
-    /// `height` rows of x against `C` vectors.
-    #[inline(always)]
-    fn tile<I: Isa, const C: usize>(self, isa: I, height: usize, first: usize, sums: &mut [Lanes]) {
-        match height {
-            1 => isa.vectorize(Tile::<1, C> { on: self, first, sums }),
-            2 => isa.vectorize(Tile::<2, C> { on: self, first, sums }),
-            3 if I::TILE_ROWS >= 3 => isa.vectorize(Tile::<3, C> { on: self, first, sums }),
-            4 if I::TILE_ROWS >= 4 => isa.vectorize(Tile::<4, C> { on: self, first, sums }),
-            5 if I::TILE_ROWS >= 5 => isa.vectorize(Tile::<5, C> { on: self, first, sums }),
-            _ if I::TILE_ROWS >= 6 => isa.vectorize(Tile::<6, C> { on: self, first, sums }),
-            _ => {}
-        }
-    }
+    /// The tile's first vector, and its first row within the sums.
+    first: usize,
+    row: usize,
 }
 
 /// `R` rows of x against the vectors `first` to `first + C`.
 struct Tile<'a, const R: usize, const C: usize> {
     on: Operands<'a>,
-    first: usize,
-    /// Running results, `[row][vector]`.
-    sums: &'a mut [Lanes],
+    /// Running results.
+    sums: &'a mut Sums,
 }
 
 impl<const R: usize, const C: usize> Kernel for Tile<'_, R, C> {
@@ -241,7 +201,8 @@ impl<const R: usize, const C: usize> Kernel for Tile<'_, R, C> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Operands { x, k, columns, floats, vectors } = self.on;
+        let Operands { x, k, columns, floats, vectors, first, row } = self.on;
+        let sums = self.sums.tile::<R, C>(row, first);
         let mut rows: [&[f32]; R] = [&[]; R];
         for r in 0..R {
             rows[r] = &x[r * k..][columns.clone()];
@@ -255,7 +216,7 @@ impl<const R: usize, const C: usize> Kernel for Tile<'_, R, C> {
             for (i, lanes) in weights.chunks_exact(vectors).enumerate() {
                 let mut w = [isa.splat(0.0); C];
                 for c in 0..C {
-                    w[c] = isa.from_bits(isa.load_i32(&lanes[self.first + c]));
+                    w[c] = isa.from_bits(isa.load_i32(&lanes[first + c]));
                 }
                 for r in 0..R {
                     let x = isa.splat(part[r][i]);
@@ -266,7 +227,7 @@ impl<const R: usize, const C: usize> Kernel for Tile<'_, R, C> {
             }
             for r in 0..R {
                 for c in 0..C {
-                    let to = &mut self.sums[r * vectors + self.first + c];
+                    let to = &mut sums[r][c];
                     let sum = isa.add(isa.from_bits(isa.load_i32(to)), acc[r][c]);
                     isa.store_i32(to, isa.to_bits(sum));
                 }

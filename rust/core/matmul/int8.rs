@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::quantize::{Rows, ZeroPoints};
 use crate::simd::dot::{Dot, DotKernel};
-use crate::simd::{Isa, LANES};
+use crate::simd::{Isa, LANES, VECTORS};
 
 use super::Layout;
 use super::activations::Activations;
@@ -20,11 +20,11 @@ use super::affine::Affine;
 use super::cuts::{Block, Cuts};
 use super::output::Columns;
 use super::panel::{
-    Ahead, AlignedWords, Codes, Laid, Lanes, PANEL, Panel, PanelPlanes, PanelScales, VECTORS, Word,
-    transpose_rows,
+    Ahead, AlignedWords, Codes, Laid, Lanes, Panel, PanelPlanes, PanelScales, Word, transpose_rows,
 };
 use super::strips::{self, Strips};
-use super::tile::{Operands, Stream, Sums, Tile, ZERO};
+use super::sums::{Sums, by_height, tiles};
+use super::tile::{Operands, Stream, Tile};
 
 /// Rows of x up to which codes are expanded in registers, a few rows after the other: measured.
 const STREAM_ROWS: usize = 8;
@@ -55,14 +55,15 @@ impl DotKernel for Panels<'_> {
         let mut scratch = Scratch::new(self.cuts, self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
             scratch.load_scales(isa, self.weight, self.layout, self.affine, panel);
-            scratch.sums.clear();
+            scratch.sums.begin(panel.vectors(), D::TILE_VECTORS);
             let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
             let table = scheme.table();
             let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
             for block in &self.cuts.blocks {
                 self.multiply(dot, panel, block, &mut codes, &mut scratch);
             }
-            self.write(dot, &scratch.sums, panel);
+            let (finite, first) = (Some(self.x.finite(&self.rows)), panel.first - self.outputs.start);
+            scratch.sums.write(isa, panel, self.bias, finite, &mut self.out, first);
         }
     }
 }
@@ -92,8 +93,7 @@ impl Panels<'_> {
         if let Codes::Panels(planes) = codes
             && self.rows.len() <= stream_rows(planes)
             && cuts.by_units
-            && vectors == VECTORS
-            && D::TILE_VECTORS == VECTORS
+            && sums.wide(D::TILE_VECTORS)
         {
             let mut streams =
                 Streams { on, codes: planes, rows: self.rows.clone(), sums, carried: carried.as_deref_mut() };
@@ -104,7 +104,7 @@ impl Panels<'_> {
         if let Some(amx) = dot.blocks()
             && self.rows.len() >= strips::MIN_ROWS
             && cuts.by_units
-            && vectors == VECTORS
+            && sums.wide(D::TILE_VECTORS)
         {
             let order = strips::laid(cuts);
             let to = &mut expanded.lines_mut()[..order.words(block.units.len(), vectors)];
@@ -127,32 +127,6 @@ impl Panels<'_> {
         };
         let tiles = Tiles { on, words, rows: self.rows.clone(), planes: codes.planes(), sums, carried };
         tiles.run(dot);
-    }
-
-    /// Writes the columns of a panel: sums plus bias, NaN for rows that are not finite.
-    #[inline(always)]
-    fn write<D: Dot>(&mut self, dot: D, sums: &Sums, panel: Panel) {
-        let isa = dot.isa();
-        let mut bias = [0.0; PANEL];
-        if let Some(all) = self.bias {
-            bias[..panel.rows].copy_from_slice(&all[panel.first..][..panel.rows]);
-        }
-        let (bias, _) = bias.as_chunks();
-        let first = panel.first - self.outputs.start;
-        // Rows of the result lie far apart: each is visited once.
-        for row in 0..self.rows.len() {
-            let finite = self.x.is_finite(self.rows.start + row);
-            for c in 0..panel.vectors() {
-                let mut sum = isa.from_bits(isa.load_i32(sums.get::<D>(row, c, panel.vectors())));
-                if self.bias.is_some() {
-                    sum = isa.add(sum, isa.load(&bias[c]));
-                }
-                if !finite {
-                    sum = isa.splat(f32::NAN);
-                }
-                self.out.write(isa, row, first + c * LANES, panel.rows_of(c), sum);
-            }
-        }
     }
 }
 
@@ -213,7 +187,7 @@ impl Streams<'_> {
     fn rows_of<D: Dot, const STACK: u32, const R: usize>(&mut self, dot: D, sum: usize) -> usize {
         let (on, codes, row) = (self.on, self.codes, self.rows.start + sum);
         let (sums, carried) = (&mut *self.sums, self.carried.as_deref_mut());
-        dot.vectorize(Stream::<R, VECTORS, STACK> { on, row, codes, sum, sums, carried });
+        dot.vectorize(Stream::<R, STACK> { on, row, codes, sum, sums, carried });
         R
     }
 }
@@ -232,65 +206,39 @@ struct Tiles<'a> {
 impl Tiles<'_> {
     #[inline(always)]
     fn run<D: Dot>(mut self, dot: D) {
-        let (rows, vectors) = (self.rows.len(), self.on.vectors);
-        // Tiles of equal height, or one row less.
-        let tiles = rows.div_ceil(D::TILE_ROWS);
-        let (low, tall) = (rows / tiles, rows % tiles);
-        let mut columns = 0;
-        let wide = D::TILE_VECTORS == VECTORS && vectors == VECTORS;
-        let passes = if wide { 1 } else { vectors };
-        let steps = tiles * passes * self.on.block.units.len();
+        let (rows, wide) = (self.rows.len(), self.sums.wide(D::TILE_VECTORS));
+        let (count, passes) = (rows.div_ceil(D::TILE_ROWS), if wide { 1 } else { self.on.vectors });
+        let steps = count * passes * self.on.block.units.len();
         let mut ahead = match self.planes {
-            Some(planes) if tiles > 1 => planes.ahead(self.on.block, steps),
+            Some(planes) if count > 1 => planes.ahead(self.on.block, steps),
             _ => Ahead::default(),
         };
-        while columns < vectors {
-            let mut row = 0;
-            for tile in 0..tiles {
-                let height = low + usize::from(tile < tall);
+        for first in 0..passes {
+            for (row, height) in tiles(rows, D::TILE_ROWS) {
                 if wide {
-                    self.tile::<D, VECTORS>(dot, row, height, columns, &mut ahead);
+                    self.tile::<D, VECTORS>(dot, row, height, 0, &mut ahead);
                 } else {
-                    self.tile::<D, 1>(dot, row, height, columns, &mut ahead);
+                    self.tile::<D, 1>(dot, row, height, first, &mut ahead);
                 }
-                row += height;
             }
-            columns += if wide { VECTORS } else { 1 };
         }
     }
 
-    /// One tile of `height` rows and `C` vectors.
+    /// One tile of `height` rows and the vectors `first` to `first + C`.
     #[inline(always)]
     fn tile<D: Dot, const C: usize>(
         &mut self,
         dot: D,
-        row: usize,
+        sum: usize,
         height: usize,
         first: usize,
         ahead: &mut Ahead<'_>,
     ) {
-        match height {
-            1 => self.tile_of::<D, 1, C>(dot, row, first, ahead),
-            2 => self.tile_of::<D, 2, C>(dot, row, first, ahead),
-            3 if D::TILE_ROWS >= 3 => self.tile_of::<D, 3, C>(dot, row, first, ahead),
-            4 if D::TILE_ROWS >= 4 => self.tile_of::<D, 4, C>(dot, row, first, ahead),
-            5 if D::TILE_ROWS >= 5 => self.tile_of::<D, 5, C>(dot, row, first, ahead),
-            _ if D::TILE_ROWS >= 6 => self.tile_of::<D, 6, C>(dot, row, first, ahead),
-            _ => {}
-        }
-    }
-
-    #[inline(always)]
-    fn tile_of<D: Dot, const R: usize, const C: usize>(
-        &mut self,
-        dot: D,
-        row: usize,
-        first: usize,
-        ahead: &mut Ahead<'_>,
-    ) {
-        let (on, codes, sum, row) = (self.on, self.words, row, self.rows.start + row);
+        let (on, codes, row) = (self.on, self.words, self.rows.start + sum);
         let (sums, carried) = (&mut *self.sums, self.carried.as_deref_mut());
-        dot.vectorize(Tile::<R, C> { on, row, first, codes, sum, sums, carried, ahead });
+        by_height!(height, D::TILE_ROWS, R => {
+            dot.vectorize(Tile::<R, C> { on, row, first, codes, sum, sums, carried, ahead });
+        });
     }
 }
 
@@ -339,8 +287,8 @@ impl Scratch {
         let vectors = panel.vectors();
         let from = panel.first * groups;
         if layout == Layout::Canonical {
-            self.scales.resize(groups * vectors, ZERO);
-            self.by_group.resize(groups.next_multiple_of(LANES), ZERO);
+            self.scales.resize(groups * vectors, [0; LANES]);
+            self.by_group.resize(groups.next_multiple_of(LANES), [0; LANES]);
             for c in 0..vectors {
                 self.by_row.resize(panel.rows_of(c) * groups, 0.0);
                 weight.scales.widen(from + c * LANES * groups, &mut self.by_row);
@@ -352,7 +300,7 @@ impl Scratch {
         }
         match weight.zero_points {
             ZeroPoints::U8(zeros) if affine.stored => {
-                self.zeros.resize(groups * vectors, ZERO);
+                self.zeros.resize(groups * vectors, [0; LANES]);
                 if layout == Layout::Panels {
                     for (to, from) in self.zeros.iter_mut().zip(zeros[from..].chunks_exact(LANES)) {
                         for (to, z) in to.iter_mut().zip(from) {

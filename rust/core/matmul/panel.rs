@@ -17,7 +17,7 @@ use crate::planes::{PlaneReader, padded};
 use crate::quantize::Scales;
 use crate::scheme::{MAX_PLANES, Planes, Table};
 use crate::simd::amx::Prefetch;
-use crate::simd::{Isa, LANES, TILE};
+use crate::simd::{Isa, LANES, TILE, VECTORS};
 
 use super::Layout;
 use super::cuts::{Block, Cuts, UNIT};
@@ -27,8 +27,6 @@ pub(super) type Lanes = [u32; LANES];
 /// The codes of four columns of 16 rows: row `r` in bytes 4·r to 4·r + 3.
 pub(super) type Word = [u8; TILE];
 
-/// Vectors of 16 rows in a whole panel.
-pub(super) const VECTORS: usize = 4;
 /// Rows of a whole panel.
 pub(super) const PANEL: usize = VECTORS * LANES;
 /// How far ahead of the codes in use memory is asked for, in words.
@@ -187,6 +185,15 @@ impl Plane<'_> {
     }
 }
 
+/// Field `i` of `width` bits in every byte.
+#[inline(always)]
+fn field<I: Isa>(isa: I, stacked: I::U8, width: usize, i: usize) -> I::U8 {
+    match width {
+        8 => stacked,
+        _ => isa.shr_and_u8(stacked, (i * width) as u32, ((1u32 << width) - 1) as u8),
+    }
+}
+
 /// Spreads fields of `WIDTH` bits to words: a unit from every `WIDTH` vectors of bytes.
 #[inline(always)]
 fn expand<I: Isa, const WIDTH: usize, const FIRST: bool>(
@@ -205,10 +212,7 @@ fn expand<I: Isa, const WIDTH: usize, const FIRST: bool>(
             let stacked = isa.load_u8(&bytes[j]);
             for i in 0..UNIT / WIDTH {
                 let to = &mut to[j * (UNIT / WIDTH) + i];
-                let mut codes = stacked;
-                if WIDTH < 8 {
-                    codes = isa.shr_and_u8(stacked, (i * WIDTH) as u32, ((1u32 << WIDTH) - 1) as u8);
-                }
+                let mut codes = field(isa, stacked, WIDTH, i);
                 if !FIRST {
                     codes = isa.shl_or_u8(isa.load_u8(to), WIDTH as u32, codes);
                 }
@@ -257,13 +261,13 @@ impl<'a> PanelPlanes<'a> {
         if self.count <= STACKED { digits | u32::from(self.table.is_some()) << 12 } else { 0 }
     }
 
-    /// A unit of `C` vectors, a whole panel, whose planes are those of `STACK`.
+    /// A unit of a whole panel whose planes are those of `STACK`.
     #[inline(always)]
-    pub(super) fn unit<const STACK: u32, const C: usize>(&self, unit: usize) -> Unit<'a> {
+    pub(super) fn unit<const STACK: u32>(&self, unit: usize) -> Unit<'a> {
         let mut planes: [&[Word]; STACKED] = [&[]; STACKED];
         for (i, plane) in planes.iter_mut().enumerate() {
             let width = width_of(STACK, i);
-            *plane = &self.planes[i].bytes[unit * C * width..][..C * width];
+            *plane = &self.planes[i].bytes[unit * VECTORS * width..][..VECTORS * width];
         }
         Unit { planes, table: self.table }
     }
@@ -311,7 +315,7 @@ const fn width_of(stack: u32, i: usize) -> usize {
     (stack >> (4 * i) & 15) as usize
 }
 
-/// A unit of every vector of a panel.
+/// A unit of every vector of a whole panel.
 #[derive(Clone, Copy)]
 pub(super) struct Unit<'a> {
     /// The unit's bytes in each plane.
@@ -333,10 +337,7 @@ impl Unit<'_> {
                     let stacked = isa.load_u8(&bytes[j]);
                     for n in 0..UNIT / width {
                         let word = &mut words[j * (UNIT / width) + n];
-                        let mut field = stacked;
-                        if width < 8 {
-                            field = isa.shr_and_u8(stacked, (n * width) as u32, ((1u32 << width) - 1) as u8);
-                        }
+                        let field = field(isa, stacked, width, n);
                         *word = if i == 0 { field } else { isa.shl_or_u8(*word, width as u32, field) };
                     }
                 }

@@ -17,11 +17,11 @@ use crate::parallel::{self, Span, take_mut};
 use crate::planes::{PlaneWriter, check_packed};
 use crate::quantize::{Scales, ScalesMut, ZeroPoints, ZeroPointsMut};
 use crate::scheme::{MAX_PLANES, Planes, Scheme};
-use crate::simd::{Isa, Kernel, LANES, TILE, dispatch};
+use crate::simd::{Isa, Kernel, LANES, TILE, VECTORS, dispatch};
 
 use super::Layout;
 use super::cuts::{Cuts, UNIT};
-use super::panel::{AlignedWords, Codes, Laid, PANEL, Panel, VECTORS, Word, transpose};
+use super::panel::{AlignedWords, Codes, Laid, PANEL, Panel, Word, transpose};
 
 /// Bytes of the compute layout of `planes`.
 pub fn panels_nbytes(shape: Shape, scheme: &Scheme, planes: &Planes) -> usize {
@@ -74,28 +74,9 @@ pub fn to_panels(
 ) -> Result<(), Error> {
     check_packed(packed, shape, planes, planes)?;
     check_panels(panels, shape, scheme, planes, planes)?;
-    let groups = scheme.groups(shape.k);
-    let (rows, padded) = (shape.rows * groups, padded_shape(shape).rows * groups);
-    shape.check("scales", scales.len(), rows)?;
-    shape.check("panel_scales", panel_scales.view().len(), padded)?;
-    let order = Order { rows: shape.rows, groups };
-    match (scales, &mut panel_scales) {
-        (Scales::Bf16(from), ScalesMut::Bf16(to)) | (Scales::F16(from), ScalesMut::F16(to)) => {
-            order.panels(from, to);
-        }
-        (Scales::F32(from), ScalesMut::F32(to)) => order.panels(from, to),
-        _ => return Err(Error::Scheme("panel_scales must have the type of scales".to_owned())),
-    }
-    match (zero_points, &mut panel_zero_points) {
-        (ZeroPoints::Constant, ZeroPointsMut::Constant) => {}
-        (ZeroPoints::U8(from), ZeroPointsMut::U8(to)) if (from.len(), to.len()) == (rows, padded) => {
-            order.panels(from, to);
-        }
-        (ZeroPoints::F32(from), ZeroPointsMut::F32(to)) if (from.len(), to.len()) == (rows, padded) => {
-            order.panels(from, to);
-        }
-        _ => return Err(Error::Scheme("panel_zero_points must be like zero_points".to_owned())),
-    }
+    let order = Order { rows: shape.rows, groups: scheme.groups(shape.k), to: Layout::Panels };
+    order.copy_scales(shape, scales, &mut panel_scales)?;
+    order.copy_zero_points(zero_points, &mut panel_zero_points)?;
     let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k));
     let parts = cut_planes(panels, planes, shape, cuts);
     let tasks = parts.map(|(panel, parts)| ToPanel { packed, planes, shape, cuts, panel, parts });
@@ -119,27 +100,9 @@ pub fn from_panels(
     check_packed(packed, shape, planes, planes)?;
     check_panels(panels, shape, scheme, planes, planes)?;
     let groups = scheme.groups(shape.k);
-    let (rows, padded) = (shape.rows * groups, padded_shape(shape).rows * groups);
-    shape.check("scales", scales.view().len(), rows)?;
-    shape.check("panel_scales", panel_scales.len(), padded)?;
-    let order = Order { rows: shape.rows, groups };
-    match (panel_scales, &mut scales) {
-        (Scales::Bf16(from), ScalesMut::Bf16(to)) | (Scales::F16(from), ScalesMut::F16(to)) => {
-            order.canonical(from, to);
-        }
-        (Scales::F32(from), ScalesMut::F32(to)) => order.canonical(from, to),
-        _ => return Err(Error::Scheme("panel_scales must have the type of scales".to_owned())),
-    }
-    match (panel_zero_points, &mut zero_points) {
-        (ZeroPoints::Constant, ZeroPointsMut::Constant) => {}
-        (ZeroPoints::U8(from), ZeroPointsMut::U8(to)) if (to.len(), from.len()) == (rows, padded) => {
-            order.canonical(from, to);
-        }
-        (ZeroPoints::F32(from), ZeroPointsMut::F32(to)) if (to.len(), from.len()) == (rows, padded) => {
-            order.canonical(from, to);
-        }
-        _ => return Err(Error::Scheme("panel_zero_points must be like zero_points".to_owned())),
-    }
+    let order = Order { rows: shape.rows, groups, to: Layout::Canonical };
+    order.copy_scales(shape, panel_scales, &mut scales)?;
+    order.copy_zero_points(panel_zero_points, &mut zero_points)?;
     let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k));
     let all: Vec<Panel> = Panel::all(0..shape.rows).collect();
     let span =
@@ -152,33 +115,83 @@ pub fn from_panels(
     Ok(())
 }
 
-/// How values of one a group and row lie in panels.
+/// The way of values, one a group and row, from the other layout to `to`.
 struct Order {
     rows: usize,
     groups: usize,
+    to: Layout,
 }
 
 impl Order {
-    /// Calls `copy` with the canonical index and the index in panels of every value.
-    fn pairs(&self, mut copy: impl FnMut(usize, usize)) {
+    /// Values in a layout: in panels, rows are padded.
+    fn len(&self, layout: Layout) -> usize {
+        match layout {
+            Layout::Canonical => self.rows * self.groups,
+            Layout::Panels => self.rows.next_multiple_of(LANES) * self.groups,
+        }
+    }
+
+    /// Values in the layout that is not `to`.
+    fn source_len(&self) -> usize {
+        match self.to {
+            Layout::Canonical => self.len(Layout::Panels),
+            Layout::Panels => self.len(Layout::Canonical),
+        }
+    }
+
+    fn copy_scales(&self, shape: Shape, from: Scales<'_>, to: &mut ScalesMut<'_>) -> Result<(), Error> {
+        let (given, written) = match self.to {
+            Layout::Canonical => ("panel_scales", "scales"),
+            Layout::Panels => ("scales", "panel_scales"),
+        };
+        shape.check(given, from.len(), self.source_len())?;
+        shape.check(written, to.view().len(), self.len(self.to))?;
+        match (from, to) {
+            (Scales::Bf16(from), ScalesMut::Bf16(to)) | (Scales::F16(from), ScalesMut::F16(to)) => {
+                self.copy(from, to);
+            }
+            (Scales::F32(from), ScalesMut::F32(to)) => self.copy(from, to),
+            _ => return Err(Error::Scheme("scales have one type in either layout".to_owned())),
+        }
+        Ok(())
+    }
+
+    fn copy_zero_points(&self, from: ZeroPoints<'_>, to: &mut ZeroPointsMut<'_>) -> Result<(), Error> {
+        let fits = |from: usize, to: usize| (from, to) == (self.source_len(), self.len(self.to));
+        match (from, to) {
+            (ZeroPoints::Constant, ZeroPointsMut::Constant) => {}
+            (ZeroPoints::U8(from), ZeroPointsMut::U8(to)) if fits(from.len(), to.len()) => {
+                self.copy(from, to)
+            }
+            (ZeroPoints::F32(from), ZeroPointsMut::F32(to)) if fits(from.len(), to.len()) => {
+                self.copy(from, to)
+            }
+            _ => {
+                return Err(Error::Scheme(
+                    "zero points have one type and number in either layout".to_owned(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies every value; what pads panels is zero.
+    fn copy<T: Copy + Default>(&self, from: &[T], to: &mut [T]) {
+        to.fill(T::default());
         for panel in Panel::all(0..self.rows) {
             let vectors = panel.vectors();
             for row in 0..panel.rows {
                 for group in 0..self.groups {
+                    let canonical = (panel.first + row) * self.groups + group;
                     let in_panel = (group * vectors + row / LANES) * LANES + row % LANES;
-                    copy((panel.first + row) * self.groups + group, panel.first * self.groups + in_panel);
+                    let in_panels = panel.first * self.groups + in_panel;
+                    match self.to {
+                        Layout::Canonical => to[canonical] = from[in_panels],
+                        Layout::Panels => to[in_panels] = from[canonical],
+                    }
                 }
             }
         }
-    }
-
-    fn panels<T: Copy + Default>(&self, from: &[T], to: &mut [T]) {
-        to.fill(T::default());
-        self.pairs(|row, panel| to[panel] = from[row]);
-    }
-
-    fn canonical<T: Copy>(&self, from: &[T], to: &mut [T]) {
-        self.pairs(|row, panel| to[row] = from[panel]);
     }
 }
 

@@ -12,11 +12,12 @@ use std::ops::Range;
 pub(super) use crate::simd::amx::ROWS;
 use crate::simd::amx::{Amx, Tiles};
 use crate::simd::dot::{Dot, DotKernel};
-use crate::simd::{Aligned, LANES};
+use crate::simd::{Aligned, LANES, VECTORS};
 
 use super::cuts::{Cuts, UNIT};
-use super::panel::{Ahead, Laid, PanelPlanes, VECTORS, Word};
-use super::tile::{Operands, Sums, ZERO};
+use super::panel::{Ahead, Laid, PanelPlanes, Word};
+use super::sums::Sums;
+use super::tile::Operands;
 
 /// Rows of x from which a strip beats tiles of a few rows.
 pub(super) const MIN_ROWS: usize = 16;
@@ -57,7 +58,7 @@ impl DotKernel for Strips<'_> {
         // A strip multiplies half a panel at a time.
         let steps = rows.div_ceil(ROWS) * self.on.block.units.len().div_ceil(self.order.together()) * 2;
         let mut ahead = self.planes.map_or(Ahead::default(), |planes| planes.ahead(self.on.block, steps));
-        let mut products = Aligned([[ZERO; VECTORS]; ROWS]);
+        let mut products = Aligned([[[0; LANES]; VECTORS]; ROWS]);
         let whole = rows / ROWS * ROWS;
         for (rows, height) in [(0..whole, ROWS), (whole..rows, rows - whole)] {
             if !rows.is_empty() {

@@ -7,16 +7,18 @@
 //!   sum  = fma(s_r · s_x, f32(bracket of dots), sum)           at the segment's end
 //! ```
 //!
+//! [`Tile`] reads expanded codes, which many rows of x share; [`Stream`] expands them in registers.
 
 use crate::simd::dot::{Dot, DotKernel};
-use crate::simd::{Isa, LANES};
+use crate::simd::{Isa, LANES, VECTORS};
 
 use super::activations::{Activations, Row};
 use super::affine::{Affine, Form};
 use super::cuts::{Block, Cuts, Piece, UNIT};
-use super::panel::{Ahead, Lanes, Lines, PanelPlanes, PanelScales, VECTORS, Word};
+use super::panel::{Ahead, Lanes, PanelPlanes, PanelScales, Word};
+use super::sums::Sums;
 
-/// What the kernels share: one panel, one block of columns, the rows of x from `row` on.
+/// What the kernels share: x, and one block of columns of one panel.
 #[derive(Clone, Copy)]
 pub(super) struct Operands<'a> {
     pub(super) x: &'a Activations,
@@ -204,6 +206,29 @@ impl Operands<'_> {
         }
         dots
     }
+
+    /// What becomes of the sums of products where a piece ends: results, or a sum to carry on.
+    #[inline(always)]
+    fn end<I: Isa, const R: usize, const C: usize>(
+        &self,
+        isa: I,
+        dots: [[I::I32; C]; R],
+        x: &[Row<'_>; R],
+        piece: &Piece,
+        first: usize,
+        sums: &mut [[Lanes; C]; R],
+        carried: Option<&mut [[Lanes; C]; R]>,
+    ) {
+        if piece.last {
+            self.add(isa, sums, dots, x, piece, first);
+        } else if let Some(carried) = carried {
+            for r in 0..R {
+                for c in 0..C {
+                    isa.store_i32(&mut carried[r][c], dots[r][c]);
+                }
+            }
+        }
+    }
 }
 
 /// sum = fma(s_r · s_x, bracket, sum)
@@ -212,46 +237,6 @@ fn add_bracket<I: Isa>(isa: I, sum: &mut Lanes, scale: I::F32, scale_x: f32, bra
     let scale = isa.mul(scale, isa.splat(scale_x));
     let added = isa.mul_add(scale, bracket, isa.from_bits(isa.load_i32(sum)));
     isa.store_i32(sum, isa.to_bits(added));
-}
-
-/// Results on their way, by tiles: `[row][vector]` where tiles take whole panels, else `[vector][row]`.
-pub(super) struct Sums {
-    lanes: Lines<u32, LANES>,
-    rows: usize,
-}
-
-impl Sums {
-    pub(super) fn new(rows: usize) -> Self {
-        Self { lanes: Lines::new(rows * VECTORS), rows }
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.lanes.lines_mut().fill(ZERO);
-    }
-
-    /// Those of `R` rows from `row` on and the vectors `first` to `first + C`.
-    #[inline(always)]
-    fn tile<const R: usize, const C: usize>(&mut self, row: usize, first: usize) -> &mut [[Lanes; C]; R] {
-        let from = if C == VECTORS { row * C } else { first * self.rows + row };
-        self.lanes.lines_mut()[from..]
-            .as_chunks_mut()
-            .0
-            .first_chunk_mut()
-            .expect("a sum for each row and vector")
-    }
-
-    /// Those of `rows` rows from `row` on, where tiles take whole panels.
-    #[inline(always)]
-    pub(super) fn panel(&mut self, row: usize, rows: usize) -> &mut [[Lanes; VECTORS]] {
-        &mut self.lanes.lines_mut().as_chunks_mut().0[row..row + rows]
-    }
-
-    /// That of one row and one vector, in a panel of `vectors`.
-    #[inline(always)]
-    pub(super) fn get<D: Dot>(&self, row: usize, c: usize, vectors: usize) -> &Lanes {
-        let wide = D::TILE_VECTORS == VECTORS && vectors == VECTORS;
-        &self.lanes.lines()[if wide { row * VECTORS + c } else { c * self.rows + row }]
-    }
 }
 
 /// `R` rows of x against the vectors `first` to `first + C` of expanded codes.
@@ -290,15 +275,7 @@ impl<const R: usize, const C: usize> DotKernel for Tile<'_, '_, R, C> {
                 dots = dot_words(dot, dots, &self.codes[from..], &x, word, len);
                 word += len;
             }
-            if piece.last {
-                on.add(isa, sums, dots, &x, piece, self.first);
-            } else if let Some(carried) = carried.as_deref_mut() {
-                for r in 0..R {
-                    for c in 0..C {
-                        isa.store_i32(&mut carried[r][c], dots[r][c]);
-                    }
-                }
-            }
+            on.end(isa, dots, &x, piece, self.first, sums, carried.as_deref_mut());
         }
     }
 }
@@ -355,9 +332,9 @@ fn dot_word<D: Dot, const R: usize, const C: usize>(
     dots
 }
 
-/// `R` rows of x against a whole panel of `C` vectors, its codes expanded in registers: for few rows, which
+/// `R` rows of x against a whole panel, its codes expanded in registers: for few rows, which
 /// would not pay for writing the expanded codes down.
-pub(super) struct Stream<'a, const R: usize, const C: usize, const STACK: u32> {
+pub(super) struct Stream<'a, const R: usize, const STACK: u32> {
     pub(super) on: Operands<'a>,
     pub(super) row: usize,
     pub(super) codes: &'a PanelPlanes<'a>,
@@ -369,7 +346,7 @@ pub(super) struct Stream<'a, const R: usize, const C: usize, const STACK: u32> {
     pub(super) sum: usize,
 }
 
-impl<const R: usize, const C: usize, const STACK: u32> DotKernel for Stream<'_, R, C, STACK> {
+impl<const R: usize, const STACK: u32> DotKernel for Stream<'_, R, STACK> {
     type Output = ();
 
     #[inline(always)]
@@ -377,18 +354,18 @@ impl<const R: usize, const C: usize, const STACK: u32> DotKernel for Stream<'_, 
         let isa = dot.isa();
         let on = self.on;
         let x = on.rows::<R>(self.row);
-        let sums = self.sums.tile::<R, C>(self.sum, 0);
-        let mut carried = self.carried.map(|carried| carried.tile::<R, C>(self.sum, 0));
+        let sums = self.sums.tile::<R, VECTORS>(self.sum, 0);
+        let mut carried = self.carried.map(|carried| carried.tile::<R, VECTORS>(self.sum, 0));
         for piece in on.pieces() {
             let mut dots = on.begin(isa, &x, piece, carried.as_deref_mut());
             // Whole units: what pads one meets zeros of x.
             for number in piece.begin / UNIT..piece.end.div_ceil(UNIT) {
-                let unit = self.codes.unit::<STACK, C>(on.block.units.start + number);
+                let unit = self.codes.unit::<STACK>(on.block.units.start + number);
                 let mut q: [&[[u8; 4]]; R] = [&[]; R];
                 for r in 0..R {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }
-                for c in 0..C {
+                for c in 0..VECTORS {
                     let words = unit.words::<D::Isa, STACK>(isa, c);
                     for j in 0..UNIT {
                         for r in 0..R {
@@ -397,18 +374,7 @@ impl<const R: usize, const C: usize, const STACK: u32> DotKernel for Stream<'_, 
                     }
                 }
             }
-            if piece.last {
-                on.add(isa, sums, dots, &x, piece, 0);
-            } else if let Some(carried) = carried.as_deref_mut() {
-                for r in 0..R {
-                    for c in 0..C {
-                        isa.store_i32(&mut carried[r][c], dots[r][c]);
-                    }
-                }
-            }
+            on.end(isa, dots, &x, piece, 0, sums, carried.as_deref_mut());
         }
     }
 }
-
-/// Lanes of zeros, for sums to begin with.
-pub(super) const ZERO: Lanes = [0; LANES];

@@ -10,11 +10,10 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 
+use super::VECTORS;
+
 /// Rows of x that a block multiplies at a time: two tiles.
 pub(crate) const ROWS: usize = 32;
-/// Vectors of 16 outputs that share a block.
-pub(crate) const VECTORS: usize = 4;
-
 /// Rows of 16 sums for each vector of a block.
 pub(crate) type Products = [[[u32; 16]; VECTORS]];
 
@@ -103,14 +102,25 @@ impl Tiles {
         if cfg!(test) && self.emulated {
             return emulate(x, strip, codes, self.words, add, products);
         }
-        let operands = unit::Operands { x, strip, codes, steps, add, products, prefetch };
+        let operands = Operands { x, strip, codes, steps, add, products, prefetch };
         match (self.words, self.rows > 16) {
-            (16, true) => operands.multiply::<16, true>(),
-            (16, false) => operands.multiply::<16, false>(),
-            (_, true) => operands.multiply::<8, true>(),
-            (_, false) => operands.multiply::<8, false>(),
+            (16, true) => unit::multiply::<16, true>(operands),
+            (16, false) => unit::multiply::<16, false>(operands),
+            (_, true) => unit::multiply::<8, true>(operands),
+            (_, false) => unit::multiply::<8, false>(operands),
         }
     }
+}
+
+/// Those of [`Tiles::multiply`], cut to what the shape of the tiles reads and writes.
+struct Operands<'a> {
+    x: &'a [[u8; 4]],
+    strip: usize,
+    codes: &'a [[u8; 64]],
+    steps: usize,
+    add: bool,
+    products: &'a mut Products,
+    prefetch: Prefetch,
 }
 
 /// [`Tiles::multiply`] in plain loops.
@@ -148,7 +158,7 @@ mod unit {
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
     use std::sync::LazyLock;
 
-    use super::{Prefetch, Products, VECTORS};
+    use super::{Operands, VECTORS};
     use crate::simd::Aligned;
 
     /// Whether the CPU has AMX for bytes and the system grants it.
@@ -165,7 +175,7 @@ mod unit {
         if !is_x86_feature_detected!("xsave") {
             return false;
         }
-        #[allow(unused_unsafe, reason = "safe since Rust 1.94")]
+        #[allow(unused_unsafe, reason = "safe since Rust 1.94; `expect` would fail with those before it")]
         // SAFETY: every x86-64 has the instruction.
         let leaf = unsafe { __cpuid_count(7, 0) };
         // SAFETY: that the feature is detected means that the system has enabled it.
@@ -228,17 +238,6 @@ mod unit {
         unsafe { asm!("tilerelease", options(nomem, nostack)) }
     }
 
-    /// Those of [`super::Tiles::multiply`].
-    pub(super) struct Operands<'a> {
-        pub(super) x: &'a [[u8; 4]],
-        pub(super) strip: usize,
-        pub(super) codes: &'a [[u8; 64]],
-        pub(super) steps: usize,
-        pub(super) add: bool,
-        pub(super) products: &'a mut Products,
-        pub(super) prefetch: Prefetch,
-    }
-
     /// Two vectors of codes with one or two tiles of x. The loop over steps has a loop over lines in it.
     macro_rules! pair {
         (
@@ -299,67 +298,65 @@ mod unit {
         };
     }
 
-    impl Operands<'_> {
-        /// With steps of `WORDS` words, for more than 16 rows (`TALL`) or up to 16.
-        #[inline(always)]
-        pub(super) fn multiply<const WORDS: usize, const TALL: bool>(self) {
-            if self.steps == 0 {
-                if !self.add {
-                    self.products.fill([[0; 16]; VECTORS]);
-                }
-                return;
+    /// With steps of `WORDS` words, for more than 16 rows (`TALL`) or up to 16.
+    #[inline(always)]
+    pub(super) fn multiply<const WORDS: usize, const TALL: bool>(of: Operands<'_>) {
+        if of.steps == 0 {
+            if !of.add {
+                of.products.fill([[0; 16]; VECTORS]);
             }
-            for pair in 0..VECTORS / 2 {
-                if TALL {
-                    pair!(
-                        self, pair, WORDS,
-                        begin: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
-                        add: [
-                            "tileloadd tmm0, [{products} + 4 * {line64}]"
-                            "tileloadd tmm1, [{products} + 4 * {line64} + 64]"
-                            "tileloadd tmm2, [{products} + 4 * {line64} + 4096]"
-                            "tileloadd tmm3, [{products} + 4 * {line64} + 4160]"
-                        ],
-                        step: [
-                            "tileloadd tmm6, [{codes} + {line64}]"
-                            "tileloadd tmm4, [{x} + {stride}]"
-                            "tdpbsud tmm0, tmm4, tmm6"
-                            "tileloadd tmm7, [{codes} + {line64} + 64 * {words}]"
-                            "tdpbsud tmm1, tmm4, tmm7"
-                            "tileloadd tmm5, [{high} + {stride}]"
-                            "tdpbsud tmm2, tmm5, tmm6"
-                            "tdpbsud tmm3, tmm5, tmm7"
-                        ],
-                        next: ["add {high}, 64 * {words}"],
-                        store: [
-                            "tilestored [{products} + 4 * {line64}], tmm0"
-                            "tilestored [{products} + 4 * {line64} + 64], tmm1"
-                            "tilestored [{products} + 4 * {line64} + 4096], tmm2"
-                            "tilestored [{products} + 4 * {line64} + 4160], tmm3"
-                        ]
-                    );
-                } else {
-                    pair!(
-                        self, pair, WORDS,
-                        begin: ["tilezero tmm0" "tilezero tmm1"],
-                        add: [
-                            "tileloadd tmm0, [{products} + 4 * {line64}]"
-                            "tileloadd tmm1, [{products} + 4 * {line64} + 64]"
-                        ],
-                        step: [
-                            "tileloadd tmm6, [{codes} + {line64}]"
-                            "tileloadd tmm4, [{x} + {stride}]"
-                            "tdpbsud tmm0, tmm4, tmm6"
-                            "tileloadd tmm7, [{codes} + {line64} + 64 * {words}]"
-                            "tdpbsud tmm1, tmm4, tmm7"
-                        ],
-                        next: ["/* {high} stays unused */"],
-                        store: [
-                            "tilestored [{products} + 4 * {line64}], tmm0"
-                            "tilestored [{products} + 4 * {line64} + 64], tmm1"
-                        ]
-                    );
-                }
+            return;
+        }
+        for pair in 0..VECTORS / 2 {
+            if TALL {
+                pair!(
+                    of, pair, WORDS,
+                    begin: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
+                    add: [
+                        "tileloadd tmm0, [{products} + 4 * {line64}]"
+                        "tileloadd tmm1, [{products} + 4 * {line64} + 64]"
+                        "tileloadd tmm2, [{products} + 4 * {line64} + 4096]"
+                        "tileloadd tmm3, [{products} + 4 * {line64} + 4160]"
+                    ],
+                    step: [
+                        "tileloadd tmm6, [{codes} + {line64}]"
+                        "tileloadd tmm4, [{x} + {stride}]"
+                        "tdpbsud tmm0, tmm4, tmm6"
+                        "tileloadd tmm7, [{codes} + {line64} + 64 * {words}]"
+                        "tdpbsud tmm1, tmm4, tmm7"
+                        "tileloadd tmm5, [{high} + {stride}]"
+                        "tdpbsud tmm2, tmm5, tmm6"
+                        "tdpbsud tmm3, tmm5, tmm7"
+                    ],
+                    next: ["add {high}, 64 * {words}"],
+                    store: [
+                        "tilestored [{products} + 4 * {line64}], tmm0"
+                        "tilestored [{products} + 4 * {line64} + 64], tmm1"
+                        "tilestored [{products} + 4 * {line64} + 4096], tmm2"
+                        "tilestored [{products} + 4 * {line64} + 4160], tmm3"
+                    ]
+                );
+            } else {
+                pair!(
+                    of, pair, WORDS,
+                    begin: ["tilezero tmm0" "tilezero tmm1"],
+                    add: [
+                        "tileloadd tmm0, [{products} + 4 * {line64}]"
+                        "tileloadd tmm1, [{products} + 4 * {line64} + 64]"
+                    ],
+                    step: [
+                        "tileloadd tmm6, [{codes} + {line64}]"
+                        "tileloadd tmm4, [{x} + {stride}]"
+                        "tdpbsud tmm0, tmm4, tmm6"
+                        "tileloadd tmm7, [{codes} + {line64} + 64 * {words}]"
+                        "tdpbsud tmm1, tmm4, tmm7"
+                    ],
+                    next: ["/* {high} stays unused */"],
+                    store: [
+                        "tilestored [{products} + 4 * {line64}], tmm0"
+                        "tilestored [{products} + 4 * {line64} + 64], tmm1"
+                    ]
+                );
             }
         }
     }
@@ -368,7 +365,7 @@ mod unit {
 /// No such unit: there is no token, so that nothing here is ever called.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod unit {
-    use super::{Prefetch, Products};
+    use super::Operands;
 
     pub(super) fn granted() -> bool {
         false
@@ -378,21 +375,9 @@ mod unit {
 
     pub(super) fn release() {}
 
-    pub(super) struct Operands<'a> {
-        pub(super) x: &'a [[u8; 4]],
-        pub(super) strip: usize,
-        pub(super) codes: &'a [[u8; 64]],
-        pub(super) steps: usize,
-        pub(super) add: bool,
-        pub(super) products: &'a mut Products,
-        pub(super) prefetch: Prefetch,
-    }
-
-    impl Operands<'_> {
-        pub(super) fn multiply<const WORDS: usize, const TALL: bool>(self) {
-            let Self { x, strip, codes, steps: _, add, products, prefetch: _ } = self;
-            super::emulate(x, strip, codes, WORDS, add, products);
-        }
+    pub(super) fn multiply<const WORDS: usize, const TALL: bool>(of: Operands<'_>) {
+        let Operands { x, strip, codes, steps: _, add, products, prefetch: _ } = of;
+        super::emulate(x, strip, codes, WORDS, add, products);
     }
 }
 

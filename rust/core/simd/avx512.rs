@@ -306,20 +306,6 @@ impl Isa for Avx512 {
         let high = op!(_mm512_min_epu16(v[2], v[3]));
         op!(_mm512_testn_epi32_mask(_mm512_min_epu16(low, high), _mm512_set1_epi32(0xfffc))) != 0
     }
-    #[inline(always)]
-    fn prefix_sum(self, a: __m512i) -> __m512i {
-        // Within each run of four lanes, then the totals of the runs before.
-        let a = op!(_mm512_add_epi32(a, _mm512_bslli_epi128::<4>(a)));
-        let a = op!(_mm512_add_epi32(a, _mm512_bslli_epi128::<8>(a)));
-        let total = |run: i32| op!(_mm512_permutexvar_epi32(_mm512_set1_epi32(4 * run + 3), a));
-        let a1 = op!(_mm512_mask_add_epi32(a, 0xfff0, a, total(0)));
-        let later = op!(_mm512_maskz_add_epi32(0xff00, total(1), _mm512_maskz_mov_epi32(0xf000, total(2))));
-        op!(_mm512_add_epi32(a1, later))
-    }
-    #[inline(always)]
-    fn splat_last(self, a: __m512i) -> __m512i {
-        op!(_mm512_permutexvar_epi32(_mm512_set1_epi32(15), a))
-    }
 
     /// Lane 4·b + j gets the run of elements 16·j + 4·b and the three after it, which are added up first, so that one
     /// prefix sum over lanes serves all 64. In that sum b counts faster than j.

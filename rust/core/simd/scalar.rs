@@ -233,17 +233,6 @@ impl Isa for Scalar {
     fn repeat_even(self, a: Self::I32) -> Self::I32 {
         array(|i| a[i & !1])
     }
-    #[inline(always)]
-    fn prefix_sum(self, mut a: Self::I32) -> Self::I32 {
-        for i in 1..16 {
-            a[i] = a[i].wrapping_add(a[i - 1]);
-        }
-        a
-    }
-    #[inline(always)]
-    fn splat_last(self, a: Self::I32) -> Self::I32 {
-        [a[15]; 16]
-    }
 
     #[inline(always)]
     fn wide(self, a: Self::I32) -> Self::Wide {
