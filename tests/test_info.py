@@ -13,7 +13,7 @@ import turboquant_rs as tq
 def test_info_is_json_with_the_documented_keys():
     facts = tq.info()
     assert json.loads(json.dumps(facts)) == facts
-    assert set(facts) == {"isa", "isas", "compiled_isas", "threads", "versions", "cuda"}
+    assert set(facts) == {"isa", "isas", "compiled_isas", "threads", "thread_pool", "versions", "cuda"}
     assert set(facts["versions"]) == {"turboquant_rs", "python", "torch", "numpy", "safetensors"}
     assert set(facts["cuda"]) == {"available", "device", "cupy", "reason"}
 

@@ -20,13 +20,14 @@ def info() -> dict[str, Any]:
     """The instruction sets, threads, versions and CUDA state, as JSON knows them.
 
     Keys: `isa` (in use), `isas` (this CPU has, best first), `compiled_isas` (of this build), `threads` (as
-    torch.get_num_threads()), `versions`, `cuda` (`available`, `device`, `cupy`, `reason`).
+    torch.get_num_threads()), `thread_pool` ("torch": PyTorch's own, or "own"), `versions`, `cuda` (`available`, `device`, `cupy`, `reason`).
     """
     return {
         "isa": ops.cpu.active_isa(),
         "isas": list(ops.cpu.available_isas()),
         "compiled_isas": list(ops.cpu.compiled_isas()),
         "threads": torch.get_num_threads(),
+        "thread_pool": "torch" if ops.cpu.shares_threads else "own",
         "versions": {
             "turboquant_rs": ops.cpu.version(),
             "python": platform.python_version(),

@@ -14,6 +14,7 @@ mod philox;
 mod planes;
 mod quantize;
 mod runtime;
+mod team;
 
 /// The compiled kernels of turboquant_rs. Private: use `turboquant_rs` itself.
 #[pyo3::pymodule]
@@ -32,6 +33,8 @@ mod _core {
     use crate::quantize::{pack, unpack};
     #[pymodule_export]
     use crate::runtime::{active_isa, after_fork, available_isas, compiled_isas, force_isa, version};
+    #[pymodule_export]
+    use crate::team::share_threads;
 
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {

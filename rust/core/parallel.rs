@@ -1,6 +1,9 @@
-//! Threads: a pool that grows on demand, survives `fork`, and has the caller as one of its workers.
+//! Threads: somebody else's team, if one is lent, else a pool that grows on demand. Both have the caller as one
+//! of their workers and survive `fork`.
 
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -10,8 +13,64 @@ use crate::scheme::Scheme;
 /// The workers besides the callers. Grown by replacement: running calls keep the pool they began with.
 static POOL: Mutex<Option<Arc<ThreadPool>>> = Mutex::new(None);
 
-/// Forgets the pool: to be called in the child after `fork`, where its threads do not exist.
+/// Calls a closure on that many threads at once, the caller's among them, and returns when all are done.
+pub type Team = fn(usize, &(dyn Fn() + Sync));
+
+/// The team that was lent.
+static TEAM: OnceLock<Team> = OnceLock::new();
+/// Whether this process is a child that did not inherit the team's threads.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+/// Uses the threads of `team` from now on: two pools on the same cores would wait for each other. The first one
+/// stays; says whether that is the one in use.
+pub fn lend_team(team: Team) -> bool {
+    std::ptr::fn_addr_eq(*TEAM.get_or_init(|| team), team) && !FORKED.load(Ordering::Relaxed)
+}
+
+/// The team to use now, if any.
+fn team() -> Option<Team> {
+    TEAM.get().copied().filter(|_| !FORKED.load(Ordering::Relaxed) && Trust::now(|trust| trust.given()))
+}
+
+/// How far the team is trusted to be awake.
+///
+/// Its threads may sleep, or wait for a core that somebody else keeps busy, and the caller waits for them even
+/// where it has done all the work itself. Waking sleepers costs one such stall, so one is forgiven; after a
+/// second one in a row the pool does the work for so long that stalls take a twentieth of the time at most.
+struct Trust {
+    stalled: bool,
+    withdrawn_until: Option<Instant>,
+}
+
+impl Trust {
+    /// A wait that is no longer the price of meeting at the end of the work.
+    const STALL: Duration = Duration::from_micros(300);
+    const PAUSE_A_STALL: u32 = 40;
+
+    /// What `ask` says of the trust at this moment.
+    fn now<T>(ask: impl FnOnce(&mut Self) -> T) -> T {
+        static TRUST: Mutex<Trust> = Mutex::new(Trust { stalled: false, withdrawn_until: None });
+        ask(&mut TRUST.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn given(&mut self) -> bool {
+        self.withdrawn_until = self.withdrawn_until.filter(|until| Instant::now() < *until);
+        self.withdrawn_until.is_none()
+    }
+
+    /// Takes note of the time between the end of the work and the team's return.
+    fn learn(&mut self, waited: Duration) {
+        let stalls = waited > Self::STALL;
+        if stalls && self.stalled {
+            self.withdrawn_until = Some(Instant::now() + waited * Self::PAUSE_A_STALL);
+        }
+        self.stalled = stalls && !self.stalled;
+    }
+}
+
+/// Forgets all threads: to be called in the child after `fork`, where they do not exist.
 pub fn after_fork() {
+    FORKED.store(true, Ordering::Relaxed);
     if let Some(mut pool) = lock() {
         // Dropping it would signal threads that the child does not have.
         std::mem::forget(pool.take());
@@ -47,24 +106,34 @@ fn pool(workers: usize) -> Option<Arc<ThreadPool>> {
 /// Tasks are claimed in order. With one thread or one task nothing is spawned.
 pub(crate) fn for_each<T: Send>(threads: usize, tasks: Vec<T>, work: impl Fn(T) + Sync) {
     let helpers = threads.min(tasks.len()).saturating_sub(1);
-    let pool = if helpers == 0 { None } else { pool(helpers) };
-    let Some(pool) = pool else {
+    if helpers == 0 {
         tasks.into_iter().for_each(work);
         return;
-    };
+    }
     let queue = Mutex::new(tasks.into_iter());
     let claim = || queue.lock().ok().and_then(|mut queue| queue.next());
+    let ended = Mutex::new(Instant::now());
     let drain = || {
         while let Some(task) = claim() {
             work(task);
+            *ended.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         }
     };
-    pool.in_place_scope(|scope| {
-        for _ in 0..helpers {
-            scope.spawn(|_| drain());
-        }
+    if let Some(team) = team() {
+        // All of it, whatever the tasks: a team that changes its size ends threads and starts others.
+        team(threads, &drain);
+        let ended = ended.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Trust::now(|trust| trust.learn(ended.elapsed()));
+    } else if let Some(pool) = pool(helpers) {
+        pool.in_place_scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|_| drain());
+            }
+            drain();
+        });
+    } else {
         drain();
-    });
+    }
 }
 
 /// Groups `groups` of each row of `rows`: a run of whole rows, or a part of a single row.
@@ -163,6 +232,20 @@ mod tests {
         }
         after_fork();
         for_each(3, vec![(), ()], |()| ());
+    }
+
+    #[test]
+    fn a_team_that_stalls_twice_rests_for_a_while() {
+        let mut trust = Trust { stalled: false, withdrawn_until: None };
+        let (quick, slow) = (Duration::from_micros(20), Duration::from_millis(5));
+        for waited in [quick, slow, quick, slow] {
+            trust.learn(waited);
+            assert!(trust.given());
+        }
+        trust.learn(slow);
+        assert!(!trust.given());
+        trust.withdrawn_until = Some(Instant::now());
+        assert!(trust.given(), "and is asked again");
     }
 
     #[test]

@@ -26,7 +26,9 @@ from torch.nn import Parameter
 import turboquant_rs._core as _core
 from turboquant_rs.ops.schema import FLOAT_NAMES, OUT_OPS, register, rows_and_k
 
-# Threads do not survive a fork: the child's first call builds a new pool.
+# One team of threads with PyTorch's operators where that can be: two would wait for each other.
+shares_threads: bool = _core.share_threads(torch._C.__file__)
+# Threads do not survive a fork: the child's first call builds a pool of its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_core.after_fork)
 
