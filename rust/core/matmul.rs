@@ -2,11 +2,14 @@
 //!
 //! ```text
 //!  x ──► q, s_x, Σq  (activations.rs)  ─┐
-//!                                       ├─► int8.rs, tile.rs ──► y
+//!                                       ├─► codes.rs, tile.rs ──► y
 //!  W ──► panels of 64 rows (panel.rs)  ─┤
-//!                                       ├─► float.rs ──────────► y
+//!                                       ├─► values.rs ──────────► y
 //!  x as f32 ────────────────────────────┘
 //! ```
+//!
+//! Codes meet x in bytes or in floats (`simd::multiply`). Weights that are no affine function of integer codes
+//! are dequantized first (values.rs).
 //!
 //! W comes in the canonical layout, whose rows are transposed on the way, or in the compute layout, which a
 //! weight that is used again and again is brought to once (repack.rs).
@@ -19,14 +22,14 @@ use crate::parallel;
 use crate::planes::check_packed;
 use crate::quantize::{Rows, Scales, Source, Target, ZeroPoints, check_groups, readable};
 use crate::scheme::{Mode, Planes, Rounding, Scheme};
-use crate::simd::dot::{dispatch_dot, has_blocks};
+use crate::simd::dot::has_blocks;
+use crate::simd::multiply::{dispatch_bytes, dispatch_floats, has_bf16};
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 mod activations;
 mod affine;
+mod codes;
 mod cuts;
-mod float;
-mod int8;
 mod output;
 mod panel;
 mod repack;
@@ -35,8 +38,9 @@ mod sums;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod values;
 
-use activations::Activations as Quantized;
+use activations::Numbers;
 use affine::Affine;
 use cuts::Cuts;
 use output::Part;
@@ -68,7 +72,7 @@ impl Layout {
 pub enum Activations {
     /// Quantized to int8 on the fly, per row and group; integer products.
     Int8,
-    /// As f32, against dequantized weights.
+    /// As they are, against exact codes; sums in f32.
     Float,
 }
 
@@ -97,7 +101,7 @@ const MAX_ROWS: usize = 512;
 ///   `shape`, as for [`crate::unpack`], in `layout`.
 /// * `bias`: n elements, added in f32.
 ///
-/// With [`Activations::Int8`] a row of x with NaN or ±Inf gives a row of NaN. Errors: lengths and kinds of the
+/// A row of x with NaN or ±Inf gives a row of NaN. Errors: lengths and kinds of the
 /// buffers, prefixes that cannot be read, weights without an integer form (`preserve="mean+var"`, subtractive
 /// dither) with [`Activations::Int8`], and subtractive dither in [`Layout::Panels`].
 pub fn matmul(
@@ -152,40 +156,35 @@ fn matmul_on(
     if let Some(bias) = bias {
         Shape { rows: 1, k: n }.check("bias", bias.len(), n)?;
     }
-    if activations == Activations::Int8 {
-        check_integer_form(&weight.rounding)?;
-    }
+    let numbers = match activations {
+        Activations::Int8 => {
+            check_integer_form(&weight.rounding)?;
+            Some(Numbers::Int8)
+        }
+        Activations::Float if check_integer_form(&weight.rounding).is_err() => None,
+        Activations::Float if matches!(x, Source::Bf16(_)) && has_bf16(isa) => Some(Numbers::Bf16),
+        Activations::Float => Some(Numbers::F32),
+    };
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let cuts = &Cuts::new(k, weight.scheme.group_len(k));
+    let longest = numbers.unwrap_or(Numbers::Int8).longest_segment();
+    let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest);
     // Whether whole blocks are multiplied, and the rows of x that come in one go.
-    let blocks =
-        activations == Activations::Int8 && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
+    let blocks = numbers == Some(Numbers::Int8) && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
     let (max_rows, strip) = if blocks { (strips::max_rows(k), strips::ROWS) } else { (MAX_ROWS, 1) };
     let parts = cut(out, m, n, k, max_rows, strip, threads);
-    match activations {
-        Activations::Int8 => int8(isa, x, m, weight, layout, cuts, bias, parts, blocks, threads),
-        Activations::Float => {
-            let widened;
-            let x = match x {
-                Source::F32(x) => x,
-                _ => {
-                    widened = widen(isa, x, threads);
-                    &widened
-                }
-            };
-            parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-                isa.run(float::Panels { weight, layout, cuts, x, bias, rows, outputs: columns, out });
-            });
-        }
+    match numbers {
+        Some(numbers) => by_codes(isa, numbers, x, m, weight, layout, cuts, bias, parts, blocks, threads),
+        None => by_values(isa, x, weight, layout, cuts, bias, parts, threads),
     }
     Ok(())
 }
 
-/// Quantizes x, then multiplies part by part.
-fn int8(
+/// Brings x to `numbers`, then multiplies part by part.
+fn by_codes(
     isa: Token,
+    numbers: Numbers,
     x: Source<'_>,
     m: usize,
     weight: &Rows<'_>,
@@ -196,16 +195,44 @@ fn int8(
     blocks: bool,
     threads: usize,
 ) {
-    let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts);
-    let mut x = Quantized::new(isa, x, m, weight.shape.k, cuts, affine, threads);
+    let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts, numbers != Numbers::Int8);
+    let mut x = activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, threads);
     if blocks {
         x.tile(strips::laid(cuts).step(), threads);
     }
     let x = &x;
     let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
     parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        let part = int8::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out };
-        dispatch_dot(isa, max_code, part);
+        let part = codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out };
+        match numbers {
+            Numbers::Int8 => dispatch_bytes(isa, max_code, part),
+            Numbers::Bf16 => dispatch_floats(isa, true, max_code, part),
+            Numbers::F32 => dispatch_floats(isa, false, max_code, part),
+        }
+    });
+}
+
+/// Multiplies part by part with dequantized weights.
+fn by_values(
+    isa: Token,
+    x: Source<'_>,
+    weight: &Rows<'_>,
+    layout: Layout,
+    cuts: &Cuts,
+    bias: Option<&[f32]>,
+    parts: Vec<Part<'_>>,
+    threads: usize,
+) {
+    let widened;
+    let x = match x {
+        Source::F32(x) => x,
+        _ => {
+            widened = widen(isa, x, threads);
+            &widened
+        }
+    };
+    parallel::for_each(threads, parts, |Part { rows, columns, out }| {
+        isa.run(values::Panels { weight, layout, cuts, x, bias, rows, outputs: columns, out });
     });
 }
 

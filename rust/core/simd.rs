@@ -16,6 +16,7 @@ use crate::error::Error;
 
 pub(crate) mod amx;
 pub(crate) mod dot;
+pub(crate) mod multiply;
 mod scalar;
 pub use scalar::Scalar;
 

@@ -1,21 +1,57 @@
-//! Activations quantized on the fly: per row and per group of columns, symmetric, to nearest, −127 … 127.
+//! Activations as the kernels take them: scaled per row and per group of columns, four columns a word.
+//!
+//! In bytes they are quantized: symmetric, to nearest, −127 … 127. In floats the scale is a power of two that
+//! brings the largest of a group to 1 … 2, so nothing is rounded, and no product leaves the range of f32; what is
+//! 2^100 times smaller than that counts as zero, so none gets subnormal either.
 
 use std::ops::Range;
 
 use crate::parallel::{self, take_mut};
 use crate::planes::padded;
 use crate::quantize::Source;
+use crate::simd::multiply::Multiply;
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 use super::affine::Affine;
-use super::cuts::Cuts;
+use super::cuts::{Cuts, MAX_SEGMENT};
 use super::panel::Lines;
 
-/// Quantized rows, cut like the weights they meet.
+/// The numbers that activations are held in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Numbers {
+    /// Signed bytes, in the order of the columns.
+    Int8,
+    /// bfloat16, in the order 0, 2, 1, 3 of the columns of a word. For activations that it holds.
+    Bf16,
+    /// f32, in the order of the columns.
+    F32,
+}
+
+impl Numbers {
+    /// Bytes of a word.
+    fn word(self) -> usize {
+        match self {
+            Self::Int8 => 4,
+            Self::Bf16 => 8,
+            Self::F32 => 16,
+        }
+    }
+
+    /// Longest run of columns whose products are summed by themselves: what an i32 always holds, or what keeps
+    /// the rounding of f32 small.
+    pub(super) fn longest_segment(self) -> usize {
+        match self {
+            Self::Int8 => MAX_SEGMENT,
+            Self::Bf16 | Self::F32 => 256,
+        }
+    }
+}
+
+/// Rows of activations, cut like the weights they meet.
 pub(super) struct Activations {
-    /// Words of four codes, zeros behind them: whole lines a row.
+    /// Words of four columns, zeros behind them: whole lines a row.
     words: Lines<u8, TILE>,
-    /// Each segment's sum of codes, as [`Affine::term`] has it.
+    /// Each segment's sum, as brackets take it.
     terms: Vec<u32>,
     /// Scale of each segment.
     scales: Vec<f32>,
@@ -29,8 +65,8 @@ pub(super) struct Activations {
 
 /// One row of [`Activations`].
 #[derive(Clone, Copy)]
-pub(super) struct Row<'a> {
-    pub(super) words: &'a [[u8; 4]],
+pub(super) struct Row<'a, W> {
+    pub(super) words: &'a [W],
     pub(super) terms: &'a [u32],
     pub(super) scales: &'a [f32],
 }
@@ -39,9 +75,10 @@ pub(super) struct Row<'a> {
 const TASK: usize = 1 << 14;
 
 impl Activations {
-    /// Quantizes `rows` rows of `k` elements.
+    /// Brings `rows` rows of `k` elements to `numbers`.
     pub(super) fn new(
         token: Token,
+        numbers: Numbers,
         x: Source<'_>,
         rows: usize,
         k: usize,
@@ -50,7 +87,7 @@ impl Activations {
         threads: usize,
     ) -> Self {
         // An odd number, so that the rows of a tile, read side by side, do not meet in the cache's sets.
-        let lines_a_row = (4 * cuts.words()).div_ceil(TILE) | 1;
+        let lines_a_row = (numbers.word() * cuts.words()).div_ceil(TILE) | 1;
         let segments = cuts.segments.len();
         let mut all = Self {
             words: Lines::new(rows * lines_a_row),
@@ -64,7 +101,8 @@ impl Activations {
         let (mut words, mut terms, mut scales) =
             (all.words.lines_mut(), &mut all.terms[..], &mut all.scales[..]);
         let step = TASK.div_ceil(k.max(1));
-        let tasks = all.finite.chunks_mut(step).enumerate().map(|(i, finite)| QuantizeRows {
+        let tasks = all.finite.chunks_mut(step).enumerate().map(|(i, finite)| FillRows {
+            numbers,
             x: x.part(i * step * k, finite.len() * k),
             k,
             cuts,
@@ -80,12 +118,9 @@ impl Activations {
     }
 
     #[inline(always)]
-    pub(super) fn row(&self, row: usize) -> Row<'_> {
+    pub(super) fn row<M: Multiply>(&self, row: usize) -> Row<'_, M::Word> {
         Row {
-            words: self.words.lines()[row * self.lines_a_row..][..self.lines_a_row]
-                .as_flattened()
-                .as_chunks()
-                .0,
+            words: M::words(self.words.lines()[row * self.lines_a_row..][..self.lines_a_row].as_flattened()),
             terms: &self.terms[row * self.segments..][..self.segments],
             scales: &self.scales[row * self.segments..][..self.segments],
         }
@@ -138,7 +173,8 @@ fn place<const BYTES: usize>(row: &[u8], r: usize, tiles: &mut [u8]) {
     }
 }
 
-struct QuantizeRows<'a> {
+struct FillRows<'a> {
+    numbers: Numbers,
     x: Source<'a>,
     k: usize,
     cuts: &'a Cuts,
@@ -151,7 +187,7 @@ struct QuantizeRows<'a> {
     finite: &'a mut [bool],
 }
 
-impl Kernel for QuantizeRows<'_> {
+impl Kernel for FillRows<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -163,20 +199,21 @@ impl Kernel for QuantizeRows<'_> {
         };
         for row in 0..self.finite.len() {
             match self.x {
-                Source::F32(x) => self.quantize_row(isa, &x[row * k..][..k], row),
+                Source::F32(x) => self.fill_row(isa, &x[row * k..][..k], row),
                 x => {
                     widen_row(isa, x, row * k, &mut widened);
-                    self.quantize_row(isa, &widened[..k], row);
+                    self.fill_row(isa, &widened[..k], row);
                 }
             }
         }
     }
 }
 
-impl QuantizeRows<'_> {
+impl FillRows<'_> {
     #[inline(always)]
-    fn quantize_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize) {
+    fn fill_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize) {
         let segments = self.cuts.segments.len();
+        let word = self.numbers.word();
         let words = &mut self.words[row * self.stride..][..self.stride];
         let (terms, scales) = (&mut self.terms[row * segments..], &mut self.scales[row * segments..]);
         // The segments of a long group share its scale, so the scale is found group by group.
@@ -188,13 +225,21 @@ impl QuantizeRows<'_> {
                 self.finite[row] = false;
                 return;
             }
-            let exact = largest / 127.0;
+            let exact = match self.numbers {
+                Numbers::Int8 => largest / 127.0,
+                // Its power of two.
+                Numbers::Bf16 | Numbers::F32 => f32::from_bits(largest.to_bits() & f32::INFINITY.to_bits()),
+            };
             let scale = if exact < f32::MIN_POSITIVE { 0.0 } else { exact };
             let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
             for segment in same_group {
                 let x = &x[segment.begin..][..segment.len];
-                let codes = &mut words[4 * segment.word..][..4 * segment.words()];
-                terms[number] = self.affine.term(quantize(isa, x, inverse, codes));
+                let to = &mut words[word * segment.word..][..word * segment.words()];
+                terms[number] = match self.numbers {
+                    Numbers::Int8 => self.affine.term(quantize(isa, x, inverse, to)),
+                    Numbers::Bf16 => scale_floats::<I, true>(isa, x, inverse, to).to_bits(),
+                    Numbers::F32 => scale_floats::<I, false>(isa, x, inverse, to).to_bits(),
+                };
                 scales[number] = scale;
                 number += 1;
             }
@@ -263,3 +308,48 @@ fn quantize_tile<I: Isa>(isa: I, x: &[f32; TILE], inverse: f32, to: &mut [u8; TI
     let biased = isa.narrow(rounded, 128, 255);
     isa.store_u8(to, isa.sub_u8(biased, isa.splat_u8(128)));
 }
+
+/// x · inverse, a power of two, as bfloat16 or f32 words, zeros behind them; returns their sum.
+///
+/// Element `i` goes to lane `i` mod 16 of the sum, then lanes j and j + 8, j + 4, j + 2, j + 1 are added.
+#[inline(always)]
+fn scale_floats<I: Isa, const BF16: bool>(isa: I, x: &[f32], inverse: f32, to: &mut [u8]) -> f32 {
+    let (inverse, smallest) = (isa.splat(inverse), isa.splat(SMALLEST));
+    let magnitude = isa.splat_i32(i32::MAX);
+    let mut sum = isa.splat(0.0);
+    let bytes = if BF16 { 2 } else { 4 };
+    for (x, to) in x.chunks(LANES).zip(to.chunks_mut(bytes * LANES)) {
+        let x = match x.first_chunk() {
+            Some(whole) => isa.load(whole),
+            None => isa.load(&padded(x)),
+        };
+        let scaled = isa.mul(x, inverse);
+        let small = isa.gt(smallest, isa.from_bits(isa.and(isa.to_bits(scaled), magnitude)));
+        let scaled = isa.select(small, isa.splat(0.0), scaled);
+        sum = isa.add(sum, scaled);
+        let mut lanes = [0; LANES];
+        isa.store_i32(&mut lanes, isa.to_bits(scaled));
+        if BF16 {
+            // Columns 0 and 2, 1 and 3.
+            for (word, to) in lanes.as_chunks::<4>().0.iter().zip(to.as_chunks_mut::<8>().0) {
+                let pair = |low: u32, high: u32| u64::from(low >> 16 | high & 0xffff_0000);
+                *to = (pair(word[0], word[2]) | pair(word[1], word[3]) << 32).to_le_bytes();
+            }
+        } else {
+            for (lane, to) in lanes.iter().zip(to.as_chunks_mut::<4>().0) {
+                *to = lane.to_le_bytes();
+            }
+        }
+    }
+    let mut lanes = [0.0; LANES];
+    isa.store::<false>(&mut lanes, sum);
+    for half in [8, 4, 2, 1] {
+        for j in 0..half {
+            lanes[j] += lanes[j + half];
+        }
+    }
+    lanes[0]
+}
+
+/// 2^−100: scaled activations below count as zero.
+const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);

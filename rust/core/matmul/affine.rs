@@ -14,7 +14,7 @@ const EXACT: u64 = 1 << 24;
 pub(super) enum Form {
     /// z_r is one integer: the sum of products begins at −z_r·Σq.
     Start,
-    /// Sums of products stay below 2^24, so they are exact in f32: one fused multiply-add.
+    /// Sums of products are f32, or exact in it because they stay below 2^24: one fused multiply-add.
     Float,
     /// In integers, 2^shift times as large.
     Integer,
@@ -36,7 +36,8 @@ pub(super) struct Affine {
 }
 
 impl Affine {
-    pub(super) fn new(scheme: &Scheme, read_bits: u32, cuts: &Cuts) -> Self {
+    /// The form for sums of integer products, or of floats.
+    pub(super) fn new(scheme: &Scheme, read_bits: u32, cuts: &Cuts, floats: bool) -> Self {
         let dropped = scheme.bits() - read_bits;
         // Twice the value of the dropped bits' middle.
         let middle = (1 << dropped) - 1;
@@ -55,6 +56,7 @@ impl Affine {
         let codes = scheme.table().map_or(1 << read_bits, |_| 256);
         let largest = cuts.longest_segment() as u64 * 127 * codes;
         let form = match fixed {
+            _ if floats => Form::Float,
             Some(_) if shift == 0 => Form::Start,
             _ if largest <= EXACT => Form::Float,
             _ => Form::Integer,
@@ -73,7 +75,7 @@ impl Affine {
         }
     }
 
-    /// A zero point as [`Affine::bracket`] takes it.
+    /// A zero point as brackets take it.
     pub(super) fn zero(&self, stored: Option<u8>) -> u32 {
         let zero = stored.map_or(self.zero, |z| self.z_factor * i32::from(z) - self.z_offset);
         match self.form {
@@ -82,22 +84,20 @@ impl Affine {
         }
     }
 
-    /// The bracket of a segment from its sum of products, in the form `FORM`; exact but for one rounding to f32.
+    /// The bracket of a segment from its sum of products, in the form `START` or [`Form::Float`]; exact but for
+    /// one rounding to f32.
     #[inline(always)]
-    pub(super) fn bracket<I: Isa, const FORM: u8>(
-        &self,
-        isa: I,
-        dots: I::I32,
-        zero: &Lanes,
-        term: u32,
-    ) -> I::F32 {
-        if FORM == Form::Start as u8 {
-            return isa.to_f32(dots);
+    pub(super) fn bracket<I: Isa, const START: bool>(isa: I, sum: I::F32, zero: &Lanes, term: u32) -> I::F32 {
+        if START {
+            return sum;
         }
-        if FORM == Form::Float as u8 {
-            let zero = isa.from_bits(isa.load_i32(zero));
-            return isa.neg_mul_add(zero, isa.splat(f32::from_bits(term)), isa.to_f32(dots));
-        }
+        let zero = isa.from_bits(isa.load_i32(zero));
+        isa.neg_mul_add(zero, isa.splat(f32::from_bits(term)), sum)
+    }
+
+    /// The same in the form [`Form::Integer`].
+    #[inline(always)]
+    pub(super) fn integer_bracket<I: Isa>(&self, isa: I, dots: I::I32, zero: &Lanes, term: u32) -> I::F32 {
         let zero = isa.mul_i32(isa.load_i32(zero), isa.splat_i32(term.cast_signed()));
         let dots = isa.mul_i32(dots, isa.splat_i32(1 << self.shift));
         // Exact: a division by a power of two far from the ends of the range.

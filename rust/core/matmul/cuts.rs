@@ -1,12 +1,12 @@
-//! How a row of k columns is cut for the integer kernels.
+//! How a row of k columns is cut.
 //!
 //! ```text
 //! columns   ····|····|····|····|····|····|····|····      k
 //! words     four columns of one segment                  what a dot product of bytes takes at a time
-//! segments  a group, or 32768 columns of a longer one    one scale, one integer sum
+//! segments  a group, or a part of a longer one           one scale, one sum of products
 //! units     8 words                                      what memory is laid out in
 //! blocks    some units                                   what stays in the caches while x passes by
-//! pieces    a segment within a block                     whole, or with its integer sum carried over
+//! pieces    a segment within a block                     whole, or with its sum carried over
 //! ```
 
 use std::ops::Range;
@@ -18,7 +18,7 @@ pub(super) const UNIT: usize = 8;
 /// Words of a block: with 64 rows, 256 KiB of codes.
 const BLOCK: usize = 1024;
 
-/// Columns that share a scale and one integer sum: a group, or a part of a very long one.
+/// Columns that share a scale and one sum of products: a group, or a part of a long one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Segment {
     /// First column.
@@ -87,15 +87,16 @@ pub(super) struct Cuts {
 }
 
 impl Cuts {
-    /// Cuts a row of `k` columns in groups of `group` (at least 1).
-    pub(super) fn new(k: usize, group: usize) -> Self {
+    /// Cuts a row of `k` columns in groups of `group` (at least 1) and segments of at most `longest`, which keeps
+    /// to whole units: how memory is laid out does not depend on it.
+    pub(super) fn new(k: usize, group: usize, longest: usize) -> Self {
+        debug_assert!(longest <= MAX_SEGMENT && longest.is_multiple_of(4 * UNIT));
         let mut segments = Vec::new();
         let mut words = 0;
         for (number, first) in (0..k).step_by(group).enumerate() {
             let end = k.min(first + group);
-            for begin in (first..end).step_by(MAX_SEGMENT) {
-                let segment =
-                    Segment { begin, len: MAX_SEGMENT.min(end - begin), word: words, group: number };
+            for begin in (first..end).step_by(longest) {
+                let segment = Segment { begin, len: longest.min(end - begin), word: words, group: number };
                 words += segment.words();
                 segments.push(segment);
             }
@@ -165,11 +166,12 @@ mod tests {
 
     #[test]
     fn segments_and_pieces_cover_every_column_once_and_in_order() {
-        for (k, group) in [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)] {
-            let cuts = Cuts::new(k, group);
+        let sizes = [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)];
+        for ((k, group), longest) in sizes.into_iter().flat_map(|size| [(size, MAX_SEGMENT), (size, 256)]) {
+            let cuts = Cuts::new(k, group, longest);
             assert_eq!(cuts.segments.iter().map(|s| s.len).sum::<usize>(), k, "k={k} group={group}");
             for segment in &cuts.segments {
-                assert!(segment.len <= MAX_SEGMENT && segment.begin / group == segment.group);
+                assert!(segment.len <= longest && segment.begin / group == segment.group);
             }
             let mut seen = vec![0; cuts.segments.len()];
             for block in &cuts.blocks {
@@ -189,8 +191,8 @@ mod tests {
 
     #[test]
     fn groups_of_whole_words_stay_contiguous() {
-        assert!(Cuts::new(4100, 64).contiguous && Cuts::new(1001, 1001).contiguous);
-        assert!(!Cuts::new(100, 9).contiguous);
-        assert!(Cuts::new(4100, 96).by_units && !Cuts::new(4100, 24).by_units);
+        assert!(Cuts::new(4100, 64, MAX_SEGMENT).contiguous && Cuts::new(1001, 1001, MAX_SEGMENT).contiguous);
+        assert!(!Cuts::new(100, 9, MAX_SEGMENT).contiguous);
+        assert!(Cuts::new(4100, 96, MAX_SEGMENT).by_units && !Cuts::new(4100, 24, MAX_SEGMENT).by_units);
     }
 }

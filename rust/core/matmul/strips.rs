@@ -11,7 +11,7 @@ use std::ops::Range;
 
 pub(super) use crate::simd::amx::ROWS;
 use crate::simd::amx::{Amx, Tiles};
-use crate::simd::dot::{Dot, DotKernel};
+use crate::simd::multiply::{Multiply, MultiplyKernel};
 use crate::simd::{Aligned, LANES, VECTORS};
 
 use super::cuts::{Cuts, UNIT};
@@ -49,11 +49,11 @@ pub(super) struct Strips<'a> {
     pub(super) carried: Option<&'a mut Sums>,
 }
 
-impl DotKernel for Strips<'_> {
+impl MultiplyKernel for Strips<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<D: Dot>(mut self, dot: D) {
+    fn run<M: Multiply>(mut self, by: M) {
         let rows = self.rows.len();
         // A strip multiplies half a panel at a time.
         let steps = rows.div_ceil(ROWS) * self.on.block.units.len().div_ceil(self.order.together()) * 2;
@@ -64,7 +64,7 @@ impl DotKernel for Strips<'_> {
             if !rows.is_empty() {
                 let tiles = self.amx.tiles(height, self.order.step());
                 for row in rows.step_by(ROWS) {
-                    self.strip(dot, &tiles, row, height, &mut products.0, &mut ahead);
+                    self.strip(by, &tiles, row, height, &mut products.0, &mut ahead);
                 }
             }
         }
@@ -74,9 +74,9 @@ impl DotKernel for Strips<'_> {
 impl Strips<'_> {
     /// `height` rows from `row` on.
     #[inline(always)]
-    fn strip<D: Dot>(
+    fn strip<M: Multiply>(
         &mut self,
-        dot: D,
+        by: M,
         tiles: &Tiles,
         row: usize,
         height: usize,
@@ -98,7 +98,7 @@ impl Strips<'_> {
             let codes = &self.codes[unit * VECTORS * UNIT..];
             tiles.multiply(x, strip, codes, steps, !piece.first, products, ahead.take(2 * steps));
             if piece.last {
-                on.add_strip(dot.isa(), sums, products, row, piece);
+                on.add_strip(by.isa(), sums, products, row, piece);
             }
         }
     }

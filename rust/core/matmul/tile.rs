@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! for each piece of a segment:
-//!   dots = −z·Σq, or 0, or what the block before left          i32, exact
+//!   dots = −z·Σq, or 0, or what the block before left          i32, exact; or f32
 //!   for each word of four columns:  dots += codes · q
 //!   sum  = fma(s_r · s_x, f32(bracket of dots), sum)           at the segment's end
 //! ```
 //!
 //! [`Tile`] reads expanded codes, which many rows of x share; [`Stream`] expands them in registers.
 
-use crate::simd::dot::{Dot, DotKernel};
+use crate::simd::multiply::{Multiply, MultiplyKernel};
 use crate::simd::{Isa, LANES, VECTORS};
 
 use super::activations::{Activations, Row};
@@ -40,10 +40,10 @@ impl Operands<'_> {
 
     /// `R` rows of x, from `row` on, cut to the block.
     #[inline(always)]
-    fn rows<const R: usize>(&self, row: usize) -> [Row<'_>; R] {
-        let mut rows = [self.x.row(row); R];
+    fn rows<M: Multiply, const R: usize>(&self, row: usize) -> [Row<'_, M::Word>; R] {
+        let mut rows = [self.x.row::<M>(row); R];
         for r in 0..R {
-            rows[r] = self.x.row(row + r);
+            rows[r] = self.x.row::<M>(row + r);
             rows[r].words = &rows[r].words[self.block.words()];
         }
         rows
@@ -51,65 +51,62 @@ impl Operands<'_> {
 
     /// Adds a segment's brackets to the sums of `R` rows and the `C` vectors from `first` on.
     #[inline(always)]
-    fn add<I: Isa, const R: usize, const C: usize>(
+    fn add<M: Multiply, const R: usize, const C: usize>(
         &self,
-        isa: I,
+        by: M,
         sums: &mut [[Lanes; C]; R],
-        dots: [[I::I32; C]; R],
-        x: &[Row<'_>; R],
+        dots: [[M::Sum; C]; R],
+        x: &[Row<'_, M::Word>; R],
         piece: &Piece,
         first: usize,
     ) {
         match self.affine.form {
-            Form::Start => self.add_form::<I, R, C, { Form::Start as u8 }>(isa, sums, dots, x, piece, first),
-            Form::Float => self.add_form::<I, R, C, { Form::Float as u8 }>(isa, sums, dots, x, piece, first),
+            Form::Start => self.add_form::<M, R, C, true>(by, sums, dots, x, piece, first),
+            Form::Float => self.add_form::<M, R, C, false>(by, sums, dots, x, piece, first),
             Form::Integer => {
                 // Row by row, from memory: all at once is too much to unroll, and such segments are long.
                 let mut lanes = [[[0; LANES]; C]; R];
                 for r in 0..R {
                     for c in 0..C {
-                        isa.store_i32(&mut lanes[r][c], dots[r][c]);
+                        by.store(&mut lanes[r][c], dots[r][c]);
                     }
                 }
+                let isa = by.isa();
+                let (scales, zeros) = self.factors::<M::Isa, C>(isa, piece, first);
                 for (r, (sums, lanes)) in sums.iter_mut().zip(&lanes).enumerate() {
-                    let mut dots = [isa.splat_i32(0); C];
+                    let (scale_x, term) = (x[r].scales[piece.segment], x[r].terms[piece.segment]);
                     for c in 0..C {
-                        dots[c] = isa.load_i32(&lanes[c]);
+                        let dots = isa.load_i32(&lanes[c]);
+                        let bracket = self.affine.integer_bracket(isa, dots, zeros[c], term);
+                        add_bracket(isa, &mut sums[c], scales[c], scale_x, bracket);
                     }
-                    let sums = std::array::from_mut(sums);
-                    self.add_form::<I, 1, C, { Form::Integer as u8 }>(
-                        isa,
-                        sums,
-                        [dots],
-                        &[x[r]],
-                        piece,
-                        first,
-                    );
                 }
             }
         }
     }
 
-    /// [`Operands::add`] for brackets of one form. The loop over rows and vectors must unroll, or the sums of
-    /// products it reads by index would live in memory: nothing but arithmetic is left in it.
+    /// [`Operands::add`] for brackets in the form `START` or [`Form::Float`]. The loop over rows and vectors must
+    /// unroll, or the sums of products it reads by index would live in memory: nothing but arithmetic is left in it.
     #[inline(always)]
-    fn add_form<I: Isa, const R: usize, const C: usize, const FORM: u8>(
+    fn add_form<M: Multiply, const R: usize, const C: usize, const START: bool>(
         &self,
-        isa: I,
+        by: M,
         sums: &mut [[Lanes; C]; R],
-        dots: [[I::I32; C]; R],
-        x: &[Row<'_>; R],
+        dots: [[M::Sum; C]; R],
+        x: &[Row<'_, M::Word>; R],
         piece: &Piece,
         first: usize,
     ) {
-        let (scales, zeros) = self.factors::<I, C>(isa, piece, first);
+        let isa = by.isa();
+        let (scales, zeros) = self.factors::<M::Isa, C>(isa, piece, first);
         let (mut scales_x, mut terms) = ([0.0; R], [0; R]);
         for r in 0..R {
             (scales_x[r], terms[r]) = (x[r].scales[piece.segment], x[r].terms[piece.segment]);
         }
         for r in 0..R {
             for c in 0..C {
-                let bracket = self.affine.bracket::<I, FORM>(isa, dots[r][c], zeros[c], terms[r]);
+                let sum = by.value(dots[r][c]);
+                let bracket = Affine::bracket::<M::Isa, START>(isa, sum, zeros[c], terms[r]);
                 add_bracket(isa, &mut sums[r][c], scales[c], scales_x[r], bracket);
             }
         }
@@ -151,33 +148,35 @@ impl Operands<'_> {
         piece: &Piece,
     ) {
         match self.affine.form {
-            Form::Start => self.add_strip_form::<I, { Form::Start as u8 }>(isa, sums, products, row, piece),
-            Form::Float => self.add_strip_form::<I, { Form::Float as u8 }>(isa, sums, products, row, piece),
-            Form::Integer => {
-                self.add_strip_form::<I, { Form::Integer as u8 }>(isa, sums, products, row, piece)
-            }
+            Form::Start => self.add_strip_form(isa, sums, products, row, piece, |dots, zero, term| {
+                let dots = isa.add_i32(dots, isa.splat_i32(term.cast_signed()));
+                Affine::bracket::<I, true>(isa, isa.to_f32(dots), zero, term)
+            }),
+            Form::Float => self.add_strip_form(isa, sums, products, row, piece, |dots, zero, term| {
+                Affine::bracket::<I, false>(isa, isa.to_f32(dots), zero, term)
+            }),
+            Form::Integer => self.add_strip_form(isa, sums, products, row, piece, |dots, zero, term| {
+                self.affine.integer_bracket(isa, dots, zero, term)
+            }),
         }
     }
 
-    /// [`Operands::add_strip`] for brackets of one form.
+    /// [`Operands::add_strip`] with the bracket of one form.
     #[inline(always)]
-    fn add_strip_form<I: Isa, const FORM: u8>(
+    fn add_strip_form<I: Isa>(
         &self,
         isa: I,
         sums: &mut [[Lanes; VECTORS]],
         products: &[[Lanes; VECTORS]],
         row: usize,
         piece: &Piece,
+        bracket: impl Fn(I::I32, &Lanes, u32) -> I::F32,
     ) {
         let (scales, zeros) = self.factors::<I, VECTORS>(isa, piece, 0);
         for (r, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
             let (scale_x, term) = self.x.factors(row + r, piece.segment);
             for c in 0..VECTORS {
-                let mut dots = isa.load_i32(&products[c]);
-                if FORM == Form::Start as u8 {
-                    dots = isa.add_i32(dots, isa.splat_i32(term.cast_signed()));
-                }
-                let bracket = self.affine.bracket::<I, FORM>(isa, dots, zeros[c], term);
+                let bracket = bracket(isa.load_i32(&products[c]), zeros[c], term);
                 add_bracket(isa, &mut sums[c], scales[c], scale_x, bracket);
             }
         }
@@ -185,23 +184,23 @@ impl Operands<'_> {
 
     /// The sums of products with which a piece begins.
     #[inline(always)]
-    fn begin<I: Isa, const R: usize, const C: usize>(
+    fn begin<M: Multiply, const R: usize, const C: usize>(
         &self,
-        isa: I,
-        x: &[Row<'_>; R],
+        by: M,
+        x: &[Row<'_, M::Word>; R],
         piece: &Piece,
         carried: Option<&mut [[Lanes; C]; R]>,
-    ) -> [[I::I32; C]; R] {
-        let mut dots = [[isa.splat_i32(0); C]; R];
+    ) -> [[M::Sum; C]; R] {
+        let mut dots = [[by.splat(0); C]; R];
         if let Some(carried) = carried.filter(|_| !piece.first) {
             for r in 0..R {
                 for c in 0..C {
-                    dots[r][c] = isa.load_i32(&carried[r][c]);
+                    dots[r][c] = by.load(&carried[r][c]);
                 }
             }
         } else if self.affine.form == Form::Start {
             for r in 0..R {
-                dots[r] = [isa.splat_i32(x[r].terms[piece.segment].cast_signed()); C];
+                dots[r] = [by.splat(x[r].terms[piece.segment]); C];
             }
         }
         dots
@@ -209,22 +208,22 @@ impl Operands<'_> {
 
     /// What becomes of the sums of products where a piece ends: results, or a sum to carry on.
     #[inline(always)]
-    fn end<I: Isa, const R: usize, const C: usize>(
+    fn end<M: Multiply, const R: usize, const C: usize>(
         &self,
-        isa: I,
-        dots: [[I::I32; C]; R],
-        x: &[Row<'_>; R],
+        by: M,
+        dots: [[M::Sum; C]; R],
+        x: &[Row<'_, M::Word>; R],
         piece: &Piece,
         first: usize,
         sums: &mut [[Lanes; C]; R],
         carried: Option<&mut [[Lanes; C]; R]>,
     ) {
         if piece.last {
-            self.add(isa, sums, dots, x, piece, first);
+            self.add(by, sums, dots, x, piece, first);
         } else if let Some(carried) = carried {
             for r in 0..R {
                 for c in 0..C {
-                    isa.store_i32(&mut carried[r][c], dots[r][c]);
+                    by.store(&mut carried[r][c], dots[r][c]);
                 }
             }
         }
@@ -248,85 +247,95 @@ pub(super) struct Tile<'a, 'b, const R: usize, const C: usize> {
     pub(super) codes: &'a [Word],
     /// Running results, the bits of f32.
     pub(super) sums: &'a mut Sums,
-    /// Integer sums of segments that began in an earlier block, if any do.
+    /// Sums of products of segments that began in an earlier block, if any do.
     pub(super) carried: Option<&'a mut Sums>,
     /// The tile's first row within the sums.
     pub(super) sum: usize,
     pub(super) ahead: &'a mut Ahead<'b>,
 }
 
-impl<const R: usize, const C: usize> DotKernel for Tile<'_, '_, R, C> {
+impl<const R: usize, const C: usize> MultiplyKernel for Tile<'_, '_, R, C> {
     type Output = ();
 
     #[inline(always)]
-    fn run<D: Dot>(self, dot: D) {
-        let isa = dot.isa();
+    fn run<M: Multiply>(self, by: M) {
+        let isa = by.isa();
         let on = self.on;
-        let x = on.rows::<R>(self.row);
+        let x = on.rows::<M, R>(self.row);
         let sums = self.sums.tile::<R, C>(self.sum, self.first);
         let mut carried = self.carried.map(|carried| carried.tile::<R, C>(self.sum, self.first));
         for piece in on.pieces() {
-            let mut dots = on.begin(isa, &x, piece, carried.as_deref_mut());
+            let mut dots = on.begin(by, &x, piece, carried.as_deref_mut());
             let mut word = piece.begin;
             while word < piece.end {
                 let len = (UNIT - word % UNIT).min(piece.end - word);
                 self.ahead.fetch(isa);
                 let from = (word / UNIT * on.vectors + self.first) * UNIT + word % UNIT;
-                dots = dot_words(dot, dots, &self.codes[from..], &x, word, len);
+                dots = multiply_words(by, dots, &self.codes[from..], &x, word, len);
                 word += len;
             }
-            on.end(isa, dots, &x, piece, self.first, sums, carried.as_deref_mut());
+            on.end(by, dots, &x, piece, self.first, sums, carried.as_deref_mut());
         }
     }
 }
 
 /// Adds the products of `len` words, at most a unit, of `C` vectors with as many of `R` rows.
 #[inline(always)]
-fn dot_words<D: Dot, const R: usize, const C: usize>(
-    dot: D,
-    mut dots: [[<D::Isa as Isa>::I32; C]; R],
+fn multiply_words<M: Multiply, const R: usize, const C: usize>(
+    by: M,
+    mut dots: [[M::Sum; C]; R],
     codes: &[Word],
-    x: &[Row<'_>; R],
+    x: &[Row<'_, M::Word>; R],
     word: usize,
     len: usize,
-) -> [[<D::Isa as Isa>::I32; C]; R] {
+) -> [[M::Sum; C]; R] {
     let mut vectors: [&[Word]; C] = [&[]; C];
     for c in 0..C {
         vectors[c] = &codes[c * UNIT..][..len];
     }
-    let mut q: [&[[u8; 4]]; R] = [&[]; R];
+    let mut q: [&[M::Word]; R] = [&[]; R];
     for r in 0..R {
         q[r] = &x[r].words[word..][..len];
     }
     if len == UNIT {
         for j in 0..UNIT {
-            dots = dot_word(dot, dots, &vectors, &q, j);
+            dots = multiply_word(by, dots, &vectors, &q, j);
         }
     } else {
         for j in 0..len {
-            dots = dot_word(dot, dots, &vectors, &q, j);
+            dots = multiply_word(by, dots, &vectors, &q, j);
         }
     }
     dots
 }
 
-/// Word `j` of [`dot_words`].
+/// Word `j` of [`multiply_words`].
 #[inline(always)]
-fn dot_word<D: Dot, const R: usize, const C: usize>(
-    dot: D,
-    mut dots: [[<D::Isa as Isa>::I32; C]; R],
+fn multiply_word<M: Multiply, const R: usize, const C: usize>(
+    by: M,
+    mut dots: [[M::Sum; C]; R],
     vectors: &[&[Word]; C],
-    q: &[&[[u8; 4]]; R],
+    q: &[&[M::Word]; R],
     j: usize,
-) -> [[<D::Isa as Isa>::I32; C]; R] {
-    let isa = dot.isa();
-    let mut codes = [isa.splat_u8(0); C];
-    for c in 0..C {
-        codes[c] = isa.load_u8(&vectors[c][j]);
-    }
-    for r in 0..R {
+) -> [[M::Sum; C]; R] {
+    let isa = by.isa();
+    if M::WORD == 4 {
+        // One register a vector: a word of x meets all of them.
+        let mut codes = [by.codes(isa.splat_u8(0)); C];
         for c in 0..C {
-            dots[r][c] = dot.dot(dots[r][c], codes[c], i32::from_le_bytes(q[r][j]));
+            codes[c] = by.codes(isa.load_u8(&vectors[c][j]));
+        }
+        for r in 0..R {
+            for c in 0..C {
+                dots[r][c] = by.multiply(dots[r][c], codes[c], q[r][j]);
+            }
+        }
+        return dots;
+    }
+    for c in 0..C {
+        let codes = by.codes(isa.load_u8(&vectors[c][j]));
+        for r in 0..R {
+            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
         }
     }
     dots
@@ -340,41 +349,42 @@ pub(super) struct Stream<'a, const R: usize, const STACK: u32> {
     pub(super) codes: &'a PanelPlanes<'a>,
     /// Running results, the bits of f32.
     pub(super) sums: &'a mut Sums,
-    /// Integer sums of segments that began in an earlier block, if any do.
+    /// Sums of products of segments that began in an earlier block, if any do.
     pub(super) carried: Option<&'a mut Sums>,
     /// The tile's first row within the sums.
     pub(super) sum: usize,
 }
 
-impl<const R: usize, const STACK: u32> DotKernel for Stream<'_, R, STACK> {
+impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
     type Output = ();
 
     #[inline(always)]
-    fn run<D: Dot>(self, dot: D) {
-        let isa = dot.isa();
+    fn run<M: Multiply>(self, by: M) {
+        let isa = by.isa();
         let on = self.on;
-        let x = on.rows::<R>(self.row);
+        let x = on.rows::<M, R>(self.row);
         let sums = self.sums.tile::<R, VECTORS>(self.sum, 0);
         let mut carried = self.carried.map(|carried| carried.tile::<R, VECTORS>(self.sum, 0));
         for piece in on.pieces() {
-            let mut dots = on.begin(isa, &x, piece, carried.as_deref_mut());
+            let mut dots = on.begin(by, &x, piece, carried.as_deref_mut());
             // Whole units: what pads one meets zeros of x.
             for number in piece.begin / UNIT..piece.end.div_ceil(UNIT) {
                 let unit = self.codes.unit::<STACK>(on.block.units.start + number);
-                let mut q: [&[[u8; 4]]; R] = [&[]; R];
+                let mut q: [&[M::Word]; R] = [&[]; R];
                 for r in 0..R {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }
                 for c in 0..VECTORS {
-                    let words = unit.words::<D::Isa, STACK>(isa, c);
+                    let words = unit.words::<M::Isa, STACK>(isa, c);
                     for j in 0..UNIT {
+                        let codes = by.codes(words[j]);
                         for r in 0..R {
-                            dots[r][c] = dot.dot(dots[r][c], words[j], i32::from_le_bytes(q[r][j]));
+                            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
                         }
                     }
                 }
             }
-            on.end(isa, dots, &x, piece, 0, sums, carried.as_deref_mut());
+            on.end(by, dots, &x, piece, 0, sums, carried.as_deref_mut());
         }
     }
 }

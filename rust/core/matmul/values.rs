@@ -1,4 +1,5 @@
-//! The float kernel: weights dequantized a few columns at a time, f32 products, one order of additions.
+//! The kernel for weights that are no affine function of integer codes (dither, rescaled variance): dequantized a
+//! few columns at a time, f32 products, one order of additions.
 //!
 //! Columns are taken in runs of 64. Within a run products are added by fused multiply-add in index order from
 //! 0; the runs are added in order. So neither threads nor instruction sets show in the result.

@@ -1,4 +1,4 @@
-//! The integer kernel: panels of the weight against quantized activations.
+//! The kernel for codes: panels of the weight against activations in bytes or in floats.
 //!
 //! ```text
 //! for each panel of 64 rows of W:
@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use crate::quantize::{Rows, ZeroPoints};
-use crate::simd::dot::{Dot, DotKernel};
+use crate::simd::multiply::{Multiply, MultiplyKernel};
 use crate::simd::{Isa, LANES, VECTORS};
 
 use super::Layout;
@@ -46,21 +46,21 @@ pub(super) struct Panels<'a> {
     pub(super) out: Columns<'a>,
 }
 
-impl DotKernel for Panels<'_> {
+impl MultiplyKernel for Panels<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<D: Dot>(mut self, dot: D) {
-        let isa = dot.isa();
+    fn run<M: Multiply>(mut self, by: M) {
+        let isa = by.isa();
         let mut scratch = Scratch::new(self.cuts, self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
             scratch.load_scales(isa, self.weight, self.layout, self.affine, panel);
-            scratch.sums.begin(panel.vectors(), D::TILE_VECTORS);
+            scratch.sums.begin(panel.vectors(), M::TILE_VECTORS);
             let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
             let table = scheme.table();
             let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
             for block in &self.cuts.blocks {
-                self.multiply(dot, panel, block, &mut codes, &mut scratch);
+                self.multiply(by, panel, block, &mut codes, &mut scratch);
             }
             let (finite, first) = (Some(self.x.finite(&self.rows)), panel.first - self.outputs.start);
             scratch.sums.write(isa, panel, self.bias, finite, &mut self.out, first);
@@ -71,9 +71,9 @@ impl DotKernel for Panels<'_> {
 impl Panels<'_> {
     /// Adds a block's products to the sums of all rows.
     #[inline(always)]
-    fn multiply<D: Dot>(
+    fn multiply<M: Multiply>(
         &self,
-        dot: D,
+        by: M,
         panel: Panel,
         block: &Block,
         codes: &mut Codes<'_>,
@@ -93,24 +93,24 @@ impl Panels<'_> {
         if let Codes::Panels(planes) = codes
             && self.rows.len() <= stream_rows(planes)
             && cuts.by_units
-            && sums.wide(D::TILE_VECTORS)
+            && sums.wide(M::TILE_VECTORS)
         {
             let mut streams =
                 Streams { on, codes: planes, rows: self.rows.clone(), sums, carried: carried.as_deref_mut() };
-            if streams.run(dot) {
+            if streams.run(by) {
                 return;
             }
         }
-        if let Some(amx) = dot.blocks()
+        if let Some(amx) = by.blocks()
             && self.rows.len() >= strips::MIN_ROWS
             && cuts.by_units
-            && sums.wide(D::TILE_VECTORS)
+            && sums.wide(M::TILE_VECTORS)
         {
             let order = strips::laid(cuts);
             let to = &mut expanded.lines_mut()[..order.words(block.units.len(), vectors)];
-            codes.expand(dot.isa(), cuts, self.weight.shape.k, block, to, order);
+            codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, order);
             let (rows, planes) = (self.rows.clone(), codes.planes());
-            dot.vectorize(Strips { on, amx, order, codes: to, rows, planes, sums, carried });
+            by.vectorize(Strips { on, amx, order, codes: to, rows, planes, sums, carried });
             return;
         }
         let direct = match codes {
@@ -121,12 +121,12 @@ impl Panels<'_> {
             Some(words) => words,
             None => {
                 let to = &mut expanded.lines_mut()[..Laid::Units.words(block.units.len(), vectors)];
-                codes.expand(dot.isa(), cuts, self.weight.shape.k, block, to, Laid::Units);
+                codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, Laid::Units);
                 to
             }
         };
         let tiles = Tiles { on, words, rows: self.rows.clone(), planes: codes.planes(), sums, carried };
-        tiles.run(dot);
+        tiles.run(by);
     }
 }
 
@@ -150,44 +150,45 @@ struct Streams<'a> {
 impl Streams<'_> {
     /// Whether there is a kernel for the planes of these codes; then it has run.
     #[inline(always)]
-    fn run<D: Dot>(&mut self, dot: D) -> bool {
+    fn run<M: Multiply>(&mut self, by: M) -> bool {
         match self.codes.stack() {
-            BYTES => self.stack::<D, BYTES>(dot),
-            0x4 => self.stack::<D, 0x4>(dot),
-            0x2 => self.stack::<D, 0x2>(dot),
-            0x1 => self.stack::<D, 0x1>(dot),
-            0x12 => self.stack::<D, 0x12>(dot),
-            0x14 => self.stack::<D, 0x14>(dot),
-            0x24 => self.stack::<D, 0x24>(dot),
-            0x124 => self.stack::<D, 0x124>(dot),
-            0x44 => self.stack::<D, 0x44>(dot),
-            0x1004 => self.stack::<D, 0x1004>(dot),
-            0x1012 => self.stack::<D, 0x1012>(dot),
+            BYTES if M::MAX_BITS >= 8 => self.stack::<M, BYTES>(by),
+            0x4 => self.stack::<M, 0x4>(by),
+            0x2 => self.stack::<M, 0x2>(by),
+            0x1 => self.stack::<M, 0x1>(by),
+            0x12 => self.stack::<M, 0x12>(by),
+            0x14 => self.stack::<M, 0x14>(by),
+            0x24 if M::MAX_BITS >= 6 => self.stack::<M, 0x24>(by),
+            0x124 if M::MAX_BITS >= 7 => self.stack::<M, 0x124>(by),
+            0x44 if M::MAX_BITS >= 8 => self.stack::<M, 0x44>(by),
+            // Levels are bytes.
+            0x1004 if M::MAX_BITS >= 8 => self.stack::<M, 0x1004>(by),
+            0x1012 if M::MAX_BITS >= 8 => self.stack::<M, 0x1012>(by),
             _ => return false,
         }
         true
     }
 
     #[inline(always)]
-    fn stack<D: Dot, const STACK: u32>(&mut self, dot: D) {
+    fn stack<M: Multiply, const STACK: u32>(&mut self, by: M) {
         let mut done = 0;
         while done < self.rows.len() {
             done += match self.rows.len() - done {
-                1 => self.rows_of::<D, STACK, 1>(dot, done),
-                2 | 3 => self.rows_of::<D, STACK, 2>(dot, done),
+                1 => self.rows_of::<M, STACK, 1>(by, done),
+                2 | 3 => self.rows_of::<M, STACK, 2>(by, done),
                 // With four rows the loads of a unit are too far apart to be foreseen by the caches.
-                _ if STACK == BYTES => self.rows_of::<D, STACK, 2>(dot, done),
-                _ => self.rows_of::<D, STACK, 4>(dot, done),
+                _ if STACK == BYTES => self.rows_of::<M, STACK, 2>(by, done),
+                _ => self.rows_of::<M, STACK, 4>(by, done),
             };
         }
     }
 
     /// `R` rows from `sum` on; returns their number.
     #[inline(always)]
-    fn rows_of<D: Dot, const STACK: u32, const R: usize>(&mut self, dot: D, sum: usize) -> usize {
+    fn rows_of<M: Multiply, const STACK: u32, const R: usize>(&mut self, by: M, sum: usize) -> usize {
         let (on, codes, row) = (self.on, self.codes, self.rows.start + sum);
         let (sums, carried) = (&mut *self.sums, self.carried.as_deref_mut());
-        dot.vectorize(Stream::<R, STACK> { on, row, codes, sum, sums, carried });
+        by.vectorize(Stream::<R, STACK> { on, row, codes, sum, sums, carried });
         R
     }
 }
@@ -205,20 +206,20 @@ struct Tiles<'a> {
 
 impl Tiles<'_> {
     #[inline(always)]
-    fn run<D: Dot>(mut self, dot: D) {
-        let (rows, wide) = (self.rows.len(), self.sums.wide(D::TILE_VECTORS));
-        let (count, passes) = (rows.div_ceil(D::TILE_ROWS), if wide { 1 } else { self.on.vectors });
+    fn run<M: Multiply>(mut self, by: M) {
+        let (rows, wide) = (self.rows.len(), self.sums.wide(M::TILE_VECTORS));
+        let (count, passes) = (rows.div_ceil(M::TILE_ROWS), if wide { 1 } else { self.on.vectors });
         let steps = count * passes * self.on.block.units.len();
         let mut ahead = match self.planes {
             Some(planes) if count > 1 => planes.ahead(self.on.block, steps),
             _ => Ahead::default(),
         };
         for first in 0..passes {
-            for (row, height) in tiles(rows, D::TILE_ROWS) {
+            for (row, height) in tiles(rows, M::TILE_ROWS) {
                 if wide {
-                    self.tile::<D, VECTORS>(dot, row, height, 0, &mut ahead);
+                    self.tile::<M, VECTORS>(by, row, height, 0, &mut ahead);
                 } else {
-                    self.tile::<D, 1>(dot, row, height, first, &mut ahead);
+                    self.tile::<M, 1>(by, row, height, first, &mut ahead);
                 }
             }
         }
@@ -226,9 +227,9 @@ impl Tiles<'_> {
 
     /// One tile of `height` rows and the vectors `first` to `first + C`.
     #[inline(always)]
-    fn tile<D: Dot, const C: usize>(
+    fn tile<M: Multiply, const C: usize>(
         &mut self,
-        dot: D,
+        by: M,
         sum: usize,
         height: usize,
         first: usize,
@@ -236,8 +237,8 @@ impl Tiles<'_> {
     ) {
         let (on, codes, row) = (self.on, self.words, self.rows.start + sum);
         let (sums, carried) = (&mut *self.sums, self.carried.as_deref_mut());
-        by_height!(height, D::TILE_ROWS, R => {
-            dot.vectorize(Tile::<R, C> { on, row, first, codes, sum, sums, carried, ahead });
+        by_height!(height, M::TILE_ROWS, R => {
+            by.vectorize(Tile::<R, C> { on, row, first, codes, sum, sums, carried, ahead });
         });
     }
 }
@@ -256,7 +257,7 @@ struct Scratch {
     by_group: Vec<Lanes>,
     /// Running results, as bits of f32.
     sums: Sums,
-    /// Integer sums carried from block to block, if any ever are.
+    /// Sums of products carried from block to block, if any ever are.
     carried: Option<Sums>,
 }
 
