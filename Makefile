@@ -56,7 +56,7 @@ quality: setup ## what every bit width costs two real models (MODEL=, TEXT=: a c
 	$(BIN)/python benches/quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benches/tables.py
 
-test-aarch64: ## the core's tests cross-built and run under qemu, with and without dotprod
+test-aarch64: ## the core's tests cross-built and run under qemu, with and without i8mm and dotprod
 	.ci/test-aarch64
 
 wheel: setup ## one wheel for CPython >= 3.10 in dist/

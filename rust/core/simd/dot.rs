@@ -1,8 +1,9 @@
 //! Dot products of bytes: the one operation that a single instruction set has in several versions.
 //!
 //! A [`Dot`] is an [`Isa`] together with the way it multiplies unsigned codes with signed activations. Every
-//! way is exact, so which one runs is never visible in a result: `vpdpbusd` where the CPU has it, else
-//! `maddubs` for codes below 128 (two products then fit 16 bits), else products widened to 16 bits first.
+//! way is exact, so which one runs is never visible in a result. Best is an instruction that does just that:
+//! `vpdpbusd`, `usdot`. Without it codes below 128 have a way of their own (`maddubs`, whose two products then
+//! fit 16 bits; `sdot`, whose bytes are all signed), and others one that makes them wider or moves them first.
 
 #![expect(unsafe_code, reason = "a token proves that the CPU has the instructions")]
 
@@ -76,14 +77,20 @@ pub(crate) fn dispatch_dot<K: DotKernel>(token: Token, max_code: u8, kernel: K) 
             (None, false) => x86::Avx512Dot::<false>(isa).vectorize(kernel),
         },
         #[cfg(target_arch = "x86_64")]
-        Token::Avx2(isa) if narrow => x86::Avx2Dot::<true>(isa).vectorize(kernel),
-        #[cfg(target_arch = "x86_64")]
-        Token::Avx2(isa) => x86::Avx2Dot::<false>(isa).vectorize(kernel),
+        Token::Avx2(isa) => {
+            match (x86::Avx2Vnni::<false>::detect(isa), x86::Avx2Vnni::<true>::detect(isa), narrow) {
+                (Some(dot), _, _) => dot.vectorize(kernel),
+                (None, Some(dot), _) => dot.vectorize(kernel),
+                (None, None, true) => x86::Avx2Dot::<true>(isa).vectorize(kernel),
+                (None, None, false) => x86::Avx2Dot::<false>(isa).vectorize(kernel),
+            }
+        }
         #[cfg(target_arch = "aarch64")]
-        Token::Neon(isa) => match (neon::Sdot::detect(isa), narrow) {
-            (Some(sdot), true) => neon::SdotDot::<true>(sdot).vectorize(kernel),
-            (Some(sdot), false) => neon::SdotDot::<false>(sdot).vectorize(kernel),
-            (None, _) => neon::NeonDot(isa).vectorize(kernel),
+        Token::Neon(isa) => match (neon::Usdot::detect(isa), neon::Sdot::detect(isa), narrow) {
+            (Some(dot), _, _) => dot.vectorize(kernel),
+            (None, Some(sdot), true) => neon::SdotDot::<true>(sdot).vectorize(kernel),
+            (None, Some(sdot), false) => neon::SdotDot::<false>(sdot).vectorize(kernel),
+            (None, None, _) => neon::NeonDot(isa).vectorize(kernel),
         },
         Token::Scalar(isa) => Dot::vectorize(isa, kernel),
     }
@@ -174,6 +181,88 @@ mod x86 {
         );
         let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), _mm256_srai_epi16::<8>(x));
         _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+    }
+
+    /// AVX2 with `vpdpbusd`, in one of its two encodings for the registers of AVX2: that of AVX-VNNI, or (`EVEX`)
+    /// that of AVX-512 VNNI, for CPUs that have it without all that [`Avx512`] wants.
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2Vnni<const EVEX: bool>(Avx2);
+
+    impl<const EVEX: bool> Avx2Vnni<EVEX> {
+        /// The token, if the CPU has the instruction in this encoding besides.
+        pub(super) fn detect(isa: Avx2) -> Option<Self> {
+            let has = match EVEX {
+                false => is_x86_feature_detected!("avxvnni"),
+                true => is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vl"),
+            };
+            has.then_some(Self(isa))
+        }
+    }
+
+    impl<const EVEX: bool> Dot for Avx2Vnni<EVEX> {
+        type Isa = Avx2;
+
+        #[inline(always)]
+        fn isa(self) -> Avx2 {
+            self.0
+        }
+
+        #[inline(always)]
+        fn dot(self, acc: [__m256i; 2], codes: [__m256i; 2], word: i32) -> [__m256i; 2] {
+            // SAFETY: the token proves AVX2, and `detect` found the encoding.
+            unsafe {
+                [dpbusd_ymm::<EVEX>(acc[0], codes[0], word), dpbusd_ymm::<EVEX>(acc[1], codes[1], word)]
+            }
+        }
+
+        fn vectorize<K: DotKernel>(self, kernel: K) -> K::Output {
+            // SAFETY: the token proves the features of `Avx2`, and `detect` found the encoding.
+            unsafe {
+                match EVEX {
+                    false => with_vnni_vex(self, kernel),
+                    true => with_vnni_evex(self, kernel),
+                }
+            }
+        }
+    }
+
+    /// Eight lanes of [`Dot::dot`].
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have AVX2 and `vpdpbusd` in that encoding.
+    #[inline(always)]
+    unsafe fn dpbusd_ymm<const EVEX: bool>(acc: __m256i, codes: __m256i, word: i32) -> __m256i {
+        // SAFETY: the caller knows that the CPU has the instruction; the operands are values.
+        unsafe {
+            let x = _mm256_set1_epi32(word);
+            match EVEX {
+                false => _mm256_dpbusd_avx_epi32(acc, codes, x),
+                true => _mm256_dpbusd_epi32(acc, codes, x),
+            }
+        }
+    }
+
+    /// Compiles `kernel` for the features of [`Avx2`] and AVX-VNNI.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have all of them.
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,avxvnni")]
+    #[inline(never)]
+    unsafe fn with_vnni_vex<D: Dot, K: DotKernel>(dot: D, kernel: K) -> K::Output {
+        kernel.run(dot)
+    }
+
+    /// Compiles `kernel` for the features of [`Avx2`] and the VNNI of AVX-512.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have all of them.
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,avx512vl,avx512vnni")]
+    #[inline(never)]
+    unsafe fn with_vnni_evex<D: Dot, K: DotKernel>(dot: D, kernel: K) -> K::Output {
+        kernel.run(dot)
     }
 
     /// AVX-512 without VNNI; `NARROW` promises codes below 128.
@@ -312,6 +401,85 @@ mod neon {
         vaddq_s32(acc, vpaddq_s32(lanes01, lanes23))
     }
 
+    /// NEON with `usdot`, the dot product of unsigned bytes with signed ones.
+    #[derive(Clone, Copy)]
+    pub(super) struct Usdot(Neon);
+
+    impl Usdot {
+        /// The token, if the CPU has the extension besides NEON.
+        pub(super) fn detect(isa: Neon) -> Option<Self> {
+            is_aarch64_feature_detected!("i8mm").then_some(Self(isa))
+        }
+    }
+
+    impl Dot for Usdot {
+        type Isa = Neon;
+        const TILE_ROWS: usize = 4;
+
+        #[inline(always)]
+        fn isa(self) -> Neon {
+            self.0
+        }
+
+        #[inline(always)]
+        fn dot(self, acc: [int32x4_t; 4], codes: [uint8x16_t; 4], word: i32) -> [int32x4_t; 4] {
+            // SAFETY: `detect` found the extension.
+            unsafe { dot_usdot(acc, codes, word) }
+        }
+
+        fn vectorize<K: DotKernel>(self, kernel: K) -> K::Output {
+            // SAFETY: as for `dot`.
+            unsafe { with_i8mm(self, kernel) }
+        }
+    }
+
+    /// Compiles `kernel` for NEON and its products of integer matrices, to which `usdot` belongs.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have both.
+    #[target_feature(enable = "neon,i8mm")]
+    #[inline(never)]
+    unsafe fn with_i8mm<K: DotKernel>(dot: Usdot, kernel: K) -> K::Output {
+        kernel.run(dot)
+    }
+
+    /// [`Dot::dot`] by `usdot`.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have NEON and its products of integer matrices.
+    #[inline]
+    #[target_feature(enable = "neon,i8mm")]
+    unsafe fn dot_usdot(acc: [int32x4_t; 4], codes: [uint8x16_t; 4], word: i32) -> [int32x4_t; 4] {
+        let x = vreinterpretq_s8_s32(vdupq_n_s32(word));
+        // SAFETY: the features of `usdot` are those of this function.
+        let quarter = |i: usize| unsafe { usdot(acc[i], codes[i], x) };
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    /// Lane `i` of `acc` plus the products of the unsigned bytes 4·i … 4·i + 3 of `a` with the signed ones of `b`.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have NEON and its products of integer matrices.
+    #[inline]
+    #[target_feature(enable = "neon,i8mm")]
+    unsafe fn usdot(acc: int32x4_t, a: uint8x16_t, b: int8x16_t) -> int32x4_t {
+        let mut sum = acc;
+        // SAFETY: the instruction belongs to the features of this function and touches registers only.
+        unsafe {
+            asm!(
+                "usdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
+                inout(vreg) sum,
+                in(vreg) a,
+                in(vreg) b,
+                options(pure, nomem, nostack),
+            );
+        }
+        sum
+    }
+
     /// Proof that the CPU has `sdot`, the signed dot product of bytes.
     #[derive(Clone, Copy)]
     pub(super) struct Sdot(Neon);
@@ -441,6 +609,53 @@ mod tests {
         }
     }
 
+    fn check<D: Dot>(dot: D, max_code: u8) {
+        let expected = Dot::vectorize(Scalar, Probe { max_code });
+        let name = std::any::type_name::<D>();
+        assert_eq!(dot.vectorize(Probe { max_code }), expected, "{name}, codes up to {max_code}");
+    }
+
+    /// Checks every dot product of this CPU, those included that a better one hides from [`dispatch_dot`].
+    #[cfg(target_arch = "x86_64")]
+    fn check_each(max_code: u8) {
+        if let Some(isa) = super::super::Avx2::detect() {
+            x86::Avx2Vnni::<false>::detect(isa).inspect(|dot| check(*dot, max_code));
+            x86::Avx2Vnni::<true>::detect(isa).inspect(|dot| check(*dot, max_code));
+            check(x86::Avx2Dot::<false>(isa), max_code);
+            if max_code < 128 {
+                check(x86::Avx2Dot::<true>(isa), max_code);
+            }
+        }
+        if let Some(isa) = super::super::Avx512::detect() {
+            x86::Vnni::detect(isa).inspect(|dot| check(*dot, max_code));
+            check(x86::Avx512Dot::<false>(isa), max_code);
+            if max_code < 128 {
+                check(x86::Avx512Dot::<true>(isa), max_code);
+            }
+        }
+    }
+
+    /// Checks every dot product of this CPU, those included that a better one hides from [`dispatch_dot`].
+    #[cfg(target_arch = "aarch64")]
+    fn check_each(max_code: u8) {
+        if let Some(isa) = super::super::Neon::detect() {
+            neon::Usdot::detect(isa).inspect(|dot| check(*dot, max_code));
+            if let Some(sdot) = neon::Sdot::detect(isa) {
+                check(neon::SdotDot::<false>(sdot), max_code);
+                if max_code < 128 {
+                    check(neon::SdotDot::<true>(sdot), max_code);
+                }
+            }
+            check(neon::NeonDot(isa), max_code);
+        }
+    }
+
+    /// Other targets have plain loops alone.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    fn check_each(max_code: u8) {
+        check(Scalar, max_code);
+    }
+
     #[test]
     fn every_dot_product_is_exact() {
         for max_code in [1, 15, 127, 255] {
@@ -448,14 +663,7 @@ mod tests {
             for token in Token::available() {
                 assert_eq!(dispatch_dot(token, max_code, Probe { max_code }), expected, "{}", token.name());
             }
-            // Hidden by VNNI where the CPU has it.
-            #[cfg(target_arch = "x86_64")]
-            if let Some(isa) = super::super::Avx512::detect() {
-                assert_eq!(x86::Avx512Dot::<false>(isa).vectorize(Probe { max_code }), expected);
-                if max_code < 128 {
-                    assert_eq!(x86::Avx512Dot::<true>(isa).vectorize(Probe { max_code }), expected);
-                }
-            }
+            check_each(max_code);
         }
     }
 }
