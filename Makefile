@@ -11,11 +11,15 @@ SOURCES   := $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 INSTALLED := .venv/installed
 EXTENSION := python/turboquant_rs/_core.abi3.so
 
+# Of the benches of real models.
+INPUTS := $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
+
 # pyo3 asks this interpreter about itself when cargo runs without maturin (clippy).
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test check format bench bench-compare quality test-aarch64 wheel clean
+.PHONY: help setup build demo test check format bench bench-speed bench-linear bench-models bench-compare quality
+.PHONY: test-aarch64 wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,15 +49,28 @@ format: setup ## let ruff and rustfmt rewrite the sources
 	$(BIN)/ruff format .
 	cargo fmt --all
 
-bench: setup ## time us and our peers in one process; record the ratios in benches/results/
+bench: ## the three below, one after the other
+	$(MAKE) bench-speed
+	$(MAKE) bench-linear
+	$(MAKE) bench-models
+
+bench-speed: setup ## time us and our peers in one process; record the ratios in benches/results/
 	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-only --benchmark-columns median
+	$(BIN)/python benches/tables.py
+
+bench-linear: setup ## linear layers beside every peer that is installed
+	$(BIN)/python benches/linear.py
+	$(BIN)/python benches/tables.py
+
+bench-models: setup ## two real models end to end (MODEL=, TEXT=: a causal model, a text file)
+	$(BIN)/python benches/models.py $(INPUTS)
 	$(BIN)/python benches/tables.py
 
 bench-compare: setup ## time again; fail where a recorded ratio has lost more than 10 %
 	$(BIN)/python benches/compare.py
 
 quality: setup ## what every bit width costs two real models (MODEL=, TEXT=: a causal model, a text file)
-	$(BIN)/python benches/quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benches/quality.py $(INPUTS)
 	$(BIN)/python benches/tables.py
 
 test-aarch64: ## the core's tests cross-built and run under qemu, with and without i8mm and dotprod

@@ -18,7 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-HOW = {"speed": "make bench", "quality": "make quality", "linear": "python benches/linear.py"}
+HOW = {
+    "speed": "make bench-speed",
+    "quality": "make quality",
+    "linear": "make bench-linear",
+    "models": "make bench-models",
+}
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -152,6 +157,40 @@ def ratio(cell: dict, peer: str, ours: str) -> str:
     return f"{times[peer] / times[ours]:.2f}" if {peer, ours} <= times.keys() else ""
 
 
+def models_encoder() -> str:
+    """One line a variant and number of threads: sentences a second, and how near it is to f32."""
+    figures = {
+        "mean cosine": lambda row: f"{row['distance']['mean_cosine']:.4f}",
+        "nearest 10 kept": lambda row: f"{row['distance']['overlap']:.1%}",
+    }
+    return end_to_end("encoder", "sentences/s", figures)
+
+
+def models_language() -> str:
+    """The same for tokens a second of the language model."""
+    figures = {
+        "mean KL": lambda row: f"{row['distance']['kl']:.5f}",
+        "perplexity ratio": lambda row: f"{row['distance']['perplexity_ratio']:.4f}",
+    }
+    return end_to_end("language", "tokens/s", figures)
+
+
+def end_to_end(section: str, unit: str, figures: dict[str, Callable[[dict], str]]) -> str:
+    """Rates of each kind of work, the time of f32 and of bf16 over each, then `figures`."""
+    rows = read("models", section)["rows"]
+    works = list(rows[0]["per_second"])
+    lines = []
+    for row in rows:
+        line = [str(row["threads"]), row["variant"], f"{row['megabytes']:.0f}"]
+        for work in works:
+            ratios = " / ".join(f"{ratio[work]:.2f}" for ratio in row["ratios"].values())
+            line += [f"{row['per_second'][work]:.0f}", ratios]
+        lines.append([*line, *(show(row) for show in figures.values())])
+    against = " / ".join(name.removeprefix("torch ") for name in rows[0]["ratios"])
+    columns = [column for work in works for column in (f"{work}, {unit}", f"{against} over it")]
+    return markdown(["threads", "model", "MB", *columns, *figures], lines)
+
+
 TABLES = {
     "quality-encoder": encoder,
     "quality-language": language,
@@ -159,6 +198,8 @@ TABLES = {
     "speed": speed,
     "linear": linear,
     "linear-all": linear_all,
+    "models-encoder": models_encoder,
+    "models-language": models_language,
 }
 
 
