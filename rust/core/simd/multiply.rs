@@ -169,7 +169,8 @@ impl<I: Isa> Multiply for Floats<I> {
     type Codes = [I::F32; 4];
     type Word = [u8; 16];
     const WORD: usize = 16;
-    const TILE_ROWS: usize = I::TILE_ROWS;
+    // In wide tiles a row less: the codes of a word take four registers.
+    const TILE_ROWS: usize = if I::TILE_VECTORS == 1 { I::TILE_ROWS } else { I::TILE_ROWS - 1 };
     const TILE_VECTORS: usize = I::TILE_VECTORS;
 
     #[inline(always)]
@@ -291,7 +292,8 @@ mod x86 {
         type Word = [u8; 8];
         const WORD: usize = 8;
         const MAX_BITS: u32 = if NARROW { 5 } else { 8 };
-        const TILE_ROWS: usize = Avx512::TILE_ROWS;
+        // Wide codes take registers on their way to bfloat16.
+        const TILE_ROWS: usize = if NARROW { Avx512::TILE_ROWS } else { Avx512::TILE_ROWS - 1 };
         const TILE_VECTORS: usize = Avx512::TILE_VECTORS;
 
         #[inline(always)]
