@@ -1,0 +1,28 @@
+"""Which layer gets how many bits, and when.
+
+    model, batches ── sensitivity ──► Sensitivity ── allocate ──► Plan ──► tq.quantize_(model, plan)
+                     (sensitivity.py)   layer × bits  (allocate.py)  (plan.py)
+
+losses.py     what a model is scored by          variants.py    one weight at every choice of bits
+choices.py    costs and scores for the solver    refine.py      swaps accepted on measured KL
+"""
+
+from turboquant_rs.nn import precision, set_precision
+
+from .allocate import Budget, allocate
+from .losses import Categorical, Gaussian
+from .plan import Plan
+from .sensitivity import LayerScores, Sensitivity, sensitivity
+
+__all__ = [
+    "Budget",
+    "Categorical",
+    "Gaussian",
+    "LayerScores",
+    "Plan",
+    "Sensitivity",
+    "allocate",
+    "precision",
+    "sensitivity",
+    "set_precision",
+]
