@@ -11,7 +11,7 @@ from turboquant_rs.nn import precision, set_precision
 
 from .allocate import Budget, allocate
 from .losses import Categorical, Gaussian
-from .plan import Plan
+from .plan import Plan, read_plan
 from .sensitivity import LayerScores, Sensitivity, sensitivity
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Sensitivity",
     "allocate",
     "precision",
+    "read_plan",
     "sensitivity",
     "set_precision",
 ]

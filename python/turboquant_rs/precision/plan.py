@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from turboquant_rs.errors import QuantizationFormatError
 from turboquant_rs.report import describe_scheme
@@ -167,49 +167,64 @@ class Plan:
     # In a model
 
     def prescribe(self, model: nn.Module, nested: bool) -> tuple[dict[str, Scheme], dict[str, int]]:
-        """For `tq.quantize_`: {pattern: scheme}, and with `nested` {layer: bits to read of it}.
+        """For `tq.quantize_`: {pattern: scheme}, and {layer: bits to read of it} where those are a prefix.
 
         Raises `ValueError` where the model is not the one it was made for (names and shapes that differ are
-        listed), and where no nested scheme can be read at its choices.
+        listed), for blocks of rows, and where no nested scheme can be read at its choices.
         """
-        if differences := self._differences(model):
-            more = len(differences) - SHOWN
-            raise ValueError(
-                f"the plan was made for another model: {'; '.join(differences[:SHOWN])}"
-                f"{f'; and {more} more' if more > 0 else ''}; score this one with tq.sensitivity"
-            )
-        if any("[" in key and key != layer.name for key, layer in self._keys()):
+        modules = model.named_modules(remove_duplicate=False)
+        self._require({name: shape for name, module in modules if (shape := _shape(module))}, every=True)
+        whole = self._nested_scheme() if nested else None
+        schemes, read = {}, {}
+        for layer, bits in zip(self.sensitivity.layers, self.widths, strict=True):
+            names = (layer.name, *layer.aliases)
+            scheme = whole or at_bits(self.scheme, bits)
+            schemes[f"re:{'|'.join(map(re.escape, names))}"] = scheme
+            if scheme.is_nested:
+                read.update(dict.fromkeys(names, bits))
+        return schemes, read
+
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme]:
+        """{tensor: scheme} for a checkpoint with tensors of these shapes: `<layer>.weight` for every layer.
+
+        Raises `ValueError` as `prescribe` does.
+        """
+        matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+        self._require(matrices, every=False)
+        if self.scheme.is_nested:
+            raise ValueError("a file has no bits to read a layer at; plan with a scheme that is not nested")
+        return {
+            f"{name}.weight": at_bits(self.scheme, bits)
+            for layer, bits in zip(self.sensitivity.layers, self.widths, strict=True)
+            for name in (layer.name, *layer.aliases)
+            if name in matrices
+        }
+
+    def _require(self, shapes: Mapping[str, tuple[int, ...]], every: bool) -> None:
+        """Refuses a model that differs in the planned layers, under `every` name or one of each layer's."""
+        if any(layer.key != layer.name for layer in self.sensitivity.layers):
             raise ValueError(
                 "the plan gives blocks of rows bits of their own, and a layer holds one scheme; score with "
                 "granularity='tensor' to quantize"
             )
-        whole = self._nested_scheme() if nested else None
-        schemes = {
-            _pattern((layer.name, *layer.aliases)): whole or at_bits(self.scheme, bits)
-            for layer, bits, _, _ in self._layers()
-        }
-        reads_prefixes = nested or self.scheme.is_nested
-        names = (
-            (name, bits) for layer, bits, _, _ in self._layers() for name in (layer.name, *layer.aliases)
-        )
-        return schemes, dict(names) if reads_prefixes else {}
-
-    def _keys(self) -> Iterator[tuple[str, LayerScores]]:
-        return ((layer.key, layer) for layer in self.sensitivity.layers)
-
-    def _differences(self, model: nn.Module) -> list[str]:
-        """What of the planned layers is not so in `model`."""
-        modules = dict(model.named_modules(remove_duplicate=False))
-        found = []
+        differences = []
         for layer in self.sensitivity.layers:
-            for name in (layer.name, *layer.aliases):
-                shape = _shape(modules.get(name))
-                if shape is None:
-                    found.append(f"{name} is missing")
-                elif layer.shape not in (shape, shape[::-1]):
-                    wanted = f"{layer.shape[0]} x {layer.shape[1]}"
-                    found.append(f"{name} is {shape[0]} x {shape[1]} here, {wanted} in the plan")
-        return list(dict.fromkeys(found))
+            names = (layer.name, *layer.aliases)
+            here = [name for name in names if name in shapes]
+            differences += [
+                f"{name} is missing" for name in names if name not in here and (every or not here)
+            ]
+            differences += [
+                f"{name} is {_times(shapes[name])} here, {_times(layer.shape)} in the plan"
+                for name in here
+                if tuple(shapes[name]) not in (layer.shape, layer.shape[::-1])
+            ]
+        if differences:
+            more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+            raise ValueError(
+                f"the plan was made for another model: {'; '.join(differences[:SHOWN])}{more}; score this "
+                "one with tq.sensitivity"
+            )
 
     def _nested_scheme(self) -> Scheme:
         """The nested scheme of the fewest planes that can be read at every choice of the plan."""
@@ -231,17 +246,14 @@ def _predicted(found: Sensitivity) -> str:
     return "relative error" if found.score == "error" else "predicted KL"
 
 
-def _pattern(names: tuple[str, ...]) -> str:
-    """A pattern that matches these names and singles them out."""
-    return f"re:{'|'.join(map(re.escape, names))}"
-
-
-def _shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """The shape of a module's matrix; None if it has none."""
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's matrix; empty if it has none."""
     weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 2:
-        return None
-    return weight.shape[0], weight.shape[1]
+    return tuple(weight.shape) if isinstance(weight, Tensor) and weight.dim() == 2 else ()
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def read_plan(path: Path) -> Plan:
