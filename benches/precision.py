@@ -38,8 +38,7 @@ from turboquant_rs.precision.weights import Weights
 from turboquant_rs.progress import Progress
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
-BUDGETS = (3.0, 3.5, 4.0, 5.0)
-GRANULARITIES = ("tensor", "rows:128")
+BUDGETS = (3.0, 3.25, 3.5, 4.0, 4.25, 5.0)
 CALIBRATION, EVALUATION, PROBES = 16, 16, 4  # sequences
 RANDOM_PLANS, RESAMPLINGS = 3, 2000
 SENTENCES, SENTENCE_BATCH = 512, 16
@@ -49,19 +48,27 @@ Values = NDArray[np.float64]
 
 @dataclass
 class Job:
-    """A model, what it is scored by, batches to score on, and batches to measure KL on."""
+    """A model, what it is scored by, batches to score on and to measure KL on, the names of its tables."""
 
     model: nn.Module
     loss: Loss
     calibration: Sequence[Any]
     evaluation: Sequence[Any]
+    tables: Sequence[str]
     originals: list[Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, loss: Loss, calibration: Sequence[Any], evaluation: Sequence[Any]) -> Job:
+    def of(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        calibration: Sequence[Any],
+        evaluation: Sequence[Any],
+        tables: Sequence[str],
+    ) -> Job:
         with torch.inference_mode():
             originals = [loss.outputs(model, batch) for batch in evaluation]
-        return cls(model, loss, calibration, evaluation, originals)
+        return cls(model, loss, calibration, evaluation, tables, originals)
 
     @torch.inference_mode()
     def divergences(self) -> Values:
@@ -143,12 +150,12 @@ def train(job: Job, batches: Sequence[Any]) -> None:
         job.model.zero_grad(set_to_none=True)
 
 
-def score(job: Job, batches: Sequence[Any], granularity: str = "tensor") -> tq.Sensitivity:
-    return tq.sensitivity(job.model, batches, loss=job.loss, granularity=granularity, progress=False)
+def score(job: Job, batches: Sequence[Any], **options: Any) -> tq.Sensitivity:
+    return tq.sensitivity(job.model, batches, loss=job.loss, progress=False, **options)
 
 
-def measure_plans(job: Job, found: tq.Sensitivity, uniform: dict[int, Values]) -> list[Row]:
-    """For every budget: a plan, and its peers, against uniform precision at the same bytes."""
+def measure_plans(job: Job, found: tq.Sensitivity, uniform: dict[int, Values], peers: bool) -> list[Row]:
+    """For every budget: a plan, and with `peers` others, against uniform precision at the same bytes."""
     weights = Weights(job.model, found, found.choices)
     size = nbytes(found)
     elements = sum(layer.elements for layer in found.layers)
@@ -159,7 +166,7 @@ def measure_plans(job: Job, found: tq.Sensitivity, uniform: dict[int, Values]) -
         plan = tq.allocate(found, tq.Budget(bits=budget))
         kinds: list[tuple[str, tq.Plan]] = [("plan", plan), ("head and tail", outer_first(found, budget))]
         kinds += [("random", drawn(found, budget, seed)) for seed in range(RANDOM_PLANS)]
-        for kind, own in kinds if found.layers[0].key == found.layers[0].name else kinds[:1]:
+        for kind, own in kinds if peers else kinds[:1]:
             with weights.at(own.widths):
                 values = job.divergences()
 
@@ -270,25 +277,43 @@ def exact(costs: NDArray[np.int64], values: Values, budget: int) -> float:
 
 
 def measure(job: Job) -> Row:
-    """All of it for one model."""
-    found = {name: score(job, job.calibration, name) for name in GRANULARITIES}
-    whole = found["tensor"]
-    weights = Weights(job.model, whole, whole.choices)
-    uniform = {}
-    for bits in whole.choices:
-        with weights.at([bits] * len(whole.layers)):
-            uniform[bits] = job.divergences()
-        print(f"uniform {bits}: KL {uniform[bits].mean():.6f}", file=sys.stderr, flush=True)
+    """All of it for one model: linear layers whole, in blocks of rows, and together with the tables."""
+    everything = [name for name, module in job.model.named_modules() if isinstance(module, nn.Linear)]
+    variants = {
+        "layers": {},
+        "blocks of 128 rows": {"granularity": "rows:128"},
+        "layers and tables": {"layers": sorted({*everything, *job.tables})},
+    }
+    found = {name: score(job, job.calibration, **options) for name, options in variants.items()}
+    uniform = {name: measure_uniform(job, own) for name, own in found.items()}
+    whole = found["layers"]
     return {
         "samples": whole.samples,
-        "uniform": {
-            str(bits): interval(lambda chosen, v=values: float(v[chosen].mean()), len(values))
-            for bits, values in uniform.items()
+        "uniform": {name: shown(own) for name, own in uniform.items()},
+        "plans": {
+            name: measure_plans(job, own, uniform[name], name == "layers") for name, own in found.items()
         },
-        "plans": {name: measure_plans(job, own, uniform) for name, own in found.items()},
         "solver": measure_solver(whole),
         "cost": measure_cost(job, job.calibration[:4]),
-        "score": measure_score(job, whole, uniform),
+        "score": measure_score(job, whole, uniform["layers"]),
+    }
+
+
+def measure_uniform(job: Job, found: tq.Sensitivity) -> dict[int, Values]:
+    """KL of every sequence with all layers at the same bits, for each choice."""
+    weights = Weights(job.model, found, found.choices)
+    uniform = {}
+    for bits in found.choices:
+        with weights.at([bits] * len(found.layers)):
+            uniform[bits] = job.divergences()
+        print(f"uniform {bits}: KL {uniform[bits].mean():.6f}", file=sys.stderr, flush=True)
+    return uniform
+
+
+def shown(uniform: dict[int, Values]) -> Row:
+    return {
+        str(bits): interval(lambda chosen, v=values: float(v[chosen].mean()), len(values))
+        for bits, values in uniform.items()
     }
 
 
@@ -298,7 +323,8 @@ def encoder() -> Row:
     texts = library_sentences(2 * SENTENCES)
     batches = [found.tokenize(texts[i : i + SENTENCE_BATCH]) for i in range(0, len(texts), SENTENCE_BATCH)]
     half = len(batches) // 2
-    job = Job.of(found.model, tq.Gaussian(embed), batches[:half], batches[half:])
+    tables = ["embeddings.word_embeddings"]
+    job = Job.of(found.model, tq.Gaussian(embed), batches[:half], batches[half:], tables)
     return {"model": found.name, "text": f"{SENTENCES} + {SENTENCES} {SOURCE}"} | measure(job)
 
 
@@ -306,9 +332,8 @@ def language(folder: Path, calibration: Path, text: Path) -> Row:
     """A causal language model."""
     model, scored = load_language(folder, calibration)
     _, measured = load_language(folder, text)
-    job = Job.of(
-        model, tq.Categorical(), list(sequences(scored, CALIBRATION)), list(sequences(measured, EVALUATION))
-    )
+    batches = (list(sequences(scored, CALIBRATION)), list(sequences(measured, EVALUATION)))
+    job = Job.of(model, tq.Categorical(), *batches, ["model.embed_tokens", "lm_head"])
     return {"model": folder.name, "calibration": calibration.name, "text": text.name} | measure(job)
 
 

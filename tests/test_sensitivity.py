@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -218,6 +221,30 @@ def test_the_model_is_as_it_was_after_an_exception(score):
     with pytest.raises(IndexError):
         sensitivity(model, [*batches(1), torch.full((1, 4), WORDS)], score=score, choices=(4,))
     assert state(model) == before
+
+
+@pytest.mark.parametrize("score", ["fisher", "probe", "error"])
+def test_nothing_of_a_batch_is_kept(score):
+    """Inputs and outputs of layers do not outlive their batch, not even until a garbage collection."""
+    model, seen = LanguageModel(), []
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.extend((weakref.ref(args[0].untyped_storage()), weakref.ref(output)))
+
+    def source() -> Iterator[torch.Tensor]:
+        for batch in batches():
+            yield batch
+            assert seen and not any(ref() is not None for ref in seen)
+            seen.clear()
+
+    model.blocks[1].up.register_forward_hook(watch)
+    model.blocks[1].register_forward_hook(watch)
+    gc.collect()
+    gc.disable()
+    try:
+        sensitivity(model, source(), score=score, choices=(4,))
+    finally:
+        gc.enable()
 
 
 # Bad input

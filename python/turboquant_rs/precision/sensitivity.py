@@ -385,6 +385,7 @@ def _fisher(
             return None
         input, version = input.detach(), input._version
         rooted = output if output.requires_grad else output + root.to(output)
+        sequences = len(output) if output.dim() > 2 else 0  # `score` must not hold what holds it: the output
 
         def score(gradient: Tensor) -> None:
             if input._version != version:
@@ -394,7 +395,7 @@ def _fisher(
                 )
             for choice, error in enumerate(target.variants.outputs(module, input)):
                 inner = target.variants.by_rows(error.mul_(gradient))
-                if output.dim() > 2 and len(output) == samples:
+                if sequences == samples:
                     inner = inner.view(samples, -1, inner.shape[1]).sum(1)
                 target.add(choice, inner.square().mul_(0.5))
 
