@@ -201,6 +201,17 @@ def test_layers_whose_output_is_changed_in_place_are_scored_at_what_they_gave():
     assert torch.equal(values(sensitivity(inplace, x)), values(sensitivity(plain, x)))
 
 
+def test_conv1d_is_scored_as_the_linear_layer_it_is():
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(64, 96), utils.Conv1D(96, 64)
+    conv.load_state_dict({"weight": linear.weight.t(), "bias": linear.bias})
+    for score in ("fisher", "probe", "error"):
+        x = [torch.randn(8, 64, generator=torch.Generator().manual_seed(2))]
+        one, other = (sensitivity(nn.Sequential(layer), x, score=score) for layer in (linear, conv))
+        assert torch.allclose(values(one), values(other), rtol=1e-3)
+
+
 # The model afterwards
 
 
@@ -299,7 +310,7 @@ def test_layers_without_part_in_the_loss_are_named():
             super().__init__()
             self.pooler = nn.Linear(WIDTH, WIDTH)
 
-    for score in ("fisher", "error"):
+    for score in ("fisher", "probe", "error"):
         with pytest.raises(ValueError, match=r"1 of 13 layers take no part.*pooler.*skip=\('pooler',\)"):
             sensitivity(Unused(), batches(1), score=score, choices=(4,))
     assert len(sensitivity(Unused(), batches(1), choices=(4,), skip=["pooler"]).layers) == 12

@@ -4,7 +4,8 @@
                      (sensitivity.py)   layer × bits  (allocate.py)  (plan.py)
 
 losses.py     what a model is scored by          variants.py    one weight at every choice of bits
-choices.py    costs and scores for the solver    refine.py      swaps accepted on measured KL
+choices.py    costs and scores for the solver    weights.py     all weights at the bits of a plan
+refine.py     swaps accepted on measured KL      picture.py     what a person looks at
 """
 
 from turboquant_rs.nn import precision, set_precision

@@ -75,6 +75,5 @@ class Choices:
 
 def nbytes(found: Sensitivity) -> Cost:
     """Bytes of a layer's planes, scales, zero points and table."""
-    return lambda layer, bits: at_bits(found.scheme, bits).nbytes(
-        layer.rows[1] - layer.rows[0], layer.shape[1], bits
-    )
+    schemes = {bits: at_bits(found.scheme, bits) for bits in found.choices}
+    return lambda layer, bits: schemes[bits].nbytes(layer.rows[1] - layer.rows[0], layer.shape[1], bits)

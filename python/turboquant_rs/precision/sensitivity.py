@@ -424,7 +424,8 @@ def _probe(
                 alone = [bits if other == block else None for other in range(blocks)]
                 with target.variants.swapped(alone):
                     found.append(judge.divergence(original, judge.outputs(model, batch)))
-            target.add(choice, torch.tensor(found))
+            if any(found):  # else, as far as this batch tells, the layer takes no part in the loss
+                target.add(choice, torch.tensor(found))
     return 1 if original.dim() == 0 else len(original)
 
 
