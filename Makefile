@@ -69,8 +69,9 @@ bench-models: setup ## two real models end to end (MODEL=, TEXT=: a causal model
 bench-compare: setup ## time again; fail where a recorded ratio has lost more than 10 %
 	$(BIN)/python benches/compare.py
 
-quality: setup ## what every bit width costs two real models (MODEL=, TEXT=: a causal model, a text file)
+quality: setup ## what bits cost two real models (MODEL=, TEXT=, CALIBRATION=: a causal model, two text files)
 	$(BIN)/python benches/quality.py $(INPUTS)
+	$(BIN)/python benches/precision.py $(if $(CALIBRATION),--model $(MODEL) --calibration $(CALIBRATION) --text $(TEXT))
 	$(BIN)/python benches/tables.py
 
 test-aarch64: ## the core's tests cross-built and run under qemu, with and without i8mm and dotprod

@@ -488,3 +488,112 @@ def test_peak_memory_stays_near_one_tensor(large, tmp_path):
     growth = 1024 * int(done.stdout.splitlines()[-1])
     largest = 4 * 2048 * 3072
     assert growth < 3 * largest, f"{growth / 1e6:.0f} MB"
+
+
+# Plans
+
+
+class Small(torch.nn.Module):
+    """The matrices of the checkpoint above as a model of tokens."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = torch.nn.Embedding(50, 96)
+        layer = torch.nn.Module()
+        layer.q_proj, layer.up_proj = torch.nn.Linear(96, 40), torch.nn.Linear(96, 130)
+        self.model.layers = torch.nn.ModuleList([layer])
+        self.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, layer = self.model.embed_tokens(tokens), self.model.layers[0]
+        return torch.cat([layer.q_proj(x), layer.up_proj(x)], -1)
+
+
+@pytest.fixture
+def plan(tmp_path, weights) -> tuple[Path, tq.Plan]:
+    found = tq.sensitivity(Small(weights), [torch.arange(50).view(2, 25)], progress=False)
+    made = tq.allocate(found, tq.Budget(bits=4.6))
+    path = tmp_path / "plan.json"
+    path.write_text(made.to_json())
+    return path, made
+
+
+def test_quantize_obeys_a_plan(run, file, tmp_path, weights, plan):
+    path, made = plan
+    target = tmp_path / "planned.safetensors"
+    code, out, _ = run("quantize", file, target, "--plan", path, "--json")
+    assert code == 0 and len(set(made.widths)) == 2
+    packed = tq.load(target)
+    for layer, bits in made.bits.items():
+        expected = tq.pack(weights[f"{layer}.weight"], bits=bits)
+        assert torch.equal(packed[f"{layer}.weight"].packed, expected.packed)
+    reasons = {layer["name"]: layer["reason"] for layer in json.loads(out)["skipped"]}
+    assert reasons["lm_head.weight"] == reasons["model.embed_tokens.weight"] == "not in the plan"
+
+
+def test_a_plan_for_another_checkpoint_leaves_nothing(run, tmp_path, weights, plan):
+    weights["model.layers.0.q_proj.weight"] = torch.zeros(41, 96)
+    save_file(weights, tmp_path / "other.safetensors")
+    said = failure(run, "quantize", tmp_path / "other.safetensors", tmp_path / "out", "--plan", plan[0])
+    assert "model.layers.0.q_proj is 41 x 96 here, 40 x 96 in the plan" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_plan_says_is_not_said_twice(run, file, tmp_path, plan):
+    code, _, said = run("quantize", file, tmp_path / "out", "--plan", plan[0], "--bits", 4)
+    assert code == 2 and "--plan says what --bits would say; leave --bits out" in said
+    (tmp_path / "broken.json").write_text("{}")
+    said = failure(run, "quantize", file, tmp_path / "out", "--plan", tmp_path / "broken.json")
+    assert "broken.json: this is no turboquant_rs plan" in said
+
+
+@pytest.fixture
+def language_model(tmp_path) -> Path:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = {chr(32 + i): i for i in range(63)} | {"?": 31, "[UNK]": 63}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    (tmp_path / "text.txt").write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG " * 20)
+    return folder
+
+
+def test_plan_writes_what_quantize_obeys(run, tmp_path, language_model):
+    output = tmp_path / "p.json"
+    options = ("--data", tmp_path / "text.txt", "--windows", 4, "--length", 32, "-o", output)
+    code, out, said = run("plan", language_model, *options, "--bits", 4.0, "--tie", "q_proj|k_proj|v_proj")
+    assert code == 0, said
+    made = tq.Plan.from_json(output.read_text())
+    assert 3.9 < made.effective_bits <= 4.0 and "bits an element with scales" in out
+    assert len({made.bits[f"model.layers.0.self_attn.{x}_proj"] for x in "qkv"}) == 1
+    code, *_ = run("quantize", language_model, tmp_path / "four", "--plan", output)
+    assert code == 0
+    code, _, said = run("plan", language_model, *options, "--bits", 4.0)
+    assert code == 1 and "p.json exists; choose another name, or replace it with --force" in said
+    code, _, said = run("plan", language_model, *options, "--bits", 1.0, "--force")
+    assert code == 1 and "is infeasible" in said
+    code, _, said = run("plan", language_model, *options, "--bits", 4.0, "--bytes", 10)
+    assert code == 2 and "not allowed with" in said
+
+
+def test_plan_names_what_is_missing(run, tmp_path, language_model):
+    output = tmp_path / "none" / "p.json"
+    options = ("--data", tmp_path / "text.txt", "--bits", 4)
+    assert "none is no directory; create it" in failure(run, "plan", language_model, *options, "-o", output)
+    said = failure(run, "plan", tmp_path / "nowhere", *options, "-o", tmp_path / "p.json")
+    assert "nowhere is no directory with a model" in said
+    (tmp_path / "text.txt").write_text("SHORT")
+    said = failure(run, "plan", language_model, *options, "-o", tmp_path / "p.json")
+    assert "1 windows of 512 tokens need 512 tokens, got 5; give a longer text" in said
+    assert not (tmp_path / "p.json").exists()

@@ -10,9 +10,20 @@ from turboquant_rs import nn
 from turboquant_rs.errors import BackendUnavailable, NoLayersMatched, QuantizationFormatError
 from turboquant_rs.formats.store import load, save
 from turboquant_rs.info import info
-from turboquant_rs.nn import bench, dequantize_, precision, quantize_, set_precision
+from turboquant_rs.nn import bench, dequantize_, quantize_
 from turboquant_rs.ops.cpu import version
 from turboquant_rs.packed import PackedTensor, matmul, pack, unpack
+from turboquant_rs.precision import (
+    Budget,
+    Categorical,
+    Gaussian,
+    Plan,
+    Sensitivity,
+    allocate,
+    precision,
+    sensitivity,
+    set_precision,
+)
 from turboquant_rs.report import Report
 from turboquant_rs.scheme import Rounding, Scheme
 
@@ -20,13 +31,19 @@ __version__ = version()
 
 __all__ = [
     "BackendUnavailable",
+    "Budget",
+    "Categorical",
+    "Gaussian",
     "NoLayersMatched",
     "PackedTensor",
+    "Plan",
     "QuantizationFormatError",
     "Report",
     "Rounding",
     "Scheme",
+    "Sensitivity",
     "__version__",
+    "allocate",
     "bench",
     "dequantize_",
     "info",
@@ -37,6 +54,7 @@ __all__ = [
     "precision",
     "quantize_",
     "save",
+    "sensitivity",
     "set_precision",
     "unpack",
 ]

@@ -19,11 +19,13 @@ __all__ = [
     "Product",
     "active_isa",
     "after_fork",
+    "allocate",
     "available_isas",
     "compiled_isas",
     "copy_bandwidth",
     "force_isa",
     "from_panels",
+    "ladder",
     "pack",
     "pack_codes",
     "philox",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _Bytes: TypeAlias = NDArray[np.uint8]
+_Costs: TypeAlias = NDArray[np.uint64]
 _Elements: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | NDArray[np.uint16]
 _Scales: TypeAlias = NDArray[np.float32] | NDArray[np.uint16]
 _ZeroPoints: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
@@ -144,3 +147,9 @@ def read_bandwidth(buffer: _Bytes, threads: int) -> int: ...
 def copy_bandwidth(source: _Bytes, target: _Bytes, threads: int) -> None: ...
 def after_fork() -> None: ...
 def share_threads(path: str) -> bool: ...
+
+# costs, scores: items × choices, row by row; one choice (its number) for each item.
+def allocate(costs: _Costs, scores: NDArray[np.float64], choices: int, budget: int) -> list[int]: ...
+
+# One such solution for each budget, one behind the other.
+def ladder(costs: _Costs, scores: NDArray[np.float64], choices: int, budgets: _Costs) -> list[int]: ...

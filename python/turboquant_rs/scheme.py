@@ -246,6 +246,12 @@ class Scheme:
         """Bytes of the planes that hold the top `bits` bits (default: all) of `rows` rows of `k` codes."""
         return sum(rows * -(-k * width // 8) for width in self.stored_widths(bits))
 
+    def nbytes(self, rows: int, k: int, bits: int | None = None) -> int:
+        """Bytes of everything that decoding `rows` rows of `k` codes at `bits` needs, to nearest: the planes
+        read, scales, zero points, the level table."""
+        group = self.scale_torch_dtype.itemsize + (0 if self.symmetric else 1)
+        return self.packed_nbytes(rows, k, bits) + rows * self.groups(k) * group + len(self.table)
+
     def stored_widths(self, bits: int | None = None) -> tuple[int, ...]:
         """The planes that hold the top `bits` bits (default: all); ValueError if no plane ends there."""
         bits = self.check_bits(bits)

@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+mod allocate;
 mod bandwidth;
 mod convert;
 mod enter;
@@ -21,6 +22,8 @@ mod team;
 mod _core {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::allocate::{allocate, ladder};
     #[pymodule_export]
     use crate::bandwidth::{copy_bandwidth, read_bandwidth};
     #[pymodule_export]

@@ -106,4 +106,32 @@ pub enum Error {
         /// The names that would do.
         available: Vec<&'static str>,
     },
+    /// A table of costs and scores that is no table of items and choices.
+    #[error("{costs} costs and {scores} scores make no table of {choices} choices an item")]
+    Table {
+        /// Number of costs.
+        costs: usize,
+        /// Number of scores.
+        scores: usize,
+        /// Choices of an item.
+        choices: usize,
+    },
+    /// A score that cannot be compared.
+    #[error("the score of item {item}, choice {choice} is NaN or infinite; measure it again")]
+    Score {
+        /// Which item.
+        item: usize,
+        /// Which of its choices.
+        choice: usize,
+    },
+    /// Less than the cheapest choices cost.
+    #[error("a budget of {budget} is infeasible: the choices cost from {least} to {most}; raise it")]
+    Budget {
+        /// What may be spent.
+        budget: u64,
+        /// What the cheapest choices cost together.
+        least: u64,
+        /// What the dearest choices cost together.
+        most: u64,
+    },
 }

@@ -8,12 +8,15 @@
 //!        (rounding)  quantize.rs                           (matmul.rs)
 //! ```
 //!
+//! Beside it stands [`allocate()`], which decides how many bits each tensor of many gets.
+//!
 //! Every algorithm is written once over [`simd::Isa`] and runs on the best instruction set of the CPU;
 //! results are the same bits on all of them, for any number of threads.
 //! No Python, no files, no environment, no printing.
 
 #![deny(unsafe_code)]
 
+mod allocate;
 mod bandwidth;
 mod error;
 mod matmul;
@@ -29,6 +32,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+pub use allocate::{Choices, allocate, ladder};
 pub use bandwidth::{copy_bandwidth, read_bandwidth};
 pub use error::Error;
 pub use matmul::{Activations, Layout, from_panels, matmul, panels_nbytes, to_panels};

@@ -9,6 +9,7 @@ appears by a rename at the end: whatever happens before, nothing half-written be
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from turboquant_rs.formats.container import Entry, Reader, partial_path, sync_di
 from turboquant_rs.formats.records import KEY, Record, description, parts
 from turboquant_rs.formats.store import INDEX, Store, open_writer
 from turboquant_rs.packed import PackedTensor
+from turboquant_rs.precision import Plan
 from turboquant_rs.progress import Progress
 from turboquant_rs.quality import Distance
 from turboquant_rs.report import QuantizedLayer, Report, SkippedLayer
@@ -72,7 +74,7 @@ class Quantized:
 def quantize_checkpoint(
     source: Path,
     target: Path,
-    scheme: Scheme,
+    scheme: Scheme | Plan,
     rounding: Rounding,
     *,
     include: Sequence[str] = (),
@@ -86,18 +88,25 @@ def quantize_checkpoint(
     A file becomes a file, a directory a directory: shards keep their names, the index is written anew, other
     files are copied, and config.json gets a `quantization_config` with the scheme of every tensor. Stochastic
     rounding draws from a stream named after the tensor, so the result is that of `tq.pack` with that stream.
-    With `nan_zero` a NaN counts as 0.
+    With `nan_zero` a NaN counts as 0. In place of a scheme a plan says which tensors are packed, and how.
 
     Raises: FileExistsError if `target` exists (a file: unless `replace`); NoLayersMatched if nothing is
-    selected; ValueError for values outside the format's domain and for a source that is quantized already;
-    OSError where reading or writing fails. Nothing is left behind then.
+    selected; ValueError for values outside the format's domain, for a source that is quantized already and
+    for a plan of another model; OSError where reading or writing fails. Nothing is left behind then.
     """
-    rounding.check(scheme)
     shards = _shards(source)
-    reasons = select(
-        {name: entry[:2] for entries in shards.values() for name, entry in entries.items()}, include, exclude
-    )
-    job = _Job(scheme, rounding, {name for name, reason in reasons.items() if not reason}, nan_zero)
+    tensors = {name: entry[:2] for entries in shards.values() for name, entry in entries.items()}
+    if isinstance(scheme, Plan):
+        planned = scheme.tensors({name: shape for name, (_, shape) in tensors.items()})
+        reasons = select(tensors, list(map(glob.escape, planned)), exclude)
+        reasons |= dict.fromkeys(tensors.keys() - planned, "not in the plan")
+    else:
+        reasons = select(tensors, include, exclude)
+        planned = dict.fromkeys(reasons, scheme)
+    schemes = {name: planned[name] for name, reason in reasons.items() if not reason}
+    for own in schemes.values():
+        rounding.check(own)
+    job = _Job(schemes, rounding, nan_zero)
     skipped = tuple(SkippedLayer(name, reason) for name, reason in reasons.items() if reason)
     copied, left_out = _other_files(source, shards) if source.is_dir() else ([], ())
     if dry_run:
@@ -120,11 +129,10 @@ def quantize_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What is the same for every shard: how to quantize, and which tensors."""
+    """What is the same for every shard: which tensors are quantized, and how."""
 
-    scheme: Scheme
+    schemes: Mapping[str, Scheme]
     rounding: Rounding
-    selected: set[str]
     nan_zero: bool = False
 
     def record(self, name: str, dtype: torch.dtype) -> Record:
@@ -132,18 +140,19 @@ class _Job:
         rounding = self.rounding
         if rounding.is_stochastic:
             rounding = dataclasses.replace(rounding, stream=name)
-        return Record(self.scheme, rounding, dtype, self.scheme.bits)
+        scheme = self.schemes[name]
+        return Record(scheme, rounding, dtype, scheme.bits)
 
     def records(self, shards: Mapping[Path, Mapping[str, Entry]]) -> dict[str, Record]:
         """The records of all selected tensors."""
         entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
-        return {name: self.record(name, entries[name].dtype) for name in entries if name in self.selected}
+        return {name: self.record(name, entries[name].dtype) for name in entries if name in self.schemes}
 
     def forecast(self, shards: Mapping[Path, Mapping[str, Entry]]) -> Iterator[QuantizedLayer]:
         """What would be reported, without reading any data."""
         for entries in shards.values():
             for name, entry in entries.items():
-                if name in self.selected:
+                if name in self.schemes:
                     with torch.device("meta"):
                         yield _layer(name, entry, _empty(self.record(name, entry.dtype), entry.shape), None)
 
@@ -152,7 +161,7 @@ class _Job:
         layers: list[QuantizedLayer] = []
         with Reader(source) as reader:
             packed = {
-                n: (self.record(n, e.dtype), e.shape) for n, e in reader.entries.items() if n in self.selected
+                n: (self.record(n, e.dtype), e.shape) for n, e in reader.entries.items() if n in self.schemes
             }
             plain = {n: (e.dtype, e.shape) for n, e in reader.entries.items() if n not in packed}
             with open_writer(target, packed, plain, metadata=reader.metadata) as writer:

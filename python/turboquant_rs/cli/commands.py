@@ -20,12 +20,15 @@ from turboquant_rs.checkpoint import (
     quantize_checkpoint,
 )
 from turboquant_rs.cli import bench as bench_
+from turboquant_rs.cli import plan as plan_
 from turboquant_rs.info import info as machine_info
+from turboquant_rs.picture import NO_MATPLOTLIB, can_draw
+from turboquant_rs.precision import Budget, Plan, read_plan
 from turboquant_rs.report import describe_scheme
 from turboquant_rs.scheme import Rounding, Scheme
 from turboquant_rs.table import human_bytes, table
 
-__all__ = ["Command", "UsageError", "bench", "compare", "demo", "info", "inspect", "quantize"]
+__all__ = ["Command", "UsageError", "bench", "compare", "demo", "info", "inspect", "plan", "quantize"]
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -46,7 +49,8 @@ def info(options: argparse.Namespace) -> None:
 
 def quantize(options: argparse.Namespace) -> None:
     """`turboquant-rs quantize IN OUT`"""
-    scheme, rounding = _scheme(options), _rounding(options)
+    scheme = _planned(options) if options.plan else _scheme(options)
+    rounding = _rounding(options)
     _set_threads(options)
     report = quantize_checkpoint(
         Path(options.source),
@@ -62,6 +66,43 @@ def quantize(options: argparse.Namespace) -> None:
     if options.json:
         return _print_json(report.to_dict())
     print(report)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """`turboquant-rs plan MODEL`"""
+    _set_threads(options)
+    output = Path(options.output)
+    picture = None
+    if options.plot is not None:
+        picture = Path(options.plot or output.with_suffix(".png"))
+        if not can_draw():
+            raise UsageError(f"--plot draws a picture: {NO_MATPLOTLIB}")
+    for path in filter(None, (output, picture)):
+        _refuse(path, options.force)
+    budget = _usage(lambda: Budget(options.bits, options.bytes, options.latency_ms, options.batch))
+    scheme = _usage(
+        lambda: Scheme(group_size=options.group_size, symmetric=not options.asymmetric, scale=options.scale)
+    )
+    request = plan_.Request(
+        budget,
+        scheme,
+        options.choices,
+        options.score,
+        options.tie,
+        options.floor,
+        options.ceiling,
+        options.refine,
+        options.windows,
+        options.length,
+    )
+    found = plan_.run(Path(options.model), Path(options.data), request)
+    output.write_text(found.to_json() + "\n", encoding="utf-8")
+    if picture is not None:
+        found.plot(picture)
+    if options.json:
+        return _print_json(found.to_dict())
+    print(found)
+    print(f"  written to {output}; turboquant-rs quantize MODEL OUT --plan {output} packs it")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -158,6 +199,31 @@ def _scheme(options: argparse.Namespace) -> Scheme:
             scale_dtype=options.scale_dtype,
         )
     )
+
+
+def _planned(options: argparse.Namespace) -> Plan:
+    """The plan named on the command line, which then says all about schemes and which tensors have one."""
+    given = {
+        "--bits": options.bits is not None,
+        "--group-size": options.group_size != 64,
+        "--asymmetric": options.asymmetric,
+        "--scale": options.scale != "extreme",
+        "--scale-dtype": options.scale_dtype != "bf16",
+        "--levels": options.levels != "uniform",
+        "--nested": options.nested is not None,
+        "--include": bool(options.include),
+    }
+    if twice := [name for name, is_given in given.items() if is_given]:
+        raise UsageError(f"--plan says what {' and '.join(twice)} would say; leave {twice[0]} out")
+    return read_plan(Path(options.plan))
+
+
+def _refuse(path: Path, replace: bool) -> None:
+    """Refuses a file to be written, before any work is done for it."""
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists; choose another name, or replace it with --force")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no directory; create it before writing {path}")
 
 
 def _nested(options: argparse.Namespace) -> Scheme:

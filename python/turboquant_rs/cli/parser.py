@@ -18,6 +18,13 @@ SELECTION = (
 )
 
 
+PLANNING = (
+    "Layers are scored by gradients over the text: what each costs at each number of bits, in nats of KL. "
+    "The plan spends the budget where that falls most; scales count. --data is a UTF-8 text like what the "
+    "model will see; some thousand tokens do."
+)
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for a wrong command line, as for every other error."""
 
@@ -33,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     _quantize(
         verbs.add_parser(
             "quantize", help="quantize a safetensors file or a model directory", epilog=SELECTION
+        )
+    )
+    _plan(
+        verbs.add_parser(
+            "plan", help="say how many bits each layer of a language model gets", epilog=PLANNING
         )
     )
     _inspect(verbs.add_parser("inspect", help="what is in a file or model directory, and what it costs"))
@@ -77,6 +89,9 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
         "--nested", nargs="?", type=_planes, const=(4, 4), metavar="PLANES",
         help="8 bits whose prefixes can be read alone: 4,4 (default) or 4,1,1,2 or 2,1,1,1,1,2",
     )  # fmt: skip
+    verb.add_argument(
+        "--plan", metavar="JSON", help="what 'plan' wrote: in place of one scheme for all tensors"
+    )
     rounding = verb.add_argument_group("rounding")
     rounding.add_argument(
         "--rounding", default="nearest", metavar="MODE",
@@ -95,6 +110,56 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
     selection.add_argument("--exclude", nargs="+", action="extend", default=[], metavar="GLOB")
     verb.add_argument("--dry-run", action="store_true", help="say what would be done and how big it becomes")
     verb.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
+
+
+def _plan(verb: argparse.ArgumentParser) -> None:
+    _common(verb, commands.plan)
+    verb.add_argument("model", metavar="MODEL", help="directory of a causal language model (transformers)")
+    verb.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text to score on")
+    budget = verb.add_argument_group("budget").add_mutually_exclusive_group(required=True)
+    budget.add_argument("--bits", type=float, metavar="B", help="bits an element, scales included: 4.0")
+    budget.add_argument("--bytes", type=_positive, metavar="N", help="bytes of the planned weights")
+    budget.add_argument(
+        "--latency-ms",
+        type=float,
+        metavar="MS",
+        help="of one call of each layer, by the kernels of this machine",
+    )
+    verb.add_argument(
+        "--batch", type=_positive, default=1, metavar="M", help="rows of input for --latency-ms"
+    )
+    verb.add_argument("-o", "--output", required=True, metavar="JSON", help="where the plan is written")
+    verb.add_argument(
+        "--plot", nargs="?", const="", metavar="PNG", help="draw the plan (default: beside the output)"
+    )
+    verb.add_argument("--force", action="store_true", help="replace the files if they exist")
+    scheme = verb.add_argument_group("scheme")
+    scheme.add_argument("--group-size", type=_group_size, default=64, metavar="N", help="as in quantize")
+    scheme.add_argument("--asymmetric", action="store_true", help="store a zero point for each group")
+    scheme.add_argument(
+        "--scale", choices=("extreme", "mse"), default="extreme", help="how scales are chosen"
+    )
+    search = verb.add_argument_group("search")
+    search.add_argument(
+        "--choices", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], metavar="B", help="default 2 3 4 5 6 8"
+    )
+    search.add_argument(
+        "--score", choices=("fisher", "probe", "error"), default="fisher",
+        help="gradients (default), KL measured layer by layer, or errors of outputs",
+    )  # fmt: skip
+    search.add_argument(
+        "--tie", nargs="+", action="extend", default=[], metavar="REGEX",
+        help="layers of one parent that share their bits: 'q_proj|k_proj|v_proj'",
+    )  # fmt: skip
+    search.add_argument("--floor", type=int, default=2, metavar="B", help="fewest bits (default 2)")
+    search.add_argument("--ceiling", type=int, default=8, metavar="B", help="most bits (default 8)")
+    search.add_argument(
+        "--refine", type=int, default=0, metavar="N", help="swaps to try by measured KL (default 0)"
+    )
+    search.add_argument("--windows", type=_positive, default=16, metavar="N", help="of text (default 16)")
+    search.add_argument(
+        "--length", type=_positive, default=512, metavar="N", help="tokens each (default 512)"
+    )
 
 
 def _inspect(verb: argparse.ArgumentParser) -> None:

@@ -50,9 +50,15 @@ class Encoder:
     @torch.inference_mode()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors (sentences, width) of tokenized sentences."""
-        hidden = self.model(input_ids=ids, attention_mask=mask)[0]
-        weight = mask.unsqueeze(2).to(hidden.dtype)
-        return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
+        return embed(self.model, (ids, mask))
+
+
+def embed(model: nn.Module, tokens: tuple[Tensor, Tensor]) -> Tensor:
+    """Unit vectors (sentences, width) of tokens (ids, mask), with gradients: mean over the words, norm 1."""
+    ids, mask = tokens
+    hidden = model(input_ids=ids, attention_mask=mask)[0]
+    weight = mask.unsqueeze(2).to(hidden.dtype)
+    return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
 
 
 def load_minilm() -> Encoder:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from turboquant_rs.errors import BackendUnavailable
+from turboquant_rs.picture import GRID, INK, NO_MATPLOTLIB, QUIET, can_draw, dress, new_figure
 from turboquant_rs.quality import EmbeddingQuality
 
 __all__ = ["NO_MATPLOTLIB", "can_draw", "draw"]
@@ -16,16 +15,7 @@ __all__ = ["NO_MATPLOTLIB", "can_draw", "draw"]
 Curve = Sequence[tuple[int, EmbeddingQuality]]
 """(bits, quality) pairs, bits ascending."""
 
-INK, QUIET, GRID = "#1f2430", "#6b7280", "#e6e8ec"
 STYLES = (("#1f5fbf", "o"), ("#d9772b", "s"), ("#2a9d74", "^"), ("#8b5fbf", "D"))
-
-
-NO_MATPLOTLIB = "it needs matplotlib, which is not installed; pip install 'turboquant-rs[demo]'"
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is there; it is looked for, not imported."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(curves: Mapping[str, Curve], path: Path, title: str, subtitle: str) -> None:
@@ -34,12 +24,8 @@ def draw(curves: Mapping[str, Curve], path: Path, title: str, subtitle: str) -> 
     The first curve carries a band from the 5th to the 95th percentile of the sentences. Raises
     BackendUnavailable where matplotlib is missing, OSError where `path` cannot be written.
     """
-    try:
-        figure_module = importlib.import_module("matplotlib.figure")
-        ticker = importlib.import_module("matplotlib.ticker")
-    except ImportError as error:
-        raise BackendUnavailable(NO_MATPLOTLIB) from error
-    figure = figure_module.Figure(figsize=(10.4, 4.9), dpi=160, facecolor="white")
+    figure = new_figure(10.4, 4.9)
+    ticker = importlib.import_module("matplotlib.ticker")
     error_axes, overlap_axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.975, top=0.77, bottom=0.13, wspace=0.2)
     figure.text(0.022, 0.945, title, fontsize=15, fontweight="bold", color=INK, va="center")
@@ -86,8 +72,5 @@ def _dress(axes: Any, title: str, curves: Mapping[str, Curve]) -> None:
     axes.set_xlabel("bits a weight (linear layers)", fontsize=9.5, color=QUIET)
     axes.set_xticks(sorted({b for curve in curves.values() for b, _ in curve}))
     axes.margins(x=0.12)
-    axes.tick_params(colors=QUIET, labelsize=9, length=0, which="both")
     axes.grid(True, color=GRID, linewidth=0.9)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
+    dress(axes)

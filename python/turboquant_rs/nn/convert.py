@@ -11,7 +11,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ from .speed import BATCHES, time_linear
 from .weight import PackedWeight
 
 SchemeLike = Scheme | int
+
+
+@runtime_checkable
+class Prescription(Protocol):
+    """What knows by itself how each layer of a model is to be packed; `tq.Plan` is one."""
+
+    def prescribe(self, model: nn.Module, nested: bool) -> tuple[dict[str, Scheme], dict[str, int]]:
+        """{pattern: scheme}, and {layer: bits to read of it} for layers packed with more than that."""
+
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2.0**120  # the domain of the format
 SQNR_CHUNK = 1 << 18  # elements decoded at a time to measure the error
@@ -37,8 +47,9 @@ SQNR_CHUNK = 1 << 18  # elements decoded at a time to measure the error
 
 def quantize_(
     model: nn.Module,
-    schemes: SchemeLike | Mapping[str, SchemeLike],
+    schemes: SchemeLike | Mapping[str, SchemeLike] | Prescription,
     *,
+    nested: bool = False,
     skip: Iterable[str] = (),
     rounding: Rounding | str = "nearest",
     seed: int | None = None,
@@ -54,7 +65,9 @@ def quantize_(
         layer wins. A pattern is a glob (`model.layers.*.mlp.*`) or `re:` and a regular expression, over whole
         module names. Embeddings, output heads (`lm_head`) and tied weights are selected only by a pattern
         that singles them out by name (`lm_head`, `*embed*`; not `*`); tied layers only together and with one
-        scheme, and they then share one packed weight.
+        scheme, and they then share one packed weight. Or a `tq.Plan`: each of its layers at its bits.
+    nested: with a plan: pack its layers once, with a nested scheme, and read each at its bits
+        (`tq.set_precision(model, other_plan.bits)` then changes plans without packing anything again).
     skip: patterns of layers to leave alone.
     rounding, seed: as in `tq.pack`; stochastic rounding draws from a stream of its own for each layer, named
         `<layer>.weight`, unless the rounding names one.
@@ -74,11 +87,16 @@ def quantize_(
     layers are done.
 
     Raises `NoLayersMatched` if a pattern, or the call as a whole, matches nothing; `TypeError` if `model` is
-    no module or is itself the layer.
+    no module or is itself the layer; `ValueError` for a plan that was made for another model.
     """
     _require_inner_layers(model)
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r} is unknown; use 'int8' or 'float'")
+    read: dict[str, int] = {}
+    if isinstance(schemes, Prescription):
+        schemes, read = schemes.prescribe(model, nested)
+    elif nested:
+        raise ValueError("nested=True goes with a tq.Plan; for layers all alike use tq.Scheme.nested()")
     plan, skipped = _plan(model, _rules(schemes), [Pattern(text) for text in skip])
     chosen = Rounding.parse(rounding, seed)
     forecast = tuple(_forecast(model, step, chosen, activations, dry_run) for step in plan)
@@ -101,6 +119,10 @@ def quantize_(
                     f"{step.name}: {error}; {len(layers)} of {len(plan)} layers are quantized already "
                     f"({done}), the others are as they were"
                 ) from error
+    for name, bits in read.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, PackedWeight):
+            layer.read_bits = bits
     return Report(tuple(layers), skipped)
 
 
@@ -342,7 +364,7 @@ def _storage_key(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.data_ptr())
 
 
-def _logical_weight(module: nn.Module) -> Tensor:
+def logical_weight(module: nn.Module) -> Tensor:
     """The weight as (out, in), whichever way round the module keeps it; shares its memory."""
     weight: Any = module.weight
     logical: Tensor = weight.detach().t() if is_conv1d(module) else weight.detach()
@@ -396,7 +418,7 @@ def _slower(model: nn.Module, plan: Sequence[_Step], rounding: Rounding, activat
         members = [model.get_submodule(names[0]) for names in (step.names, *step.tied)]
         if any(isinstance(module, nn.Embedding) for module in members):
             continue
-        weight = _logical_weight(members[0])
+        weight = logical_weight(members[0])
         if weight.is_meta:
             weight = torch.zeros(weight.shape, dtype=weight.dtype)
         if weight.device.type != "cpu":
@@ -458,7 +480,7 @@ def _with_stream(rounding: Rounding, name: str) -> Rounding:
 
 def _convert(model: nn.Module, step: _Step, rounding: Rounding, activations: str) -> QuantizedLayer:
     module = model.get_submodule(step.name)
-    weight = _logical_weight(module)
+    weight = logical_weight(module)
     packed = pack(weight, scheme=step.scheme, rounding=rounding)
     entry = _entry(step, module, packed, _sqnr(weight, packed))
     for names in (step.names, *step.tied):
@@ -472,7 +494,7 @@ def _convert(model: nn.Module, step: _Step, rounding: Rounding, activations: str
 
 
 def _entry(step: _Step, module: nn.Module, packed: PackedTensor, sqnr: float | None) -> QuantizedLayer:
-    weight = _logical_weight(module)
+    weight = logical_weight(module)
     rows, columns = weight.shape
     return QuantizedLayer(
         name=step.name,

@@ -40,6 +40,8 @@ philox = _core.philox
 version = _core.version
 read_bandwidth = _core.read_bandwidth
 copy_bandwidth = _core.copy_bandwidth
+allocate = _core.allocate
+ladder = _core.ladder
 
 _HALVES = (torch.bfloat16, torch.float16)
 

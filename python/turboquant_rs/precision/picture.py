@@ -1,0 +1,61 @@
+"""The pictures of a sensitivity (layer × bits) and of a plan (bits by layer)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turboquant_rs.picture import ACCENT, GRID, INK, QUIET, dress, new_figure, save
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .sensitivity import Sensitivity
+
+LINE = 0.17  # inches a layer
+
+
+def draw_sensitivity(found: Sensitivity, path: str | Path) -> None:
+    """A heat map: one line a layer, one column a choice, the logarithm of the score as colour."""
+    scores = [score for layer in found.layers for score in layer.scores]
+    least = min((score for score in scores if score > 0), default=1.0)
+    values = [[math.log10(max(score, least)) for score in layer.scores] for layer in found.layers]
+    figure, axes = _axes(len(found.layers), 7.0, f"What each layer costs {found.model}")
+    image = axes.imshow(values, aspect="auto", cmap="YlOrRd")
+    axes.set_xticks(range(len(found.choices)), [str(bits) for bits in found.choices])
+    axes.set_yticks(range(len(found.layers)), [layer.key for layer in found.layers])
+    axes.set_xlabel("bits a weight", fontsize=9.5, color=QUIET)
+    dress(axes)
+    axes.tick_params(labelsize=7.5)
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=QUIET, labelsize=8, length=0)
+    what = "relative error" if found.score == "error" else f"KL in nats ({found.score})"
+    bar.set_label(f"log₁₀ of the {what}", fontsize=9, color=QUIET)
+    save(figure, path)
+
+
+def draw_plan(plan: Plan, path: str | Path) -> None:
+    """Bars: the bits of each layer, as thick as it is large."""
+    layers = plan.sensitivity.layers
+    title = f"{plan.effective_bits:.2f} bits an element for {plan.sensitivity.model}"
+    figure, axes = _axes(len(layers), 7.0, title)
+    largest = max(layer.elements for layer in layers)
+    heights = [0.25 + 0.6 * math.sqrt(layer.elements / largest) for layer in layers]
+    axes.barh(range(len(layers)), plan.widths, height=heights, color=ACCENT)
+    axes.axvline(plan.effective_bits, color=INK, linewidth=1)
+    axes.set_yticks(range(len(layers)), [layer.key for layer in layers])
+    axes.set_xticks(range(9))
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xlabel("bits a weight; the line: effective bits, scales counted", fontsize=9.5, color=QUIET)
+    axes.grid(True, axis="x", color=GRID, linewidth=0.9)
+    dress(axes)
+    axes.tick_params(labelsize=7.5)
+    save(figure, path)
+
+
+def _axes(lines: int, width: float, title: str) -> tuple[Any, Any]:
+    figure = new_figure(width, 1.4 + LINE * max(lines, 4))
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
+    return figure, axes
