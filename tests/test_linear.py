@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -633,6 +636,48 @@ def test_threads_may_compute_while_others_ask_for_the_canonical_bytes():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+FORKED = """
+import os, signal, threading, torch
+import turboquant_rs as tq
+
+torch.set_num_threads(3)
+layers = [tq.nn.QuantLinear(1024, 1024, scheme=tq.Scheme(bits=4), activations=a) for a in ("int8", "float")]
+xs = [torch.randn(m, 1024) for m in (1, 20)]
+products = lambda: [layer(x).detach() for layer in layers for x in xs]
+expected = products()
+same = lambda: all(map(torch.equal, products(), expected))
+stop, wrong = threading.Event(), []
+
+def work():
+    while not stop.is_set():
+        if not same():
+            wrong.append("another result")
+
+others = [threading.Thread(target=work) for _ in range(OTHERS)]
+for other in others:
+    other.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if same() else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0 and same(), status
+stop.set()
+for other in others:
+    other.join()
+assert not wrong
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_child_forked_after_use_computes_the_same(others):
+    """Forked between two calls, and while other threads are in the middle of theirs."""
+    script = FORKED.replace("OTHERS", str(others))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)
 
 
 def test_a_layer_in_panels_compiles_and_differentiates():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -256,6 +258,39 @@ def test_an_empty_matrix_has_empty_panels(backend: Backend) -> None:
         back = backend.from_panels(backend.to_panels(stored, scheme, k), scheme, n, k)
         for got, expected in zip(back, stored, strict=True):
             assert_identical(got, expected)
+
+
+# Threads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_many_callers_at_once_get_the_bits_of_one(compiled: Backend, activations: str, layout: str) -> None:
+    """Each of them asks for threads, more or fewer than the others, while PyTorch's own operators do too."""
+    scheme = Scheme(bits=4, symmetric=False)
+    w, bias = normal(300, 1024), normal(300, seed=1)
+    stored = compiled.pack(w, scheme)
+    xs = [normal(m, 1024, seed=m) for m in (1, 3, 8, 20, 33, 65)]
+
+    def product(x: Tensor) -> Tensor:
+        return compiled.matmul(x, stored, scheme, bias, activations=activations, layout=layout)
+
+    expected = [product(x) for x in xs]
+    together = threading.Barrier(len(xs))
+
+    def call(caller: int) -> None:
+        torch.set_num_threads(1 + caller % 4)
+        together.wait()
+        for turn in range(2 * len(xs)):
+            each = (caller + turn) % len(xs)
+            assert_identical(product(xs[each]), expected[each], (caller, turn))
+            torch.nn.functional.linear(xs[each], w, bias)
+
+    try:
+        with ThreadPoolExecutor(len(xs)) as callers:
+            list(callers.map(call, range(len(xs))))
+    finally:
+        torch.set_num_threads(1)
 
 
 # Gradients ------------------------------------------------------------------------------------------------

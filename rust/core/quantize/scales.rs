@@ -151,7 +151,8 @@ fn neighbours(dtype: ScaleDtype, s: Groups, ulps: i32) -> Groups {
 /// The smallest scales ≥ 0 that are `enough` for their group, given their f64 neighbourhood.
 #[inline(always)]
 fn smallest(dtype: ScaleDtype, near: Groups, enough: impl Fn(usize, f64) -> bool) -> Groups {
-    let start = round_to(dtype, near);
+    // The addition turns −0, as which the larger of two zeros may come, into 0: −0 has no neighbours.
+    let start = round_to(dtype, each(|i| near[i] + 0.0));
     let (above, below) = (neighbours(dtype, start, 1), neighbours(dtype, start, -1));
     without_subnormals(each(|i| {
         if !enough(i, start[i].into()) {
@@ -228,4 +229,19 @@ pub(super) fn thresholds(levels: &[u8]) -> ([f32; LANES], usize) {
         between[i] = (f32::from(pair[0]) + f32::from(pair[1])) / 2.0 - TABLE_ZERO;
     }
     (between, levels.len() - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_scale_of_zeros_is_zero_whatever_their_sign() {
+        for dtype in [ScaleDtype::F32, ScaleDtype::Bf16, ScaleDtype::F16] {
+            for zero in [0.0, -0.0] {
+                let scales = smallest(dtype, [zero; LANES], |_, s| s >= 0.0);
+                assert_eq!(scales.map(f32::to_bits), [0; LANES], "{dtype:?} {zero}");
+            }
+        }
+    }
 }
