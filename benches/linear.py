@@ -52,14 +52,19 @@ QUICK = Effort(shapes=((4096, 4096),), batches=(1, 16, 128), rounds=3, turn=0.01
 
 
 def quant_linear(
-    scheme: tq.Scheme, bits: int | None, activations: str, weight: Tensor, threads: int
+    scheme: tq.Scheme,
+    bits: int | None,
+    activations: str,
+    dtype: torch.dtype,
+    weight: Tensor,
+    threads: int,
 ) -> Iterator[Layer]:
     """Ours, as users write it."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
 
     def bind(x: Tensor, layer: nn.Module) -> Call:
-        return partial(layer, x)
+        return partial(layer, x.to(dtype))
 
     while True:
         layer = tq.nn.QuantLinear.from_float(linear, scheme, activations=activations)
@@ -68,11 +73,17 @@ def quant_linear(
 
 
 def ours(
-    name: str, kind: str, scheme: tq.Scheme, bits: int | None = None, activations: str = "int8"
+    name: str,
+    kind: str,
+    scheme: tq.Scheme,
+    bits: int | None = None,
+    activations: str = "int8",
+    dtype: torch.dtype = torch.float32,
 ) -> Contender:
     # The error of few bits is the scheme's, not the product's.
     max_error = {2: 0.7, 3: 0.35}.get(scheme.bits, 0.2)
-    return Contender(f"ours {name}", kind, partial(quant_linear, scheme, bits, activations), max_error)
+    layers = partial(quant_linear, scheme, bits, activations, dtype)
+    return Contender(f"ours {name}", kind, layers, max_error)
 
 
 W8, W4, W4_32 = (tq.Scheme(bits=bits, group_size=group) for bits, group in ((8, None), (4, 128), (4, 32)))
@@ -85,7 +96,8 @@ OURS = [
     ours("W2 g128", "W2A8 g128", tq.Scheme(bits=2, group_size=128)),
     ours("nested g128 at 8 bits", "nested", NESTED, bits=8),
     ours("nested g128 at 4 bits", "nested", NESTED, bits=4),
-    ours("W4 g128 float activations", "W4A32 g128", W4, activations="float"),
+    ours("W4 g128 f32 activations", "W4A32 g128", W4, activations="float"),
+    ours("W4 g128 bf16 activations", "W4A16 g128", W4, activations="float", dtype=torch.bfloat16),
 ]
 PEERS = [
     *torch_linear.CONTENDERS,

@@ -105,7 +105,7 @@ CONTESTS = {
     "ours W8": ("W8A8",),
     "ours W4 g128": ("W4A8 g128", "W4A16 g128"),
     "ours W4 g32": ("W4A8 g32", "W4A16 g32"),
-    "ours W4 g128 float activations": ("W4A16 g128",),
+    "ours W4 g128 bf16 activations": ("W4A16 g128",),
 }
 """Who of ours meets which kinds of peers."""
 

@@ -20,7 +20,8 @@ def info() -> dict[str, Any]:
     """The instruction sets, threads, versions and CUDA state, as JSON knows them.
 
     Keys: `isa` (in use), `isas` (this CPU has, best first), `compiled_isas` (of this build), `threads` (as
-    torch.get_num_threads()), `thread_pool` ("torch": PyTorch's own, or "own"), `versions`, `cuda` (`available`, `device`, `cupy`, `reason`).
+    torch.get_num_threads()), `thread_pool` ("torch": PyTorch's own, or "own"), `versions`, `cuda`
+    (`available`, `device`, `cupy`, `reason`).
     """
     return {
         "isa": ops.cpu.active_isa(),
