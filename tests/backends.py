@@ -197,7 +197,7 @@ def assert_identical(got: Packed | Tensor, expected: Packed | Tensor, what: obje
             assert_identical(a, b, f"{name} {what}")
         return
     assert isinstance(got, Tensor)
-    got = got.cpu()
+    got, expected = got.cpu(), expected.cpu()
     assert got.dtype == expected.dtype and got.shape == expected.shape, what
     if expected.dtype.is_floating_point:
         nan = expected.isnan()
