@@ -247,7 +247,10 @@ pub(crate) fn dispatch_floats<K: MultiplyKernel>(
     max_code: u8,
     kernel: K,
 ) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
     const HELD: &str = "activations are held in bfloat16 only for it";
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bf16, max_code);
     match token {
         #[cfg(target_arch = "x86_64")]
         Token::Avx512(isa) if bf16 && max_code < 32 => {
