@@ -584,8 +584,8 @@ def matmul(
         p: `(n, k)`.
         bias: `(n,)`.
         activations: "int8": each row of x is quantized to int8 by groups of k, and the product is one of
-            integers, the same bits on every CPU; a row with NaN or ±Inf gives a row of NaN. "float": only the
-            weight is quantized.
+            integers, the same bits on every CPU. "float": only the weight is quantized. With both, a row with
+            NaN or ±Inf gives a row of NaN.
         bits: Read only the planes of the top `bits` bits of W.
 
     Returns: `(..., n)` in the dtype of x. Differentiable in x and bias.

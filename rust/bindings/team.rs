@@ -11,7 +11,11 @@ use pyo3::prelude::*;
 /// is linked with. False where it has none that is known here: then the extension keeps threads of its own.
 #[pyfunction]
 pub(crate) fn share_threads(path: &str) -> bool {
-    openmp::find(path) && turboquant_core::lend_team(openmp::team)
+    let found = openmp::find(path);
+    if found {
+        turboquant_core::lend_team(openmp::team);
+    }
+    found
 }
 
 #[cfg(unix)]

@@ -23,7 +23,7 @@ use crate::planes::check_packed;
 use crate::quantize::{Rows, Scales, Source, Target, ZeroPoints, check_groups, readable};
 use crate::scheme::{Mode, Planes, Rounding, Scheme};
 use crate::simd::dot::has_blocks;
-use crate::simd::multiply::{dispatch_bytes, dispatch_floats, has_bf16};
+use crate::simd::multiply::{dispatch_bytes, dispatch_floats, prefers_bf16};
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 mod activations;
@@ -101,9 +101,9 @@ const MAX_ROWS: usize = 512;
 ///   `shape`, as for [`crate::unpack`], in `layout`.
 /// * `bias`: n elements, added in f32.
 ///
-/// A row of x with NaN or ±Inf gives a row of NaN. Errors: lengths and kinds of the
-/// buffers, prefixes that cannot be read, weights without an integer form (`preserve="mean+var"`, subtractive
-/// dither) with [`Activations::Int8`], and subtractive dither in [`Layout::Panels`].
+/// A row of x with NaN or ±Inf gives a row of NaN. Errors: lengths and kinds of the buffers, prefixes that cannot
+/// be read, weights without an integer form (`preserve="mean+var"`, subtractive dither) with
+/// [`Activations::Int8`], and subtractive dither in [`Layout::Panels`].
 pub fn matmul(
     x: Source<'_>,
     m: usize,
@@ -161,14 +161,14 @@ fn matmul_on(
             check_integer_form(&weight.rounding)?;
             Some(Numbers::Int8)
         }
-        Activations::Float if check_integer_form(&weight.rounding).is_err() => None,
-        Activations::Float if matches!(x, Source::Bf16(_)) && has_bf16(isa) => Some(Numbers::Bf16),
+        Activations::Float if !has_integer_form(&weight.rounding) => None,
+        Activations::Float if matches!(x, Source::Bf16(_)) && prefers_bf16(isa) => Some(Numbers::Bf16),
         Activations::Float => Some(Numbers::F32),
     };
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let longest = numbers.unwrap_or(Numbers::Int8).longest_segment();
+    let longest = numbers.map_or(cuts::MAX_SEGMENT, Numbers::longest_segment);
     let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest);
     // Whether whole blocks are multiplied, and the rows of x that come in one go.
     let blocks = numbers == Some(Numbers::Int8) && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
@@ -176,7 +176,7 @@ fn matmul_on(
     let parts = cut(out, m, n, k, max_rows, strip, threads);
     match numbers {
         Some(numbers) => by_codes(isa, numbers, x, m, weight, layout, cuts, bias, parts, blocks, threads),
-        None => by_values(isa, x, weight, layout, cuts, bias, parts, threads),
+        None => by_values(isa, x, m, weight, layout, cuts, bias, parts, threads),
     }
     Ok(())
 }
@@ -216,6 +216,7 @@ fn by_codes(
 fn by_values(
     isa: Token,
     x: Source<'_>,
+    m: usize,
     weight: &Rows<'_>,
     layout: Layout,
     cuts: &Cuts,
@@ -231,8 +232,11 @@ fn by_values(
             &widened
         }
     };
+    let k = weight.shape.k;
+    let finite: &Vec<bool> =
+        &(0..m).map(|row| x[row * k..][..k].iter().all(|value| value.is_finite())).collect();
     parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        isa.run(values::Panels { weight, layout, cuts, x, bias, rows, outputs: columns, out });
+        isa.run(values::Panels { weight, layout, cuts, x, finite, bias, rows, outputs: columns, out });
     });
 }
 
@@ -247,9 +251,14 @@ fn check_positions(rounding: &Rounding) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses weights whose zero points or dither are not integers.
+/// Whether weights are an affine function of integer codes: their zero points are, and nothing is added.
+fn has_integer_form(rounding: &Rounding) -> bool {
+    !rounding.preserve_variance() && rounding.mode() != Mode::Subtractive
+}
+
+/// Refuses weights of another form.
 fn check_integer_form(rounding: &Rounding) -> Result<(), Error> {
-    if rounding.preserve_variance() || rounding.mode() == Mode::Subtractive {
+    if !has_integer_form(rounding) {
         return Err(Error::Rounding(
             "weights packed with preserve=\"mean+var\" or subtractive dither have no integer form; \
              use activations=\"float\""

@@ -21,10 +21,10 @@ static TEAM: OnceLock<Team> = OnceLock::new();
 /// Whether this process is a child that did not inherit the team's threads.
 static FORKED: AtomicBool = AtomicBool::new(false);
 
-/// Uses the threads of `team` from now on: two pools on the same cores would wait for each other. The first one
-/// stays; says whether that is the one in use.
-pub fn lend_team(team: Team) -> bool {
-    std::ptr::fn_addr_eq(*TEAM.get_or_init(|| team), team) && !FORKED.load(Ordering::Relaxed)
+/// Uses the threads of `team` from now on: two pools on the same cores would wait for each other. The first team
+/// stays.
+pub fn lend_team(team: Team) {
+    TEAM.get_or_init(|| team);
 }
 
 /// The team to use now, if any.

@@ -15,7 +15,7 @@ pub(crate) struct Quantized {
 }
 
 /// A sum in the contract's order: lane i mod 16, then lanes j and j + 8, 4, 2, 1.
-fn sum(terms: impl Iterator<Item = f32>) -> f32 {
+pub(crate) fn sum(terms: impl Iterator<Item = f32>) -> f32 {
     let mut lanes = [0.0f32; 16];
     for (i, term) in terms.enumerate() {
         lanes[i % 16] += term;

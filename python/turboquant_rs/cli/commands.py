@@ -86,14 +86,14 @@ def plan(options: argparse.Namespace) -> None:
     request = plan_.Request(
         budget,
         scheme,
-        options.choices,
-        options.score,
-        options.tie,
-        options.floor,
-        options.ceiling,
-        options.refine,
-        options.windows,
-        options.length,
+        choices=options.choices,
+        score=options.score,
+        tie=options.tie,
+        floor=options.floor,
+        ceiling=options.ceiling,
+        refine=options.refine,
+        count=options.windows,
+        length=options.length,
     )
     found = plan_.run(Path(options.model), Path(options.data), request)
     output.write_text(found.to_json() + "\n", encoding="utf-8")

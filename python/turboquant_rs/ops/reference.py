@@ -580,9 +580,6 @@ def _matmul_int8(
         zeros = zero_points.view(n, -1).double()
     else:
         zeros = _full(scales.double(), fixed_zero_point(scheme))
-    broken = ~x.isfinite().all(1, keepdim=True)
-    x = torch.where(broken, 0.0, x)
-
     acc = torch.zeros(m, n, device=x.device)
     for group, start in enumerate(range(0, k, size)):
         stop = min(start + size, k)
@@ -598,7 +595,7 @@ def _matmul_int8(
             part = slice(low, low + SEGMENT)
             bracket = (q[:, part] @ weights[:, part].T).float() * (0.5 / rest)
             acc = _fma(scale_w * scale_x, bracket, acc)
-    return torch.where(broken, float("nan"), acc)
+    return acc
 
 
 # Panels ---------------------------------------------------------------------------------------------------
@@ -737,6 +734,8 @@ def matmul_out(
         packed, scales, zero_points = from_panels(packed, scales, zero_points, scheme, planes, n, k)
     prefix = _read(packed, scheme, rounding, planes, read_bits, n, k)
     rows = _to_f32(x).reshape(rows_and_k(x.shape))
+    broken = ~rows.isfinite().all(1, keepdim=True)
+    rows = torch.where(broken, 0.0, rows)
     if activations == "float":
         weight = dequantize(prefix, scales, zero_points, scheme, rounding, read_bits)
         acc = rows @ weight.T
@@ -749,7 +748,7 @@ def matmul_out(
         acc = _matmul_int8(rows, prefix, scales, zero_points, scheme, read_bits)
     if bias is not None:
         acc = acc + bias.detach().float()
-    out.copy_(acc.view_as(out))
+    out.copy_(torch.where(broken, float("nan"), acc).view_as(out))
 
 
 def to_panels_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:

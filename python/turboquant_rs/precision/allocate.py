@@ -89,7 +89,7 @@ def allocate(
         raise TypeError(f"sensitivity must be a tq.Sensitivity, got {type(sensitivity).__name__}")
     if not isinstance(budget, Budget):
         raise TypeError(f"budget must be a tq.Budget, such as tq.Budget(bits=4.0), got {budget!r}")
-    bits = [width for width in sensitivity.choices if floor <= width <= ceiling]
+    bits = sensitivity.within(floor, ceiling)
     if not bits:
         raise ValueError(
             f"no choice lies between floor={floor} and ceiling={ceiling}; scored were {sensitivity.choices}"

@@ -20,7 +20,7 @@ from turboquant_rs.table import human_bytes, table
 
 from . import picture
 from .choices import Choices, nbytes
-from .sensitivity import LayerScores, Sensitivity, record_of
+from .sensitivity import LayerScores, Sensitivity, reading, record_of
 from .variants import at_bits
 
 KIND, VERSION = "turboquant_rs plan", 1
@@ -89,8 +89,7 @@ class Plan:
         if levels < 2:
             raise ValueError(f"a ladder has at least two levels, got {levels}")
         found = self.sensitivity
-        bits = [width for width in found.choices if self.floor <= width <= self.ceiling]
-        choices = Choices.of(found, bits, self.ties, nbytes(found))
+        choices = Choices.of(found, found.within(self.floor, self.ceiling), self.ties, nbytes(found))
         low, high = choices.least, choices.most
         budgets = [high - (high - low) * level // (levels - 1) for level in range(levels)]
         widths = dict.fromkeys(choices.spread(chosen) for chosen in choices.ladder(budgets))
@@ -149,7 +148,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """What `to_json` wrote. Raises QuantizationFormatError for anything else."""
         record = record_of(text, KIND, VERSION)
-        try:
+        with reading("Plan"):
             found = Sensitivity.from_dict(record["sensitivity"])
             widths = tuple(int(record["bits"][layer.key]) for layer in found.layers)
             ties = tuple(tuple(map(int, group)) for group in record["ties"])
@@ -158,10 +157,6 @@ class Plan:
                 raise ValueError(f"bits {sorted(unknown)} were not scored")
             if sorted(i for group in ties for i in group) != list(range(len(widths))):
                 raise ValueError("ties do not hold every layer once")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise QuantizationFormatError(
-                f"this is no record of a Plan ({type(error).__name__}: {error}); write it with to_json()"
-            ) from error
         return plan
 
     # In a model
@@ -230,7 +225,7 @@ class Plan:
         """The nested scheme of the fewest planes that can be read at every choice of the plan."""
         if self.scheme.is_nested:
             return self.scheme
-        wanted = {bits for bits in self.sensitivity.choices if self.floor <= bits <= self.ceiling}
+        wanted = set(self.sensitivity.within(self.floor, self.ceiling))
         fields = (self.scheme.group_size, self.scheme.scale_dtype)
         for planes in NESTED_PLANES:
             scheme = Scheme.nested(fields[0], planes, scale_dtype=fields[1])

@@ -109,6 +109,10 @@ class Sensitivity:
         column = self._column(bits)
         return sum(layer.scores[column] for layer in self.layers)
 
+    def within(self, floor: int, ceiling: int) -> list[int]:
+        """The choices from `floor` to `ceiling` bits."""
+        return [bits for bits in self.choices if floor <= bits <= ceiling]
+
     def _column(self, bits: int) -> int:
         if bits not in self.choices:
             raise ValueError(f"{bits} bits were not scored; there are {self.choices}")
@@ -155,7 +159,7 @@ class Sensitivity:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Sensitivity:
         """What `to_dict` gave. Raises QuantizationFormatError for anything else."""
-        try:
+        with reading("Sensitivity"):
             layers = tuple(
                 LayerScores(
                     str(layer["name"]), _pair(layer["shape"]), _pair(layer["rows"]),
@@ -171,11 +175,6 @@ class Sensitivity:
             lengths = {len(layer.scores) for layer in layers}
             if found.score not in SCORES or lengths != {len(choices)}:
                 raise ValueError(f"score {found.score!r}, {len(choices)} choices, {sorted(lengths)} scores")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise QuantizationFormatError(
-                f"this is no record of a Sensitivity ({type(error).__name__}: {error}); "
-                "give the text that to_json() wrote"
-            ) from error
         return found
 
 
@@ -471,6 +470,18 @@ def record_of(text: str, kind: str, version: int) -> dict[str, Any]:
             "update turboquant-rs"
         )
     return record
+
+
+@contextmanager
+def reading(kind: str) -> Iterator[None]:
+    """Whatever is wrong with the fields that are read in the block is a QuantizationFormatError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise QuantizationFormatError(
+            f"this is no record of a {kind} ({type(error).__name__}: {error}); "
+            "give the text that to_json() wrote"
+        ) from error
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -62,7 +62,7 @@ impl MultiplyKernel for Panels<'_> {
             for block in &self.cuts.blocks {
                 self.multiply(by, panel, block, &mut codes, &mut scratch);
             }
-            let (finite, first) = (Some(self.x.finite(&self.rows)), panel.first - self.outputs.start);
+            let (finite, first) = (self.x.finite(&self.rows), panel.first - self.outputs.start);
             scratch.sums.write(isa, panel, self.bias, finite, &mut self.out, first);
         }
     }

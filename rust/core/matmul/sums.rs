@@ -60,7 +60,7 @@ impl Sums {
         isa: I,
         panel: Panel,
         bias: Option<&[f32]>,
-        finite: Option<&[bool]>,
+        finite: &[bool],
         out: &mut Columns<'_>,
         first: usize,
     ) {
@@ -70,14 +70,13 @@ impl Sums {
         }
         let (biases, _) = biases.as_chunks();
         for row in 0..self.rows {
-            let finite = finite.is_none_or(|finite| finite[row]);
             for c in 0..panel.vectors() {
                 let at = if self.wide { row * VECTORS + c } else { c * self.rows + row };
                 let mut sum = isa.from_bits(isa.load_i32(&self.lanes.lines()[at]));
                 if bias.is_some() {
                     sum = isa.add(sum, isa.load(&biases[c]));
                 }
-                if !finite {
+                if !finite[row] {
                     sum = isa.splat(f32::NAN);
                 }
                 out.write(isa, row, first + c * LANES, panel.rows_of(c), sum);

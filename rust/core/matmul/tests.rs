@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::quantize::{ScalesMut, ZeroPointsMut};
+use crate::reference::sum;
 use crate::scheme::{ScaleDtype, ScaleRule};
 
 #[test]
@@ -123,6 +124,10 @@ impl Matrix {
         let mut out = Vec::new();
         for row in 0..m {
             let x = &x[row * k..][..k];
+            if !x.iter().all(|x| x.is_finite()) {
+                out.extend(vec![f32::NAN; n]);
+                continue;
+            }
             for column in 0..n {
                 let mut acc = 0.0f32;
                 for group in 0..k.div_ceil(size) {
@@ -162,6 +167,10 @@ impl Matrix {
         let mut out = Vec::new();
         for row in 0..m {
             let x = &x[row * k..][..k];
+            if !x.iter().all(|x| x.is_finite()) {
+                out.extend(vec![f32::NAN; n]);
+                continue;
+            }
             for column in 0..n {
                 let mut acc = 0.0f32;
                 for group in 0..groups {
@@ -184,12 +193,7 @@ impl Matrix {
                                 dot = x[j].mul_add(self.code(column, begin + 4 * i + j) as f32, dot);
                             }
                         }
-                        let mut lanes = [0.0f32; 16];
-                        scaled.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
-                        for half in [8, 4, 2, 1] {
-                            (0..half).for_each(|j| lanes[j] += lanes[j + half]);
-                        }
-                        let bracket = zero.mul_add(-lanes[0], dot);
+                        let bracket = zero.mul_add(-sum(scaled.iter().copied()), dot);
                         acc = scale.mul_add(bracket, acc);
                     }
                 }
@@ -224,7 +228,9 @@ impl Matrix {
             for column in 0..n {
                 let pairs: Vec<_> = (0..k).map(|i| (x[row * k + i], weight[column * k + i])).collect();
                 let run = |pairs: &[(f32, f32)]| pairs.iter().fold(0.0f32, |acc, (x, w)| x.mul_add(*w, acc));
-                let sum = pairs.chunks(64).fold(0.0, |sum, pairs| sum + run(pairs));
+                let finite = pairs.iter().all(|(x, _)| x.is_finite());
+                let start = if finite { 0.0 } else { f32::NAN };
+                let sum = pairs.chunks(64).fold(start, |sum, pairs| sum + run(pairs));
                 out.push(bias.map_or(sum, |bias| sum + bias[column]));
             }
         }
@@ -240,7 +246,7 @@ impl Matrix {
     fn check(&self, x: &[f32], m: usize, bias: Option<&[f32]>, how: Activations) {
         let expected = match how {
             Activations::Int8 => self.int8(x, m, bias),
-            Activations::Float if check_integer_form(&self.rounding).is_err() => self.values(x, m, bias),
+            Activations::Float if !has_integer_form(&self.rounding) => self.values(x, m, bias),
             Activations::Float => self.float(x, m, bias),
         };
         let expected: Vec<u32> = expected.iter().map(|y| canonical(*y)).collect();
@@ -445,6 +451,12 @@ fn rows_that_are_not_finite_give_rows_of_nan_and_zero_rows_give_the_bias() {
     x[4 * 70..5 * 70].fill(1e-39);
     x[5 * 70] = 3e38;
     matrix.check(&x, 6, Some(&bias), Activations::Int8);
+    matrix.check(&x, 6, Some(&bias), Activations::Float);
+    let mut rescaled =
+        Matrix::new(&mut random, Shape { rows: 20, k: 70 }, scheme(4, 32, true, false, &[]), &[4], 4);
+    rescaled.rounding = Rounding::new(Mode::Iid, 9, 0, 0, 16, 1.0, true, 0).unwrap();
+    rescaled.zeros_f32 = values(&mut random, rescaled.scales.len());
+    rescaled.check(&x, 6, Some(&bias), Activations::Float);
     let mut out = vec![0.0; 6 * 20];
     let token = Token::active();
     matmul_on(

@@ -319,19 +319,6 @@ fn multiply_word<M: Multiply, const R: usize, const C: usize>(
     j: usize,
 ) -> [[M::Sum; C]; R] {
     let isa = by.isa();
-    if M::WORD == 4 {
-        // One register a vector: a word of x meets all of them.
-        let mut codes = [by.codes(isa.splat_u8(0)); C];
-        for c in 0..C {
-            codes[c] = by.codes(isa.load_u8(&vectors[c][j]));
-        }
-        for r in 0..R {
-            for c in 0..C {
-                dots[r][c] = by.multiply(dots[r][c], codes[c], q[r][j]);
-            }
-        }
-        return dots;
-    }
     for c in 0..C {
         let codes = by.codes(isa.load_u8(&vectors[c][j]));
         for r in 0..R {

@@ -28,6 +28,8 @@ pub(super) struct Panels<'a> {
     pub(super) cuts: &'a Cuts,
     /// All of x, k elements a row.
     pub(super) x: &'a [f32],
+    /// Whether the rows of x hold neither NaN nor ±Inf.
+    pub(super) finite: &'a [bool],
     pub(super) bias: Option<&'a [f32]>,
     pub(super) rows: Range<usize>,
     pub(super) outputs: Range<usize>,
@@ -70,7 +72,8 @@ impl Kernel for Panels<'_> {
                     self.multiply(isa, panel, columns, &floats, &mut sums);
                 }
             }
-            sums.write(isa, panel, self.bias, None, &mut self.out, panel.first - self.outputs.start);
+            let (finite, first) = (&self.finite[self.rows.clone()], panel.first - self.outputs.start);
+            sums.write(isa, panel, self.bias, finite, &mut self.out, first);
         }
     }
 }

@@ -24,8 +24,6 @@ pub(crate) trait Multiply: Copy + Send + Sync {
     type Codes: Copy;
     /// Four activations, as they lie in memory.
     type Word: Copy;
-    /// Bytes of a [`Multiply::Word`].
-    const WORD: usize;
     /// Most bits of a code that it takes.
     const MAX_BITS: u32 = 8;
     /// Rows of a tile whose sums fit the registers, [`Multiply::TILE_VECTORS`] vectors wide.
@@ -93,7 +91,6 @@ impl<D: Dot> Multiply for Bytes<D> {
     type Sum = <D::Isa as Isa>::I32;
     type Codes = <D::Isa as Isa>::U8;
     type Word = [u8; 4];
-    const WORD: usize = 4;
     const TILE_ROWS: usize = D::TILE_ROWS;
     const TILE_VECTORS: usize = D::TILE_VECTORS;
 
@@ -168,7 +165,6 @@ impl<I: Isa> Multiply for Floats<I> {
     type Sum = I::F32;
     type Codes = [I::F32; 4];
     type Word = [u8; 16];
-    const WORD: usize = 16;
     // In wide tiles a row less: the codes of a word take four registers.
     const TILE_ROWS: usize = if I::TILE_VECTORS == 1 { I::TILE_ROWS } else { I::TILE_ROWS - 1 };
     const TILE_VECTORS: usize = I::TILE_VECTORS;
@@ -226,7 +222,7 @@ impl<I: Isa> Multiply for Floats<I> {
 }
 
 /// Whether activations that bfloat16 holds are best held in it on `token`.
-pub(crate) fn has_bf16(token: Token) -> bool {
+pub(crate) fn prefers_bf16(token: Token) -> bool {
     match token {
         #[cfg(target_arch = "x86_64")]
         Token::Avx512(isa) => x86::Bf16::<false>::if_faster(isa).is_some(),
@@ -240,7 +236,7 @@ pub(crate) fn dispatch_bytes<K: MultiplyKernel>(token: Token, max_code: u8, kern
 }
 
 /// Runs `kernel` on the instruction set of `token`, multiplying codes up to `max_code` with words of f32, or of
-/// bfloat16 (`bf16`) where [`has_bf16`]. Panics where it has not.
+/// bfloat16 (`bf16`) where [`prefers_bf16`]. Panics where it has not.
 pub(crate) fn dispatch_floats<K: MultiplyKernel>(
     token: Token,
     bf16: bool,
@@ -285,8 +281,8 @@ mod x86 {
             is_x86_feature_detected!("avx512bf16").then_some(Self(isa))
         }
 
-        /// The token, if they are also faster than f32: a cycle each on AMD's CPUs, four on Intel's, which leave
-        /// such work to AMX. Measured on Zen 4 and Sapphire Rapids.
+        /// The token, if they are also faster than f32. Measured: twice as fast on AMD's Zen 4, half as fast on
+        /// Intel's Sapphire Rapids, which leaves such work to AMX.
         pub(super) fn if_faster(isa: Avx512) -> Option<Self> {
             Self::detect(isa).filter(|_| amd())
         }
@@ -299,7 +295,6 @@ mod x86 {
         type Codes = [__m512i; 2];
         /// In the same order.
         type Word = [u8; 8];
-        const WORD: usize = 8;
         const MAX_BITS: u32 = if NARROW { 5 } else { 8 };
         // Wide codes take registers on their way to bfloat16.
         const TILE_ROWS: usize = if NARROW { Avx512::TILE_ROWS } else { Avx512::TILE_ROWS - 1 };
