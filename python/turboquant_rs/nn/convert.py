@@ -43,6 +43,7 @@ class Prescription(Protocol):
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2.0**120  # the domain of the format
 SQNR_CHUNK = 1 << 18  # elements decoded at a time to measure the error
+SLOWER = 1.05  # times that a layer may take quantized: less than that is within the noise of a machine
 
 
 def quantize_(
@@ -73,10 +74,11 @@ def quantize_(
         `<layer>.weight`, unless the rounding names one.
     activations: of the quantized linear layers, see `QuantLinear`.
     keep_if_slower: keep the float layer where the quantized one would be slower than it on this machine. One
-        linear layer of each shape, dtype and scheme is timed both ways, with the threads torch has now, at
-        m = 1 and at m = 64 rows of input; those that are slower quantized at either stay as they are, and the
-        report lists them among the skipped, with the figures. Embeddings, and what is tied to one, are not
-        timed. Timings differ from run to run: a close call may go either way.
+        linear layer of each shape, dtype and scheme is timed both ways, going round as many copies as would
+        fill the model (up to 256 MiB), with the threads torch has now, at m = 1 and at m = 64 rows of input;
+        those that are more than 5 % slower quantized at either stay as they are, and the report lists them
+        among the skipped, with the figures. Embeddings, and what is tied to one, are not timed. Timings
+        differ from run to run: a close call may go either way.
     dry_run: only report what would be done.
     progress: draw a bar on stderr, if that is a terminal.
 
@@ -414,6 +416,7 @@ def _slower(model: nn.Module, plan: Sequence[_Step], rounding: Rounding, activat
     """The steps whose layer would be slower quantized, and the figures that say so."""
     timed: dict[tuple[object, ...], str] = {}
     slower = {}
+    resident = sum(logical_weight(model.get_submodule(step.names[0])).nbytes for step in plan)
     for step in plan:
         members = [model.get_submodule(names[0]) for names in (step.names, *step.tied)]
         if any(isinstance(module, nn.Embedding) for module in members):
@@ -428,20 +431,22 @@ def _slower(model: nn.Module, plan: Sequence[_Step], rounding: Rounding, activat
             )
         key = (weight.shape, weight.stride(), weight.dtype, step.scheme)
         if key not in timed:
-            timed[key] = _verdict(weight, step.scheme, rounding, activations) if weight.numel() else ""
+            timed[key] = (
+                _verdict(weight, step.scheme, resident, rounding, activations) if weight.numel() else ""
+            )
         if timed[key]:
             slower[step.name] = timed[key]
     return slower
 
 
-def _verdict(weight: Tensor, scheme: Scheme, rounding: Rounding, activations: str) -> str:
+def _verdict(weight: Tensor, scheme: Scheme, resident: int, rounding: Rounding, activations: str) -> str:
     """Where a layer is slower quantized than as it is, in words; empty where it is not."""
     seconds = time_linear(
-        weight, scheme, (weight.dtype,), BATCHES, rounding=rounding, activations=activations
+        weight, scheme, (weight.dtype,), BATCHES, resident, rounding=rounding, activations=activations
     )
     lost = []
     for m, (ours, theirs) in seconds.items():
-        if ours > theirs:
+        if ours > SLOWER * theirs:
             scale, unit = (1e6, "µs") if theirs < 1e-3 else (1e3, "ms")
             lost.append(f"{scale * ours:.1f} against {scale * theirs:.1f} {unit} at m = {m}")
     dtype = str(weight.dtype).removeprefix("torch.")

@@ -1,19 +1,22 @@
 """bench: is a quantized layer faster than the float one, on this machine, with the threads it has now?
 
-    model ─► distinct shapes of linear layers ─► one weight of each: ours, f32, bf16 take turns ─► Speeds
+    model ─► distinct shapes of linear layers ─► copies of one weight of each: ours, f32, bf16 take turns ─► Speeds
 
-The weight of a shape is the same at every call, so small ones are in the caches, in floats as in codes.
+Between two calls of a layer a model reads all of its other weights. So each contender goes round as many copies
+of a weight as would fill the model, and finds as much of them in the caches as it would find there.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turboquant_rs.errors import NoLayersMatched
-from turboquant_rs.packed import matmul, pack
+from turboquant_rs.packed import PackedTensor, matmul, pack
 from turboquant_rs.panels import Panels
 from turboquant_rs.progress import Progress
 from turboquant_rs.report import describe_scheme
@@ -36,6 +39,7 @@ BATCHES = (1, 64)
 REPEATS = 7
 TURN = 1e-3  # seconds of calls in a turn: of small layers there are many
 MOST_CALLS = 1000
+MOST_BYTES = 2**28  # of floats that a contest goes round: more than caches hold, as a larger model would be
 
 Call = Callable[[], object]
 
@@ -137,13 +141,16 @@ def bench(
         what = type(model).__name__ if isinstance(model, nn.Module) else "the list of shapes"
         raise NoLayersMatched(f"{what} has no linear layer to time; give shapes, such as [(4096, 4096)]")
     generator = torch.Generator().manual_seed(0)
+    resident = 4 * sum(n * k * count for (n, k), count in shapes.items())
     rows = []
     with Progress("bench", len(shapes)) as progress:
         for (n, k), count in shapes.items():
             progress.update(progress.done, f"{n} x {k}")
             weight = torch.randn(n, k, generator=generator)
             dtypes = (torch.float32, torch.bfloat16)
-            timed = time_linear(weight, scheme, dtypes, batches, activations=activations, repeats=repeats)
+            timed = time_linear(
+                weight, scheme, dtypes, batches, resident, activations=activations, repeats=repeats
+            )
             rows += [LayerSpeed((n, k), count, m, *(1e3 * seconds for seconds in timed[m])) for m in batches]
             progress.advance()
     return Speeds(tuple(rows), scheme, activations, torch.get_num_threads())
@@ -154,6 +161,7 @@ def time_linear(
     scheme: Scheme,
     dtypes: Sequence[torch.dtype],
     batches: Sequence[int] = BATCHES,
+    resident: int = 0,
     *,
     rounding: Rounding | None = None,
     activations: str = "int8",
@@ -161,27 +169,46 @@ def time_linear(
 ) -> dict[int, tuple[float, ...]]:
     """For each m: median seconds of a layer with that weight (out, in), quantized, and in each of `dtypes`.
 
+    resident: bytes of the float weights of the whole model, of which copies of this one take the place.
     The quantized layer is called with x of dtypes[0].
     """
+    copies = max(1, min(resident, MOST_BYTES) // max(weight.nbytes, 1))
     packed = pack(weight, scheme=scheme, rounding=rounding or Rounding.nearest())
-    panels = Panels.of(packed) if Panels.fits(packed) else None
-    weights = [weight.to(dtype) for dtype in dtypes]
-
-    def quantized(x: Tensor) -> Call:
-        if panels is None:
-            return lambda: matmul(x, packed, activations=activations)
-        return lambda: panels.matmul(x, None, activations=activations, bits=packed.bits)
-
-    def linear(x: Tensor, weight: Tensor) -> Call:
-        return lambda: F.linear(x, weight)
+    quantized = [_quantized(packed, activations) for _ in range(copies)]
+    floats = [[weight.to(dtype, copy=True) for _ in range(copies)] for dtype in dtypes]
 
     seconds = {}
     with torch.inference_mode():
         for m in batches:
             x = torch.randn(m, weight.shape[1], generator=torch.Generator().manual_seed(m))
-            calls = [linear(x.to(w.dtype), w) for w in weights]
-            seconds[m] = tuple(take_turns([quantized(x.to(dtypes[0])), *calls], repeats, TURN))
+            ours = _going_round(x.to(dtypes[0]), quantized)
+            theirs = [
+                _going_round(x.to(dtype), [partial(_linear, weight=w) for w in pool])
+                for dtype, pool in zip(dtypes, floats, strict=True)
+            ]
+            seconds[m] = tuple(take_turns([ours, *theirs], repeats, TURN))
     return seconds
+
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def _quantized(packed: PackedTensor, activations: str) -> Layer:
+    """A layer with a copy of its own of that matrix, as QuantLinear has it on the CPU."""
+    if not Panels.fits(packed):
+        own = replace(packed, packed=packed.packed.clone())
+        return lambda x: matmul(x, own, activations=activations)
+    panels = Panels.of(packed)
+    return lambda x: panels.matmul(x, None, activations=activations, bits=packed.bits)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _going_round(x: Tensor, layers: Sequence[Layer]) -> Call:
+    turn = itertools.cycle(layers)
+    return lambda: next(turn)(x)
 
 
 def take_turns(calls: Sequence[Call], repeats: int, least: float = 0.0) -> list[float]:

@@ -155,15 +155,15 @@ impl Streams<'_> {
             BYTES if M::MAX_BITS >= 8 => self.stack::<M, BYTES>(by),
             0x4 => self.stack::<M, 0x4>(by),
             0x2 => self.stack::<M, 0x2>(by),
-            0x1 => self.stack::<M, 0x1>(by),
+            0x1 if M::EVERY_STACK => self.stack::<M, 0x1>(by),
             0x12 => self.stack::<M, 0x12>(by),
-            0x14 => self.stack::<M, 0x14>(by),
-            0x24 if M::MAX_BITS >= 6 => self.stack::<M, 0x24>(by),
-            0x124 if M::MAX_BITS >= 7 => self.stack::<M, 0x124>(by),
+            0x14 if M::EVERY_STACK => self.stack::<M, 0x14>(by),
+            0x24 if M::EVERY_STACK && M::MAX_BITS >= 6 => self.stack::<M, 0x24>(by),
+            0x124 if M::EVERY_STACK && M::MAX_BITS >= 7 => self.stack::<M, 0x124>(by),
             0x44 if M::MAX_BITS >= 8 => self.stack::<M, 0x44>(by),
             // Levels are bytes.
             0x1004 if M::MAX_BITS >= 8 => self.stack::<M, 0x1004>(by),
-            0x1012 if M::MAX_BITS >= 8 => self.stack::<M, 0x1012>(by),
+            0x1012 if M::EVERY_STACK && M::MAX_BITS >= 8 => self.stack::<M, 0x1012>(by),
             _ => return false,
         }
         true

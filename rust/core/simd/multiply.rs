@@ -26,6 +26,9 @@ pub(crate) trait Multiply: Copy + Send + Sync {
     type Word: Copy;
     /// Most bits of a code that it takes.
     const MAX_BITS: u32 = 8;
+    /// Whether few rows have a kernel of their own for every number of bits, not only for the common ones: each is
+    /// compiled for each instruction set, and takes its time and room.
+    const EVERY_STACK: bool = false;
     /// Rows of a tile whose sums fit the registers, [`Multiply::TILE_VECTORS`] vectors wide.
     const TILE_ROWS: usize;
     /// Vectors of such a tile: 1 or 4.
@@ -91,6 +94,7 @@ impl<D: Dot> Multiply for Bytes<D> {
     type Sum = <D::Isa as Isa>::I32;
     type Codes = <D::Isa as Isa>::U8;
     type Word = [u8; 4];
+    const EVERY_STACK: bool = true;
     const TILE_ROWS: usize = D::TILE_ROWS;
     const TILE_VECTORS: usize = D::TILE_VECTORS;
 
