@@ -1,9 +1,9 @@
 """bench: is a quantized layer faster than the float one, on this machine, with the threads it has now?
 
-    model ─► distinct shapes of linear layers ─► copies of one weight of each: ours, f32, bf16 take turns ─► Speeds
+    model ─► distinct shapes of linear layers ─► weights of each: ours, f32, bf16 take turns ─► Speeds
 
-Between two calls of a layer a model reads all of its other weights. So each contender goes round as many copies
-of a weight as would fill the model, and finds as much of them in the caches as it would find there.
+Between two calls of a layer a model reads all of its other weights. So each contender goes round as many
+copies of a weight as would fill the model, and finds as much of them in the caches as it would find there.
 """
 
 from __future__ import annotations
