@@ -75,7 +75,7 @@ def measure_quality(job: Job) -> list[Row]:
             def ratio(chosen: Any, values: Values = values, static: Values = static) -> float:
                 return float(values[chosen].mean() / static[chosen].mean())
 
-            fits = [layer.fit for layer in report.layers]
+            fits = [layer.fit for layer in report.layers if layer.read_bits < layer.refined_bits]
             rows.append(
                 {
                     "kind": kind,
@@ -84,7 +84,7 @@ def measure_quality(job: Job) -> list[Row]:
                     "mean_bits": mean_bits(job.model),
                     "kl": mean(values),
                     "over_static": interval(ratio, len(values)),
-                    "fit_median": statistics.median(fits),
+                    "fit_median": statistics.median(fits) if fits else None,
                     "fits_from_0.9": sum(fit >= 0.9 for fit in fits),
                 }
             )

@@ -188,7 +188,7 @@ class QuantLinear(PackedWeight, nn.Linear):
             y, refined = matmul_refined(
                 autocast(input), whole, bias, bits=bits, refined_bits=refined_bits, threshold=threshold
             )
-        rows.count(input.numel() // self.in_features, refined)
+        rows.count(math.prod(input.shape[:-1]), refined)
         return y
 
     @property

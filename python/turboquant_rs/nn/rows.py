@@ -27,14 +27,15 @@ class RowPrecision:
 
     def count(self, rows: int, refined: int | Tensor) -> None:
         """Adds `rows` rows, `refined` of them (or those that it marks) at the higher precision."""
-        if isinstance(refined, int):
-            with _COUNTING:
-                counts = self.counts.numpy()
-                counts[0] += rows
-                counts[1] += refined
+        if torch.compiler.is_compiling():  # within a graph, which keeps the order of its own
+            self.counts[0].add_(rows)
+            self.counts[1].add_(torch.as_tensor(refined).sum().cpu())
             return
-        self.counts[0].add_(rows)
-        self.counts[1].add_(refined.sum().cpu())
+        count = refined if isinstance(refined, int) else int(refined.sum())
+        with _COUNTING:
+            counts = self.counts.numpy()
+            counts[0] += rows
+            counts[1] += count
 
     @property
     def mean_bits(self) -> float | None:

@@ -576,7 +576,7 @@ def _int8_scale(x: Tensor) -> Tensor:
 def row_sizes(x: Tensor, group_size: int) -> Tensor:
     """√ Σ s_x² of each row of x `(..., k)`, s_x the scales of its groups in int8: f64 `(...)`.
 
-    NaN for a row with NaN or ±Inf. Squares of f32 are exact in f64; they are added in the order of the groups.
+    NaN for a row with NaN or ±Inf. Squares of f32 are exact in f64, and added in the order of the groups.
     """
     m, k = rows_and_k(x.shape)
     rows = _to_f32(x).reshape(m, k)
