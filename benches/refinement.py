@@ -43,7 +43,7 @@ PLANES = {"4 or 8 bits": (4, 4), "neighbouring widths": (4, 1, 1, 2)}
 CHOSEN_AT = 4.8
 SKETCH = 64  # rows of a random projection
 SHAPE, POOL, BATCHES = (4096, 4096), 12, (1, 32)
-ROUNDS, CALLS = 9, 24
+ROUNDS, CALLS = 21, 24
 
 
 def measure_quality(job: Job) -> list[Row]:

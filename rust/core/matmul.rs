@@ -15,6 +15,7 @@
 //! weight that is used again and again is brought to once (repack.rs).
 //!
 //! Both ways give the same bits on every instruction set and for any number of threads.
+//! Rows of x may read W at different numbers of bits (refined.rs).
 
 use std::borrow::Cow;
 
