@@ -130,6 +130,25 @@ class Backend:
         self._run("matmul_out", *inputs, *tail, out)
         return out
 
+    def matmul_refined(
+        self,
+        x: Tensor,
+        stored: Packed,
+        scheme: Scheme,
+        bias: Tensor,
+        bits: tuple[int, int],
+        threshold: float,
+        layout: str = "canonical",
+    ) -> tuple[Tensor, Tensor]:
+        """`matmul` at the second number of bits for rows above the threshold; which those are."""
+        if layout == "panels":
+            stored = self.to_panels(stored, scheme, x.shape[-1])
+        tail = (*scheme.op_args(), *NEAREST.op_args(), list(scheme.planes), *bits, threshold, layout)
+        inputs = [v.to(self.device) for v in (x, *stored, bias)]
+        outputs: tuple[Tensor, Tensor] = self._allocate("matmul_refined", *inputs, *tail, len(bias))
+        self._run("matmul_refined_out", *inputs, *tail, len(bias), *outputs)
+        return outputs
+
     def to_panels(
         self, stored: Packed, scheme: Scheme, k: int, planes: Sequence[int] | None = None
     ) -> Packed:

@@ -36,6 +36,10 @@ def calls(scheme: Scheme, rounding: Rounding) -> dict[str, tuple[Any, ...]]:
     stored = (packed, scales, zero_points)
     activations = "float" if rounding.op_args()[6] else "int8"
     product = (torch.randn(2, 70), *stored, torch.randn(3), *args, planes, bits, activations, "canonical", 3)
+    nearest = (*scheme.op_args(), *NEAREST.op_args())
+    low = bits if scheme.levels != "uniform" else planes[0]
+    refined = (product[0], *ops.pack(x, *nearest, planes, False), product[4], *nearest, planes, low, bits)
+    refined = (*refined, 0.2, "canonical", 3)
     panels = ops.to_panels(*stored, *scheme.op_args(), planes, 70)
     return {
         "pack": (x, *args, planes, False),
@@ -45,6 +49,7 @@ def calls(scheme: Scheme, rounding: Rounding) -> dict[str, tuple[Any, ...]]:
         "pack_codes": (codes, planes),
         "unpack_codes": (packed, planes, bits, [3, 70]),
         "matmul": product,
+        "matmul_refined": refined,
         "to_panels": (*stored, *scheme.op_args(), planes, 70),
         "from_panels": (*panels, *scheme.op_args(), planes, 3, 70),
         "pack_out": (x, *args, planes, False, *(torch.empty_like(part) for part in stored)),
@@ -52,6 +57,7 @@ def calls(scheme: Scheme, rounding: Rounding) -> dict[str, tuple[Any, ...]]:
         "pack_codes_out": (codes, planes, torch.empty_like(packed)),
         "unpack_codes_out": (packed, planes, bits, torch.empty_like(codes)),
         "matmul_out": (*product, torch.empty(2, 3)),
+        "matmul_refined_out": (*refined, torch.empty(2, 3), torch.empty(2, dtype=torch.bool)),
         "to_panels_out": (*stored, *scheme.op_args(), planes, 70, *map(torch.empty_like, panels)),
         "from_panels_out": (*panels, *scheme.op_args(), planes, 70, *map(torch.empty_like, stored)),
     }
@@ -98,7 +104,7 @@ def test_shape_rules_of_odd_shapes(shape: tuple[int, ...]) -> None:
 def test_the_operators_that_return_are_the_ones_that_fill(kind: str) -> None:
     scheme, rounding = SCHEMES[kind]
     arguments = calls(scheme, rounding)
-    for name in ("pack", "pack_codes", "unpack_codes", "matmul", "to_panels"):
+    for name in ("pack", "pack_codes", "unpack_codes", "matmul", "matmul_refined", "to_panels"):
         # The shape, the last argument of unpack_codes, is that of the memory to fill.
         inputs = arguments[name][: -1 if name == "unpack_codes" else None]
         result = getattr(ops, name)(*arguments[name])

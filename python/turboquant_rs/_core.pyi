@@ -110,6 +110,23 @@ class Product:
         threads: int,
         /,
     ) -> None: ...
+    def fill_refined(
+        self,
+        x: _Elements,
+        dtype: str,
+        m: int,
+        packed: _Bytes,
+        scales: _Scales,
+        zero_points: _ZeroPoints,
+        bias: NDArray[np.float32] | None,
+        out: _Elements,
+        out_dtype: str,
+        refined_bits: int,
+        threshold: float,
+        refined: NDArray[np.bool_],
+        threads: int,
+        /,
+    ) -> int: ...
 
 def to_panels(
     packed: _Bytes,

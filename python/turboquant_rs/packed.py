@@ -608,6 +608,16 @@ def matmul(
     return ops.matmul(x, *p._stored, bias, *p._op_args(), p.bits, activations, "canonical", p.shape[0])
 
 
+def matmul_refined(
+    x: Tensor, p: PackedTensor, bias: Tensor | None, *, bits: int, refined_bits: int, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """`matmul` with int8 activations of p, all of whose bits are there, at `refined_bits` where the size of a
+    row of x is above `threshold`, else at `bits`. Also returns which rows of x, `(...)`, were refined."""
+    check_linear(x, (p.shape[0], p.shape[1]), p.device, bias)
+    tail = (bits, refined_bits, threshold, "canonical", p.shape[0])
+    return ops.matmul_refined(x, *p._stored, bias, *p._op_args(), *tail)
+
+
 def check_linear(x: Tensor, shape: tuple[int, int], device: torch.device, bias: Tensor | None) -> None:
     """Refuses operands that do not fit a packed matrix of that shape (n, k) on that device."""
     _check_operand(x, "x", device)

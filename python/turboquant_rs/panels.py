@@ -28,7 +28,9 @@ class Panels:
     scheme: Scheme
     rounding: Rounding
     bits: int
-    _products: dict[tuple[str, int], ops.cpu.Product] = field(default_factory=dict, init=False, repr=False)
+    _products: dict[tuple[str, int, bool], ops.cpu.Product] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @staticmethod
     def fits(packed: PackedTensor) -> bool:
@@ -61,19 +63,40 @@ class Panels:
     def matmul(self, x: Tensor, bias: Tensor | None, *, activations: str, bits: int) -> Tensor:
         """`tq.matmul` with this matrix, read at `bits`, of x as autocast wants it."""
         if not torch.compiler.is_compiling():
-            product = self._products.get((activations, bits)) or self._product(activations, bits)
-            y = product(x, bias)
-            if y is not None:
-                return y
+            product = self._products.get((activations, bits, False)) or self._product(activations, bits)
+            found = product(x, bias)
+            if found is not None:
+                return found[0]
         x = autocast(x)
         check_linear(x, self.shape, self.packed.device, bias)
         stored, arguments = self._operands(activations, bits)
         return ops.matmul(x, *stored, bias, *arguments)
 
-    def _product(self, activations: str, bits: int) -> ops.cpu.Product:
+    def matmul_refined(
+        self, x: Tensor, bias: Tensor | None, *, bits: int, refined_bits: int, threshold: float
+    ) -> tuple[Tensor, int | Tensor]:
+        """`matmul` with int8 activations, at `refined_bits` where a row's size is above `threshold`.
+
+        Also returns how many rows were refined, or which. The panels hold every bit of the scheme.
+        """
+        if not torch.compiler.is_compiling():
+            product = self._products.get(("int8", bits, True)) or self._product("int8", bits, True)
+            found = product(x, bias, (refined_bits, threshold))
+            if found is not None:
+                return found
+        x = autocast(x)
+        check_linear(x, self.shape, self.packed.device, bias)
+        arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths, bits)
+        stored = (self.packed, self.scales, self.zero_points)
+        tail = (refined_bits, threshold, "panels", self.shape[0])
+        return ops.matmul_refined(x, *stored, bias, *arguments, *tail)
+
+    def _product(self, activations: str, bits: int, whole: bool = False) -> ops.cpu.Product:
+        """The call for a number of bits; `whole`: with the planes that follow those at hand."""
         stored, arguments = self._operands(activations, bits)
+        stored = (self.packed, *stored[1:]) if whole else stored
         product = ops.cpu.Product(*stored, self.shape[1], *arguments)
-        self._products[activations, bits] = product
+        self._products[activations, bits, whole] = product
         return product
 
     def _operands(self, activations: str, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:

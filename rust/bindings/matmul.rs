@@ -74,6 +74,55 @@ impl Product {
             )
         })
     }
+
+    /// The same, W read at refined_bits by the rows of x whose size is above threshold; `refined` (m elements)
+    /// says which, the result how many. Activations are int8.
+    #[pyo3(signature = (x, dtype, m, packed, scales, zero_points, bias, out, out_dtype, refined_bits, threshold, refined, threads, /))]
+    fn fill_refined(
+        &self,
+        py: Python<'_>,
+        x: Array<'_>,
+        dtype: &str,
+        m: usize,
+        packed: PyReadonlyArray1<'_, u8>,
+        scales: Array<'_>,
+        zero_points: Array<'_>,
+        bias: Option<PyReadonlyArray1<'_, f32>>,
+        mut out: ArrayMut<'_>,
+        out_dtype: &str,
+        refined_bits: i64,
+        threshold: f64,
+        mut refined: PyReadwriteArray1<'_, bool>,
+        threads: usize,
+    ) -> PyResult<usize> {
+        let Self { scheme, rounding, planes, .. } = self;
+        let (x, packed, out) = (x.source(dtype)?, slice(&packed)?, out.target(out_dtype)?);
+        let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
+        let (bias, refined) = (bias.as_ref().map(slice).transpose()?, slice_mut(&mut refined)?);
+        let refined_bits = convert::unsigned("refined_bits", refined_bits)?;
+        let (shape, read, layout) = (self.shape, self.read_bits, self.layout);
+        enter(py, || {
+            core::matmul_refined(
+                x,
+                m,
+                packed,
+                scales,
+                zeros,
+                bias,
+                shape,
+                scheme,
+                rounding,
+                planes,
+                read,
+                refined_bits,
+                threshold,
+                layout,
+                out,
+                refined,
+                threads,
+            )
+        })
+    }
 }
 
 /// Rearranges a packed matrix into the compute layout.

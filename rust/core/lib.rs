@@ -35,7 +35,7 @@ mod tests;
 pub use allocate::{Choices, allocate, ladder};
 pub use bandwidth::{copy_bandwidth, read_bandwidth};
 pub use error::Error;
-pub use matmul::{Activations, Layout, from_panels, matmul, panels_nbytes, to_panels};
+pub use matmul::{Activations, Layout, from_panels, matmul, matmul_refined, panels_nbytes, to_panels};
 pub use parallel::{Team, after_fork, lend_team};
 pub use philox::philox;
 pub use planes::{pack_codes, unpack_codes};

@@ -15,6 +15,9 @@
 //! weight that is used again and again is brought to once (repack.rs).
 //!
 //! Both ways give the same bits on every instruction set and for any number of threads.
+//! Rows of x may read W at different numbers of bits (refined.rs).
+
+use std::borrow::Cow;
 
 use crate::Shape;
 use crate::error::Error;
@@ -32,6 +35,7 @@ mod codes;
 mod cuts;
 mod output;
 mod panel;
+mod refined;
 mod repack;
 mod strips;
 mod sums;
@@ -43,8 +47,9 @@ mod values;
 use activations::Numbers;
 use affine::Affine;
 use cuts::Cuts;
-use output::Part;
+use output::{Columns, Part};
 use panel::PANEL;
+pub use refined::matmul_refined;
 pub use repack::{from_panels, panels_nbytes, to_panels};
 
 /// How the codes, scales and zero points of a weight lie in memory.
@@ -121,6 +126,22 @@ pub fn matmul(
     out: Target<'_>,
     threads: usize,
 ) -> Result<(), Error> {
+    let weight = checked(packed, scales, zero_points, shape, scheme, rounding, planes, read_bits, layout)?;
+    matmul_on(Token::active(), x, m, &weight, layout, bias, activations, out, threads)
+}
+
+/// A weight to be read at `read_bits`, its memory checked.
+fn checked<'a>(
+    packed: &'a [u8],
+    scales: Scales<'a>,
+    zero_points: ZeroPoints<'a>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    read_bits: u32,
+    layout: Layout,
+) -> Result<Rows<'a>, Error> {
     let prefix = readable(scheme, rounding, planes, read_bits)?;
     match layout {
         Layout::Canonical => {
@@ -133,9 +154,7 @@ pub fn matmul(
             check_positions(rounding)?;
         }
     }
-    let weight =
-        Rows { packed, scales, zero_points, shape, scheme: *scheme, rounding: *rounding, prefix, read_bits };
-    matmul_on(Token::active(), x, m, &weight, layout, bias, activations, out, threads)
+    Ok(Rows { packed, scales, zero_points, shape, scheme: *scheme, rounding: *rounding, prefix, read_bits })
 }
 
 /// [`matmul`] on a given instruction set, the weight already checked.
@@ -150,24 +169,53 @@ fn matmul_on(
     out: Target<'_>,
     threads: usize,
 ) -> Result<(), Error> {
-    let Shape { rows: n, k } = weight.shape;
+    check_operands(x, m, weight.shape, bias, &out)?;
+    if activations == Activations::Int8 {
+        check_integer_form(&weight.rounding)?;
+    }
+    if out.len() > 0 {
+        let out = Columns::of(out, weight.shape.rows);
+        multiply(isa, x, m, weight, layout, bias, activations, out, threads);
+    }
+    Ok(())
+}
+
+/// Refuses operands that do not fit a weight of that shape.
+fn check_operands(
+    x: Source<'_>,
+    m: usize,
+    shape: Shape,
+    bias: Option<&[f32]>,
+    out: &Target<'_>,
+) -> Result<(), Error> {
+    let Shape { rows: n, k } = shape;
     Shape { rows: m, k }.check("x", x.len(), m * k)?;
     Shape { rows: m, k: n }.check("out", out.len(), m * n)?;
-    if let Some(bias) = bias {
-        Shape { rows: 1, k: n }.check("bias", bias.len(), n)?;
+    match bias {
+        Some(bias) => Shape { rows: 1, k: n }.check("bias", bias.len(), n),
+        None => Ok(()),
     }
+}
+
+/// [`matmul_on`], everything checked, with a row of `out` for each of the `m` rows of x: at least one.
+fn multiply(
+    isa: Token,
+    x: Source<'_>,
+    m: usize,
+    weight: &Rows<'_>,
+    layout: Layout,
+    bias: Option<&[f32]>,
+    activations: Activations,
+    out: Columns<'_>,
+    threads: usize,
+) {
+    let Shape { rows: n, k } = weight.shape;
     let numbers = match activations {
-        Activations::Int8 => {
-            check_integer_form(&weight.rounding)?;
-            Some(Numbers::Int8)
-        }
+        Activations::Int8 => Some(Numbers::Int8),
         Activations::Float if !has_integer_form(&weight.rounding) => None,
         Activations::Float if matches!(x, Source::Bf16(_)) && prefers_bf16(isa) => Some(Numbers::Bf16),
         Activations::Float => Some(Numbers::F32),
     };
-    if m == 0 || n == 0 {
-        return Ok(());
-    }
     let longest = numbers.map_or(cuts::MAX_SEGMENT, Numbers::longest_segment);
     let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest);
     // Whether whole blocks are multiplied, and the rows of x that come in one go.
@@ -178,7 +226,6 @@ fn matmul_on(
         Some(numbers) => by_codes(isa, numbers, x, m, weight, layout, cuts, bias, parts, blocks, threads),
         None => by_values(isa, x, m, weight, layout, cuts, bias, parts, threads),
     }
-    Ok(())
 }
 
 /// Brings x to `numbers`, then multiplies part by part.
@@ -224,14 +271,7 @@ fn by_values(
     parts: Vec<Part<'_>>,
     threads: usize,
 ) {
-    let widened;
-    let x = match x {
-        Source::F32(x) => x,
-        _ => {
-            widened = widen(isa, x, threads);
-            &widened
-        }
-    };
+    let x: &[f32] = &widen(isa, x, threads);
     let k = weight.shape.k;
     let finite: &Vec<bool> =
         &(0..m).map(|row| x[row * k..][..k].iter().all(|value| value.is_finite())).collect();
@@ -270,7 +310,7 @@ fn check_integer_form(rounding: &Rounding) -> Result<(), Error> {
 
 /// Cuts the result: columns first, so that each weight is unpacked once; rows where columns are too few.
 fn cut(
-    out: Target<'_>,
+    out: Columns<'_>,
     m: usize,
     n: usize,
     k: usize,
@@ -292,11 +332,14 @@ fn cut(
 const WIDEN: usize = 1 << 16;
 
 /// x as f32; f64 rounds to nearest even.
-fn widen(isa: Token, x: Source<'_>, threads: usize) -> Vec<f32> {
+fn widen<'a>(isa: Token, x: Source<'a>, threads: usize) -> Cow<'a, [f32]> {
+    if let Source::F32(x) = x {
+        return Cow::Borrowed(x);
+    }
     let mut widened = vec![0.0; x.len()];
     let tasks = widened.chunks_mut(WIDEN).enumerate().map(|(i, to)| Widen { x, begin: i * WIDEN, to });
     parallel::for_each(threads, tasks.collect(), |task| isa.run(task));
-    widened
+    Cow::Owned(widened)
 }
 
 struct Widen<'a> {

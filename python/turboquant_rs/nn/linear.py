@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.packed import PackedTensor, autocast, matmul, pack
+from turboquant_rs.packed import PackedTensor, autocast, matmul, matmul_refined, pack
 from turboquant_rs.panels import Panels
 from turboquant_rs.scheme import Rounding, Scheme
 
+from .rows import RowPrecision
 from .weight import BUFFERS, PackedWeight
 
 if TYPE_CHECKING:
@@ -161,9 +162,41 @@ class QuantLinear(PackedWeight, nn.Linear):
             panels = self._panels
         # nn.Module's way to a parameter is long.
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        rows = self._rows
+        if rows is not None:
+            return self._forward_by_rows(input, bias, panels, rows)
         if panels is None:
             return matmul(autocast(input), self.packed, bias, activations=self.activations)
         return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+
+    def _forward_by_rows(
+        self, input: Tensor, bias: Tensor | None, panels: Panels | None, rows: RowPrecision
+    ) -> Tensor:
+        """`forward` where each row of the input decides at how many bits it reads the weight."""
+        if self.activations != "int8":
+            raise ValueError(
+                f"rows are refined by the scales of int8 activations, this layer has {self.activations!r}; "
+                "set activations='int8', or call tq.set_precision(model, None) to turn refinement off"
+            )
+        bits, refined_bits, threshold = rows.read_bits, rows.refined_bits, rows.threshold
+        if panels is not None:
+            y, refined = panels.matmul_refined(
+                input, bias, bits=bits, refined_bits=refined_bits, threshold=threshold
+            )
+        else:
+            whole = self._packed_at(self._stored_bits)
+            y, refined = matmul_refined(
+                autocast(input), whole, bias, bits=bits, refined_bits=refined_bits, threshold=threshold
+            )
+        rows.count(math.prod(input.shape[:-1]), refined)
+        return y
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits read of a code: `read_bits`; after `tq.refine` their mean over the rows multiplied since."""
+        rows = self._rows
+        mean = None if rows is None else rows.mean_bits
+        return float(self.read_bits) if mean is None else mean
 
     # Panels
 
@@ -270,6 +303,8 @@ class QuantLinear(PackedWeight, nn.Linear):
     def extra_repr(self) -> str:
         """nn.Linear's line, then scheme and activations."""
         text = f"{nn.Linear.extra_repr(self)}, {self._packed_repr()}, activations={self.activations}"
+        if self._rows is not None:
+            text += f", rows at {self._rows.read_bits} or {self._rows.refined_bits} bits"
         return f"{text}, transposed=True" if self.transposed else text
 
     def _float_weight(self, value: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ Layers = dict[str, PackedWeight]
 def set_precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> None:
     """Makes the quantized layers of `model` read the first `bits` bits of every code (None: all of them).
 
-    Nothing is copied or repacked. With a mapping of patterns (globs on module names, or `re:` and a regular
-    expression; the first match wins) the layers that no pattern matches keep the precision they have.
+    Nothing is copied or repacked; refinement (`tq.refine`) of these layers ends. With a mapping of patterns
+    (globs on module names, or `re:` and a regular expression; the first match wins) the layers that no
+    pattern matches keep the precision they have.
 
     Raises `ValueError`, and changes nothing, if a layer cannot be read at that width: a prefix ends where a
     bit plane ends, see `tq.Scheme.nested`. Raises `NoLayersMatched` if `model` has no quantized layers, or if
@@ -48,13 +49,14 @@ def precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> 
 
     Blocks may be nested. The precision belongs to the layers, so other threads that use the model see it.
     """
-    before = [(layer, layer._read_bits) for layer in _quantized_layers(model).values()]
+    before = [(layer, layer._read_bits, layer._rows) for layer in _quantized_layers(model).values()]
     set_precision(model, bits)
     try:
         yield model
     finally:
-        for layer, width in before:
+        for layer, width, rows in before:
             layer.read_bits = width
+            layer._rows = rows
 
 
 def _quantized_layers(model: nn.Module) -> Layers:

@@ -20,6 +20,8 @@ from turboquant_rs.errors import QuantizationFormatError
 from turboquant_rs.packed import PackedTensor, check_values, pack
 from turboquant_rs.scheme import Rounding, Scheme
 
+from .rows import RowPrecision
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -158,6 +160,7 @@ class PackedWeight(nn.Module):
     weight_zero_point: Tensor | None
     _stored_bits: int
     _read_bits: int | None
+    _rows: RowPrecision | None = None  # goes before `_read_bits`; set by `tq.refine`
 
     def _init_packed(
         self,
@@ -185,7 +188,7 @@ class PackedWeight(nn.Module):
         rows, columns = self._weight_shape
         groups = (rows, scheme.groups(columns))
         zero_dtype = rounding.zero_point_dtype(scheme)
-        self.scheme, self.rounding, self._stored_bits, self._read_bits = scheme, rounding, bits, None
+        self.scheme, self.rounding, self._stored_bits, self.read_bits = scheme, rounding, bits, None
         self.weight_packed = torch.zeros(
             scheme.packed_nbytes(rows, columns, bits), dtype=torch.uint8, device=device
         )
@@ -239,7 +242,7 @@ class PackedWeight(nn.Module):
     def read_bits(self) -> int:
         """Bits read of each code, most significant first. Set it to change precision; None reads all of them.
 
-        Each forward reads it once, so another thread may set it at any time.
+        Each forward reads it once, so another thread may set it at any time. Setting it ends `tq.refine`.
         Raises `ValueError` for a width that is no prefix of the planes in memory.
         """
         bits = self._read_bits
@@ -252,7 +255,7 @@ class PackedWeight(nn.Module):
                 f"this layer cannot be read at {bits!r} bits; its planes allow {_listed(self.readable_bits)} "
                 "(tq.Scheme.nested makes more prefixes readable)"
             )
-        self._read_bits = bits
+        self._read_bits, self._rows = bits, None
 
     @property
     def weight(self) -> Tensor:
@@ -304,7 +307,7 @@ class PackedWeight(nn.Module):
                 "pack the rows by themselves"
             )
         self.scheme, self.rounding = packed.scheme, packed.rounding
-        self._stored_bits, self._read_bits = packed.bits, None
+        self._stored_bits, self.read_bits = packed.bits, None
         self.weight_packed = packed.packed
         self.weight_scale = packed.scales
         self.weight_zero_point = packed.zero_points

@@ -31,6 +31,8 @@ dequantize: Callable[..., Tensor] = OPS.dequantize.default
 pack_codes: Callable[..., Tensor] = OPS.pack_codes.default
 unpack_codes: Callable[..., Tensor] = OPS.unpack_codes.default
 matmul: Callable[..., Tensor] = OPS.matmul.default
+matmul_refined_out: Callable[..., None] = OPS.matmul_refined_out.default
+matmul_refined: Callable[..., tuple[Tensor, Tensor]] = OPS.matmul_refined.default
 to_panels_out: Callable[..., None] = OPS.to_panels_out.default
 from_panels_out: Callable[..., None] = OPS.from_panels_out.default
 to_panels: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.to_panels.default
@@ -44,6 +46,8 @@ __all__ = [
     "from_panels_out",
     "matmul",
     "matmul_out",
+    "matmul_refined",
+    "matmul_refined_out",
     "pack",
     "pack_codes",
     "pack_codes_out",

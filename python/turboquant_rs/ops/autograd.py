@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import register_autograd
 
@@ -42,21 +43,49 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(packed, scales, zero_points)
 
 
+def _weight(ctx: Any, stored: tuple[Tensor, ...], read_bits: int, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight (n, k), read at that many bits."""
+    shape, scheme, planes = (ctx.n, ctx.x_shape[-1]), ctx.args[:7], ctx.args[15]
+    if ctx.layout == "panels":
+        stored = OPS.from_panels.default(*stored, *scheme, planes, *shape)
+    weight: Tensor = OPS.unpack.default(*stored, *ctx.args[:16], read_bits, shape, dtype)
+    return weight
+
+
+def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+
+
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """d/dx = grad @ Ŵ with the dequantized weight; d/dbias = grad summed over the rows."""
-    packed, scales, zero_points = ctx.saved_tensors
-    grad_x = grad_bias = None
+    grad_x = None
     if ctx.needs_input_grad[0]:
-        shape = (ctx.n, ctx.x_shape[-1])
-        if ctx.layout == "panels":
-            scheme, planes = ctx.args[:7], ctx.args[15]
-            stored = OPS.from_panels.default(packed, scales, zero_points, *scheme, planes, *shape)
-            packed, scales, zero_points = stored
-        weight = OPS.unpack.default(packed, scales, zero_points, *ctx.args, shape, grad.dtype)
-        grad_x = grad @ weight
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, *[None] * (len(ctx.args) + 3)
+        grad_x = grad @ _weight(ctx, ctx.saved_tensors, ctx.args[16], grad.dtype)
+    return grad_x, None, None, None, _bias_gradient(ctx, grad), *[None] * (len(ctx.args) + 3)
+
+
+def _keep_weight_and_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, packed, scales, zero_points, bias, *args = inputs
+    *ctx.args, _threshold, ctx.layout, ctx.n = args
+    ctx.x_shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(packed, scales, zero_points, output[1])
+
+
+def _matmul_refined_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each row's d/dx with the weight at the bits that the row has read."""
+    *stored, refined = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        low, high = (grad @ _weight(ctx, tuple(stored), bits, grad.dtype) for bits in ctx.args[16:18])
+        grad_x = torch.where(refined.unsqueeze(-1), high, low)
+    return grad_x, None, None, None, _bias_gradient(ctx, grad), *[None] * (len(ctx.args) + 3)
 
 
 register_autograd(f"{NAMESPACE}::matmul", _matmul_backward, setup_context=_keep_weight, lib=LIBRARY)
+register_autograd(
+    f"{NAMESPACE}::matmul_refined",
+    _matmul_refined_backward,
+    setup_context=_keep_weight_and_rows,
+    lib=LIBRARY,
+)

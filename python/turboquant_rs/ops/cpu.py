@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._C import (
@@ -163,6 +164,29 @@ def matmul_out(
     )
 
 
+def matmul_refined_out(
+    x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
+) -> None:
+    """`matmul_out` with int8 activations, at refined_bits where a row's size is above threshold."""
+    planes, read_bits, refined_bits, threshold, layout, n, out, refined = args[15:]
+    m, k = rows_and_k(x.shape)
+    _product(k, (*args[:15], planes, read_bits, "int8", layout, n)).fill_refined(
+        _array(x),
+        _name(x),
+        m,
+        _array(packed),
+        _array(scales),
+        _array(zero_points),
+        None if bias is None else _array(bias.float()),
+        _written(out),
+        _name(out),
+        refined_bits,
+        threshold,
+        _written(refined),
+        torch.get_num_threads(),
+    )
+
+
 def _rearrange(kernel: Any, stored: Sequence[Tensor], n: int, args: Sequence[Any]) -> None:
     """`kernel` (to_panels or from_panels) for a matrix of n rows; args: SCHEME, planes, k, outputs."""
     planes, k, *outputs = args[7:]
@@ -192,7 +216,8 @@ class Product:
 
     def __init__(self, packed: Tensor, scales: Tensor, zero_points: Tensor, k: int, *args: Any) -> None:
         """The weight of k columns; `args` are those that follow the bias in the operator's arguments."""
-        self._fill, self._n, self._k = _product(k, args).fill, args[-1], k
+        product = _product(k, args)
+        self._fill, self._fill_refined, self._n, self._k = product.fill, product.fill_refined, args[-1], k
         self._weight = (packed, scales, zero_points)
         self._bias: tuple[Tensor, int, Any] | None = None
         self._borrow()
@@ -202,8 +227,13 @@ class Product:
         self._arrays = (_array(packed), _array(scales), _array(zero_points))
         self._addresses = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """What the operator returns, bit for bit; None where the operator must be asked.
+    def __call__(
+        self, x: Tensor, bias: Tensor | None, refinement: tuple[int, float] | None = None
+    ) -> tuple[Tensor, int] | None:
+        """What the operator returns, bit for bit, and the number of rows refined.
+
+        refinement: refined_bits and threshold of `matmul_refined`; without them it is `matmul`.
+        None where the operator must be asked.
 
         That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler),
         where x is no plain tensor in the CPU's memory, and where the operands do not fit.
@@ -230,8 +260,12 @@ class Product:
         if dtype in _HALVES:
             target = out.view(torch.uint16)
         name = FLOAT_NAMES[dtype]
-        self._fill(array, name, m, *self._arrays, biases, target.numpy(), name, torch.get_num_threads())
-        return out
+        operands = (array, name, m, *self._arrays, biases, target.numpy(), name)
+        if refinement is None:
+            self._fill(*operands, torch.get_num_threads())
+            return out, 0
+        rows = numpy.empty(m, dtype=bool)
+        return out, self._fill_refined(*operands, *refinement, rows, torch.get_num_threads())
 
     def _bias_array(self, bias: Tensor) -> Any:
         """The bias as the extension takes it. Raises TypeError for one that the operator must look at."""

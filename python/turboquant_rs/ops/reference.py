@@ -567,6 +567,26 @@ def _read(
 # Matmul ---------------------------------------------------------------------------------------------------
 
 
+def _int8_scale(x: Tensor) -> Tensor:
+    """The scale (m, 1) of a group (m, length) of int8 activations."""
+    scale = _divide(x.abs().amax(1, keepdim=True), 127.0)
+    return torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
+
+
+def row_sizes(x: Tensor, group_size: int) -> Tensor:
+    """√ Σ s_x² of each row of x `(..., k)`, s_x the scales of its groups in int8: f64 `(...)`.
+
+    NaN for a row with NaN or ±Inf. Squares of f32 are exact in f64, and added in the order of the groups.
+    """
+    m, k = rows_and_k(x.shape)
+    rows = _to_f32(x).reshape(m, k)
+    total = torch.zeros(m, 1, dtype=torch.float64, device=x.device)
+    for start in range(0, k, _group_length(k, group_size)):
+        total += _int8_scale(rows[:, start : start + _group_length(k, group_size)]).double().square()
+    finite = rows.isfinite().all(1)
+    return torch.where(finite, total[:, 0].sqrt(), math.nan).view(x.shape[:-1])
+
+
 def _matmul_int8(
     x: Tensor, prefix: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, read_bits: int
 ) -> Tensor:
@@ -583,8 +603,7 @@ def _matmul_int8(
     acc = torch.zeros(m, n, device=x.device)
     for group, start in enumerate(range(0, k, size)):
         stop = min(start + size, k)
-        scale_x = _divide(x[:, start:stop].abs().amax(1, keepdim=True), 127.0)
-        scale_x = torch.where(scale_x < SMALLEST_NORMAL, 0.0, scale_x)
+        scale_x = _int8_scale(x[:, start:stop])
         inverse = torch.where(scale_x == 0, 0.0, _divide(_full(scale_x, 1.0), scale_x))
         q = (x[:, start:stop] * inverse).round().double()
         scale_w = scales[:, group].float() * rest
@@ -749,6 +768,19 @@ def matmul_out(
     if bias is not None:
         acc = acc + bias.detach().float()
     out.copy_(torch.where(broken, float("nan"), acc).view_as(out))
+
+
+def matmul_refined_out(
+    x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
+) -> None:
+    """`matmul_out` with int8 activations, at refined_bits where a row's size is above threshold."""
+    scheme, _, (planes, read_bits, refined_bits, threshold, layout, n, out, refined) = split_args(args)
+    refined.copy_(row_sizes(x, scheme.group_size) > threshold)
+    low, high = torch.empty_like(out), torch.empty_like(out)
+    for bits, y in ((read_bits, low), (refined_bits, high)):
+        at_bits = (*args[:15], planes, bits, "int8", layout, n)
+        matmul_out(x, packed, scales, zero_points, bias, *at_bits, y)
+    out.copy_(torch.where(refined.unsqueeze(-1), high, low))
 
 
 def to_panels_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:

@@ -13,6 +13,9 @@ Two groups of arguments recur, always flat and always in this order:
 
 `planes` lists widths, most significant first, or is `[8]`: one byte a code, whatever the bits.
 
+`matmul_refined` is a matmul with int8 activations whose rows of x read `refined_bits` where their size, that
+of the row's scales, is above `threshold`, else `read_bits`; it returns y and which rows of x were refined.
+
 A packed matrix is `layout` canonical, or panels: the order in which CPU kernels read it, for weights that are
 used again and again. `to_panels` and `from_panels` go from one to the other; nothing is lost. The scales and
 zero points of panels are `(rows, groups)` with rows padded to 16, in an order of their own.
@@ -63,6 +66,9 @@ _SCHEMAS = (
     "unpack_codes_out(Tensor packed, int[] planes, int read_bits, Tensor(a!) codes) -> ()",
     f"matmul_out(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
     "str activations, str layout, SymInt n, Tensor(a!) out) -> ()",
+    f"matmul_refined_out(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, "
+    "int read_bits, int refined_bits, float threshold, str layout, SymInt n, Tensor(a!) out, "
+    "Tensor(b!) refined) -> ()",
     f"to_panels_out({_STORED}, {_SCHEME}, int[] planes, SymInt k, "
     "Tensor(a!) panels, Tensor(b!) panel_scales, Tensor(c!) panel_zero_points) -> ()",
     f"from_panels_out(Tensor panels, Tensor panel_scales, Tensor panel_zero_points, {_SCHEME}, int[] planes, "
@@ -77,6 +83,8 @@ _SCHEMAS = (
     "unpack_codes(Tensor packed, int[] planes, int read_bits, SymInt[] shape) -> Tensor",
     f"matmul(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
     "str activations, str layout, SymInt n) -> Tensor",
+    f"matmul_refined(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, "
+    "int read_bits, int refined_bits, float threshold, str layout, SymInt n) -> (Tensor, Tensor)",
     f"to_panels({_STORED}, {_SCHEME}, int[] planes, SymInt k) -> (Tensor, Tensor, Tensor)",
     f"from_panels(Tensor panels, Tensor panel_scales, Tensor panel_zero_points, {_SCHEME}, int[] planes, "
     "SymInt n, SymInt k) -> (Tensor, Tensor, Tensor)",
@@ -204,6 +212,10 @@ def _allocate_matmul(x: Tensor, packed: Tensor, scales: Tensor, *args: Any) -> T
     return x.new_empty((*x.shape[:-1], args[-1]))
 
 
+def _allocate_matmul_refined(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _allocate_matmul(x, *args), x.new_empty(x.shape[:-1], dtype=torch.bool)
+
+
 def _allocate_to_panels(
     packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,6 +292,12 @@ def _matmul(fill: Fill, x: Tensor, *args: Any) -> Tensor:
     return out
 
 
+def _matmul_refined(fill: Fill, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    outputs = _allocate_matmul_refined(x, *args)
+    fill(x, *args, *outputs)
+    return outputs
+
+
 def _to_panels(fill: Fill, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _allocate_to_panels(*args)
     fill(*args, *outputs)
@@ -319,6 +337,7 @@ RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
     "pack_codes": (_pack_codes, "pack_codes_out", _allocate_pack_codes),
     "unpack_codes": (_unpack_codes, "unpack_codes_out", _allocate_unpack_codes),
     "matmul": (_matmul, "matmul_out", _allocate_matmul),
+    "matmul_refined": (_matmul_refined, "matmul_refined_out", _allocate_matmul_refined),
     "to_panels": (_to_panels, "to_panels_out", _allocate_to_panels),
     "from_panels": (_from_panels, "from_panels_out", _allocate_from_panels),
 }
@@ -326,7 +345,7 @@ RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
 
 OUT_OPS = (
     *("pack_out", "unpack_out", "pack_codes_out", "unpack_codes_out"),
-    *("matmul_out", "to_panels_out", "from_panels_out"),
+    *("matmul_out", "matmul_refined_out", "to_panels_out", "from_panels_out"),
 )
 """What a backend implements."""
 

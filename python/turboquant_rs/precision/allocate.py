@@ -1,6 +1,6 @@
 """allocate: the bits of each layer under a budget.
 
-Sensitivity + Budget + ties ──► Choices ── rust/core/allocate.rs ──► bits ── refine ──► Plan
+Sensitivity + Budget + ties ──► Choices ── rust/core/allocate.rs ──► bits ── swaps ──► Plan
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from turboquant_rs.nn.speed import time_linear
 from .choices import Choices, Cost, nbytes
 from .losses import Forward, Loss
 from .plan import Plan
-from .refine import refined
 from .sensitivity import LayerScores, Sensitivity
+from .swaps import swapped
 from .variants import at_bits
 
 NANOSECONDS = 1e6  # in a millisecond
@@ -103,7 +103,7 @@ def allocate(
         raise ValueError(_infeasible(sensitivity, budget, choices))
     chosen = choices.solve(limit)
     if refine and model is not None and batches is not None:
-        chosen = refined(sensitivity, choices, chosen, limit, refine, model, batches, loss, progress)
+        chosen = swapped(sensitivity, choices, chosen, limit, refine, model, batches, loss, progress)
     return Plan(sensitivity, choices.spread(chosen), choices.groups, min(bits), max(bits))
 
 

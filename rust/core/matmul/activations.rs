@@ -72,7 +72,7 @@ pub(super) struct Row<'a, W> {
 }
 
 /// Elements that one task quantizes.
-const TASK: usize = 1 << 14;
+pub(super) const TASK: usize = 1 << 14;
 
 impl Activations {
     /// Brings `rows` rows of `k` elements to `numbers`.
@@ -225,12 +225,13 @@ impl FillRows<'_> {
                 self.finite[row] = false;
                 return;
             }
-            let exact = match self.numbers {
-                Numbers::Int8 => largest / 127.0,
+            let scale = match self.numbers {
+                Numbers::Int8 => int8_scale(largest),
                 // Its power of two.
-                Numbers::Bf16 | Numbers::F32 => f32::from_bits(largest.to_bits() & f32::INFINITY.to_bits()),
+                Numbers::Bf16 | Numbers::F32 => {
+                    normal_or_zero(f32::from_bits(largest.to_bits() & f32::INFINITY.to_bits()))
+                }
             };
-            let scale = if exact < f32::MIN_POSITIVE { 0.0 } else { exact };
             let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
             for segment in same_group {
                 let x = &x[segment.begin..][..segment.len];
@@ -258,9 +259,20 @@ fn widen_row<I: Isa>(isa: I, x: Source<'_>, begin: usize, to: &mut [f32]) {
     }
 }
 
+/// The scale of a group in bytes, from its largest magnitude.
+#[inline(always)]
+pub(super) fn int8_scale(largest: f32) -> f32 {
+    normal_or_zero(largest / 127.0)
+}
+
+#[inline(always)]
+fn normal_or_zero(scale: f32) -> f32 {
+    if scale < f32::MIN_POSITIVE { 0.0 } else { scale }
+}
+
 /// max|x|; infinite or NaN if an element is.
 #[inline(always)]
-fn largest_magnitude<I: Isa>(isa: I, x: &[f32]) -> f32 {
+pub(super) fn largest_magnitude<I: Isa>(isa: I, x: &[f32]) -> f32 {
     // Magnitudes order like their bits, NaN above infinity.
     let magnitude = isa.splat_i32(i32::MAX);
     let mut largest = isa.splat_i32(0);

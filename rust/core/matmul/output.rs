@@ -22,40 +22,71 @@ pub(super) struct Part<'a> {
     pub(super) out: Columns<'a>,
 }
 
-/// Cuts a result of rows of `n` columns into bands of `row_step` rows and `column_step` columns.
-pub(super) fn cut(out: Target<'_>, n: usize, row_step: usize, column_step: usize) -> Vec<Part<'_>> {
+/// Cuts rows of `n` columns into bands of `row_step` rows and `column_step` columns.
+pub(super) fn cut(out: Columns<'_>, n: usize, row_step: usize, column_step: usize) -> Vec<Part<'_>> {
     match out {
-        Target::F32(out) => cut_elements(out, n, row_step, column_step, Columns::F32),
-        Target::F64(out) => cut_elements(out, n, row_step, column_step, Columns::F64),
-        Target::Bf16(out) => cut_elements(out, n, row_step, column_step, Columns::Bf16),
-        Target::F16(out) => cut_elements(out, n, row_step, column_step, Columns::F16),
+        Columns::F32(rows) => cut_rows(rows, n, row_step, column_step, Columns::F32),
+        Columns::F64(rows) => cut_rows(rows, n, row_step, column_step, Columns::F64),
+        Columns::Bf16(rows) => cut_rows(rows, n, row_step, column_step, Columns::Bf16),
+        Columns::F16(rows) => cut_rows(rows, n, row_step, column_step, Columns::F16),
     }
 }
 
-fn cut_elements<'a, E>(
-    out: &'a mut [E],
+fn cut_rows<'a, E>(
+    rows: Vec<&'a mut [E]>,
     n: usize,
     row_step: usize,
     column_step: usize,
     wrap: impl Fn(Vec<&'a mut [E]>) -> Columns<'a>,
 ) -> Vec<Part<'a>> {
     let mut parts = Vec::new();
-    for (band, lines) in out.chunks_mut(row_step * n).enumerate() {
-        let height = lines.len() / n;
+    let (count, mut rows) = (rows.len(), rows.into_iter());
+    for first in (0..count).step_by(row_step) {
+        let height = row_step.min(count - first);
         let mut bands: Vec<Vec<&'a mut [E]>> = (0..n.div_ceil(column_step)).map(|_| Vec::new()).collect();
-        for line in lines.chunks_mut(n) {
-            for (band, piece) in bands.iter_mut().zip(line.chunks_mut(column_step)) {
+        for row in rows.by_ref().take(height) {
+            for (band, piece) in bands.iter_mut().zip(row.chunks_mut(column_step)) {
                 band.push(piece);
             }
         }
-        let rows = band * row_step..band * row_step + height;
         parts.extend(bands.into_iter().enumerate().map(|(i, pieces)| Part {
-            rows: rows.clone(),
+            rows: first..first + height,
             columns: i * column_step..n.min((i + 1) * column_step),
             out: wrap(pieces),
         }));
     }
     parts
+}
+
+/// The rows that are not `chosen`, and those that are.
+fn split<'a, E>(rows: Vec<&'a mut [E]>, chosen: &[bool]) -> [Vec<&'a mut [E]>; 2] {
+    let mut parts = [Vec::new(), Vec::new()];
+    for (row, &chosen) in rows.into_iter().zip(chosen) {
+        parts[usize::from(chosen)].push(row);
+    }
+    parts
+}
+
+impl<'a> Columns<'a> {
+    /// All of a result of rows of `n` columns, at least one.
+    pub(super) fn of(out: Target<'a>, n: usize) -> Self {
+        match out {
+            Target::F32(out) => Self::F32(out.chunks_mut(n).collect()),
+            Target::F64(out) => Self::F64(out.chunks_mut(n).collect()),
+            Target::Bf16(out) => Self::Bf16(out.chunks_mut(n).collect()),
+            Target::F16(out) => Self::F16(out.chunks_mut(n).collect()),
+        }
+    }
+
+    /// The rows that are not `chosen`, and those that are.
+    pub(super) fn split(self, chosen: &[bool]) -> [Self; 2] {
+        match self {
+            Self::F32(rows) => split(rows, chosen).map(Self::F32),
+            Self::F64(rows) => split(rows, chosen).map(Self::F64),
+            Self::Bf16(rows) => split(rows, chosen).map(Self::Bf16),
+            Self::F16(rows) => split(rows, chosen).map(Self::F16),
+        }
+    }
 }
 
 impl Columns<'_> {

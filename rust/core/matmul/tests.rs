@@ -11,7 +11,11 @@ use crate::scheme::{ScaleDtype, ScaleRule};
 fn small_work_is_one_part_whatever_the_threads() {
     for (m, n, k) in [(1, 64, 64), (1, 512, 512), (4, 256, 256)] {
         let mut out = vec![0.0; m * n];
-        assert_eq!(cut(Target::F32(&mut out), m, n, k, MAX_ROWS, 1, 16).len(), 1, "{m} {n} {k}");
+        assert_eq!(
+            cut(Columns::of(Target::F32(&mut out), n), m, n, k, MAX_ROWS, 1, 16).len(),
+            1,
+            "{m} {n} {k}"
+        );
     }
 }
 
@@ -652,4 +656,80 @@ fn the_compute_layout_gives_the_canonical_one_back() {
             );
         }
     }
+}
+
+#[test]
+fn refined_rows_are_those_of_a_product_at_their_bits() {
+    let mut random = Random(11);
+    for (m, n, k, group) in [(1, 33, 70, 32), (5, 70, 96, 0), (40, 130, 130, 64)] {
+        let scheme = scheme(8, group, true, true, &[]);
+        let mut matrix = Matrix::new(&mut random, Shape { rows: n, k }, scheme, &[4, 1, 1, 2], 4);
+        let (mut x, bias) = (values(&mut random, m * k), values(&mut random, n));
+        if m > 2 {
+            x[k] = f32::NAN;
+        }
+        let low = matrix.int8(&x, m, Some(&bias));
+        let packed = matrix.packed.clone();
+        matrix.read_bits = 8;
+        let high = matrix.int8(&x, m, Some(&bias));
+        let sizes: Vec<f64> = x.chunks(k).map(|row| size(row, scheme.group_len(k))).collect();
+        let mut sorted: Vec<f64> = sizes.iter().copied().filter(|size| size.is_finite()).collect();
+        sorted.sort_by(f64::total_cmp);
+        for threshold in [-1.0, sorted[sorted.len() / 2], f64::INFINITY] {
+            let expected: Vec<bool> = sizes.iter().map(|size| *size > threshold).collect();
+            for token in Token::available() {
+                for threads in [1, 2, 7] {
+                    let (mut out, mut refined) = (vec![f32::INFINITY; m * n], vec![true; m]);
+                    let at = |read_bits| {
+                        let (scales, zeros) = (matrix.rows().scales, matrix.zero_points());
+                        let (rounding, planes, layout) =
+                            (&matrix.rounding, &matrix.planes, Layout::Canonical);
+                        checked(
+                            &packed,
+                            scales,
+                            zeros,
+                            matrix.shape,
+                            &scheme,
+                            rounding,
+                            planes,
+                            read_bits,
+                            layout,
+                        )
+                        .unwrap()
+                    };
+                    let count = refined::matmul_refined_on(
+                        token,
+                        Source::F32(&x),
+                        m,
+                        &[at(4), at(8)],
+                        Layout::Canonical,
+                        Some(&bias),
+                        threshold,
+                        Target::F32(&mut out),
+                        &mut refined,
+                        threads,
+                    );
+                    assert_eq!(refined, expected, "{} m={m}", token.name());
+                    assert_eq!(count, Ok(expected.iter().filter(|refined| **refined).count()));
+                    for (row, out) in out.chunks(n).enumerate() {
+                        let from = if refined[row] { &high } else { &low };
+                        let same =
+                            out.iter().zip(&from[row * n..]).all(|(a, b)| canonical(*a) == canonical(*b));
+                        assert!(same, "{} threads={threads} m={m} row {row}", token.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// √ Σ s_x² over the groups of a row, by plain loops.
+fn size(row: &[f32], group: usize) -> f64 {
+    let scales = row.chunks(group).map(|group| {
+        let largest = group.iter().fold(0.0f32, |a, b| if b.is_nan() { f32::NAN } else { a.max(b.abs()) });
+        let scale = largest / 127.0;
+        f64::from(if scale < f32::MIN_POSITIVE { 0.0 } else { scale })
+    });
+    let sum = scales.map(|scale| scale * scale).fold(0.0, |a, b| a + b);
+    if row.iter().all(|x| x.is_finite()) { sum.sqrt() } else { f64::NAN }
 }
