@@ -14,10 +14,15 @@ from turboquant_rs.nn import bench, dequantize_, quantize_
 from turboquant_rs.ops.cpu import version
 from turboquant_rs.packed import PackedTensor, matmul, pack, unpack
 from turboquant_rs.precision import (
+    SLO,
     Budget,
     Categorical,
+    Event,
     Gaussian,
+    History,
     Plan,
+    PrecisionController,
+    Quality,
     Sensitivity,
     allocate,
     precision,
@@ -30,13 +35,18 @@ from turboquant_rs.scheme import Rounding, Scheme
 __version__ = version()
 
 __all__ = [
+    "SLO",
     "BackendUnavailable",
     "Budget",
     "Categorical",
+    "Event",
     "Gaussian",
+    "History",
     "NoLayersMatched",
     "PackedTensor",
     "Plan",
+    "PrecisionController",
+    "Quality",
     "QuantizationFormatError",
     "Report",
     "Rounding",

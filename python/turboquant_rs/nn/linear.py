@@ -165,6 +165,13 @@ class QuantLinear(PackedWeight, nn.Linear):
             return matmul(autocast(input), self.packed, bias, activations=self.activations)
         return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
 
+    def product(self, input: Tensor, bits: int) -> Tensor:
+        """What `forward` gives at `bits` bits, without the bias; a layer in panels stays there."""
+        panels = self._panels
+        if panels is None:
+            return matmul(autocast(input), self._packed_at(bits), activations=self.activations)
+        return panels.matmul(input, None, activations=self.activations, bits=bits)
+
     # Panels
 
     def arrange(self) -> None:

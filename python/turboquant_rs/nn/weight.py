@@ -23,6 +23,8 @@ from turboquant_rs.scheme import Rounding, Scheme
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .switch import Rungs
+
 BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 # Answered by the view's own metadata; everything else dequantizes.
@@ -157,7 +159,7 @@ class PackedWeight(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     _stored_bits: int
-    _read_bits: int | None
+    _read_bits: int | Rungs | None
 
     def _init_packed(
         self,
@@ -243,7 +245,9 @@ class PackedWeight(nn.Module):
         Raises `ValueError` for a width that is no prefix of the planes in memory.
         """
         bits = self._read_bits
-        return self._stored_bits if bits is None else bits
+        if bits is None:
+            return self._stored_bits
+        return bits if isinstance(bits, int) else bits.now()
 
     @read_bits.setter
     def read_bits(self, bits: int | None) -> None:

@@ -6,21 +6,36 @@
 losses.py     what a model is scored by          variants.py    one weight at every choice of bits
 choices.py    costs and scores for the solver    weights.py     all weights at the bits of a plan
 refine.py     swaps accepted on measured KL      picture.py     what a person looks at
+
+    load, latency ── policy ──► level ── nn/switch.py ──► the bits that every layer reads in this forward
+                   (policy.py)
+
+controller.py the policy with a model and a clock  errors.py    the error signal of layers, sampled
+history.py    what it saw and did, to do it again
 """
 
 from turboquant_rs.nn import precision, set_precision
 
 from .allocate import Budget, allocate
+from .controller import PrecisionController
+from .errors import Quality
+from .history import History
 from .losses import Categorical, Gaussian
 from .plan import Plan, read_plan
+from .policy import SLO, Event
 from .sensitivity import LayerScores, Sensitivity, sensitivity
 
 __all__ = [
+    "SLO",
     "Budget",
     "Categorical",
+    "Event",
     "Gaussian",
+    "History",
     "LayerScores",
     "Plan",
+    "PrecisionController",
+    "Quality",
     "Sensitivity",
     "allocate",
     "precision",
