@@ -223,15 +223,10 @@ def test_errors_of_layers_hold_it_above_the_floor():
     assert own.level == 2
 
 
-def test_where_fewer_bits_take_no_less_time_it_stays():
+def test_where_nothing_is_enough_it_goes_to_the_floor_and_says_so():
     own = policy()
-    for period in range(50):
-        own.level = (LEVELS - 1) * (period % 2)
-        own.observe(period, 5.0)
-    own.level = 0
-    for period in range(50, 60):
-        own.observe(period, 5.0, queue=100)
-    assert own.level == 0 and own.pressure > 1
+    events = [own.observe(period, 10.0, queue=100) for period in range(3)]
+    assert own.level == LEVELS - 1 and [event.kind for event in events if event] == ["down", "floor"]
 
 
 # The latency model

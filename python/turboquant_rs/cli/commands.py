@@ -176,11 +176,17 @@ def _bench_model(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """`turboquant-rs demo`"""
-    from turboquant_rs.demo import run  # the demo and what it needs are loaded for nobody else
+    from turboquant_rs.demo import adaptive, run  # the demo and what it needs are loaded for nobody else
 
     _set_threads(options)
-    picture = Path(options.picture) if options.picture else None
-    result = run(options.sentences, picture, package=not options.small)
+    default = "turboquant-adaptive.png" if options.adaptive else "turboquant-demo.png"
+    name = default if options.picture is None else options.picture
+    picture = Path(name) if name else None
+    result: object
+    if options.adaptive:
+        result = adaptive.run(picture)
+    else:
+        result = run(options.sentences, picture, package=not options.small)
     if options.json:
         return _print_json(result.to_dict())
     print(result)

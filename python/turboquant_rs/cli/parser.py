@@ -203,10 +203,13 @@ def _demo(verb: argparse.ArgumentParser) -> None:
         "--sentences", type=_positive, default=256, metavar="N", help="at least 200 (default 256)"
     )
     verb.add_argument(
-        "--picture", default="turboquant-demo.png", metavar="PNG",
-        help="where to draw error against bits (default turboquant-demo.png; '' for none)",
+        "--picture", metavar="PNG",
+        help="where to draw (default turboquant-demo.png, turboquant-adaptive.png; '' for none)",
     )  # fmt: skip
     verb.add_argument("--small", action="store_true", help="train a small encoder instead of using MiniLM")
+    verb.add_argument(
+        "--adaptive", action="store_true", help="serve a burst of requests with precision that follows the load"
+    )
 
 
 def _positive(text: str) -> int:

@@ -198,7 +198,7 @@ class Policy:
         last = len(self.latency) - 1
         levels = range(self.level + 1, last + 1)
         enough = (level for level in levels if self._predicted(level) <= TARGET)
-        wanted = next(enough, last if self.latency.ratio(last, self.level) <= TARGET else self.level)
+        wanted = next(enough, last + 1)  # none is enough: as low as it is allowed
         allowed = min(self.floor, self.floor if limit is None else max(limit, self.level))
         if wanted > allowed and self.level >= allowed:
             kind = "floor" if allowed == self.floor else "quality floor"
