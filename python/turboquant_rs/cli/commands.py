@@ -23,7 +23,7 @@ from turboquant_rs.cli import bench as bench_
 from turboquant_rs.cli import plan as plan_
 from turboquant_rs.info import info as machine_info
 from turboquant_rs.picture import NO_MATPLOTLIB, can_draw
-from turboquant_rs.precision import Budget, Plan, read_plan
+from turboquant_rs.precision import Budget, Phases, Plan, read_plan
 from turboquant_rs.report import describe_scheme
 from turboquant_rs.scheme import Rounding, Scheme
 from turboquant_rs.table import human_bytes, table
@@ -94,6 +94,7 @@ def plan(options: argparse.Namespace) -> None:
         refine=options.refine,
         count=options.windows,
         length=options.length,
+        phases=None if options.phases is None else Phases(decode=options.phases),
     )
     found = plan_.run(Path(options.model), Path(options.data), request)
     output.write_text(found.to_json() + "\n", encoding="utf-8")
@@ -102,7 +103,12 @@ def plan(options: argparse.Namespace) -> None:
     if options.json:
         return _print_json(found.to_dict())
     print(found)
-    print(f"  written to {output}; turboquant-rs quantize MODEL OUT --plan {output} packs it")
+    if isinstance(found, Plan):
+        print(f"  written to {output}; turboquant-rs quantize MODEL OUT --plan {output} packs it")
+    else:
+        print(
+            f"  written to {output}; tq.quantize_(model, tq.PhasedPlan.from_json(text)) packs and follows it"
+        )
 
 
 def inspect(options: argparse.Namespace) -> None:

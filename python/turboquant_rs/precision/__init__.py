@@ -12,6 +12,8 @@ refine.py     swaps accepted on measured KL      picture.py     what a person lo
 
 controller.py the policy with a model and a clock  errors.py    the error signal of layers, sampled
 history.py    what it saw and did, to do it again
+
+phases.py     intervals of a generation            phased.py      a plan for each of them
 """
 
 from turboquant_rs.nn import precision, set_precision
@@ -21,9 +23,11 @@ from .controller import PrecisionController
 from .errors import Quality
 from .history import History
 from .losses import Categorical, Gaussian
+from .phased import PhasedPlan
+from .phases import Phases
 from .plan import Plan, read_plan
 from .policy import SLO, Event
-from .sensitivity import LayerScores, Sensitivity, sensitivity
+from .sensitivity import LayerScores, PhasedSensitivity, Sensitivity, sensitivity
 
 __all__ = [
     "SLO",
@@ -33,6 +37,9 @@ __all__ = [
     "Gaussian",
     "History",
     "LayerScores",
+    "PhasedPlan",
+    "PhasedSensitivity",
+    "Phases",
     "Plan",
     "PrecisionController",
     "Quality",

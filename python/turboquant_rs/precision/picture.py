@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +39,27 @@ def draw_sensitivity(found: Sensitivity, path: str | Path) -> None:
 
 def draw_plan(plan: Plan, path: str | Path) -> None:
     """Bars: the bits of each layer, as thick as it is large."""
-    layers = plan.sensitivity.layers
-    title = f"{plan.effective_bits:.2f} bits an element for {plan.sensitivity.model}"
-    figure, axes = _axes(len(layers), 7.0, title)
+    draw_plans([plan], [f"{plan.effective_bits:.2f} bits an element for {plan.sensitivity.model}"], path)
+
+
+def draw_plans(plans: Sequence[Plan], titles: Sequence[str], path: str | Path) -> None:
+    """The bars of plans for the same layers, side by side."""
+    layers = plans[0].sensitivity.layers
+    figure = new_figure(3.2 + 3.8 * len(plans), 1.4 + LINE * max(len(layers), 4))
+    panels = figure.subplots(1, len(plans), sharey=True, squeeze=False)[0]
     largest = max(layer.elements for layer in layers)
     heights = [0.25 + 0.6 * math.sqrt(layer.elements / largest) for layer in layers]
-    axes.barh(range(len(layers)), plan.widths, height=heights, color=ACCENT)
-    axes.axvline(plan.effective_bits, color=INK, linewidth=1)
-    axes.set_yticks(range(len(layers)), [layer.key for layer in layers])
-    axes.set_xticks(range(9))
-    axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_xlabel("bits a weight; the line: effective bits, scales counted", fontsize=9.5, color=QUIET)
-    axes.grid(True, axis="x", color=GRID, linewidth=0.9)
-    dress(axes)
-    axes.tick_params(labelsize=7.5)
+    for axes, plan, title in zip(panels, plans, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
+        axes.barh(range(len(layers)), plan.widths, height=heights, color=ACCENT)
+        axes.axvline(plan.effective_bits, color=INK, linewidth=1)
+        axes.set_yticks(range(len(layers)), [layer.key for layer in layers])
+        axes.set_xticks(range(9))
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        axes.set_xlabel("bits a weight; the line: effective bits, scales counted", fontsize=9.5, color=QUIET)
+        axes.grid(True, axis="x", color=GRID, linewidth=0.9)
+        dress(axes)
+        axes.tick_params(labelsize=7.5)
     save(figure, path)
 
 
