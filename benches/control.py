@@ -4,7 +4,7 @@
 
 phases      KL a generated token: bits by interval against the same bits throughout, at equal bytes a forward
 nested      bytes and KL of one nested pack against packs of their own, 8 windows of 512 tokens, weights only
-switching   10,000 random switches under 8 threads: every logit that of one plan; microseconds, bytes allocated
+switching   10,000 random switches under 8 threads: every forward that of one plan; microseconds, bytes
 speed       tokens a second of layers that no cache holds, m = 1, against plain 8 bits
 burst       the adaptive demo
 

@@ -123,13 +123,10 @@ class AdaptiveResult:
     def _verdict(self) -> str:
         """One plain sentence: what control did here."""
         most, least, ours = self.contenders
-        late = [own.violations(self.slo_ms) for own in (most, ours)]
-        less = (
-            f"{1 - late[1] / late[0]:.0%} fewer" if late[0] > late[1] else f"{late[1]} instead of {late[0]}"
-        )
+        late, ours_late = (own.violations(self.slo_ms) for own in (most, ours))
         return (
-            f"Control: {less} late requests than {most.name}, at {ours.mean_bits:.2f} bits instead of the "
-            f"{least.mean_bits:.2f} that would be read all the time; {self.switches} switches."
+            f"Control: {ours_late} late requests instead of {late} with {most.name}, at {ours.mean_bits:.2f} mean "
+            f"bits instead of {least.mean_bits:.2f} with {least.name}; {self.switches} switches."
         )
 
 
