@@ -38,6 +38,7 @@ from quality import load_language
 from turboquant_rs import quality
 from turboquant_rs.demo import adaptive
 from turboquant_rs.nn.speed import take_turns
+from turboquant_rs.precision import LayerScores, PhasedSensitivity
 from turboquant_rs.precision.weights import Weights
 
 RESULTS = Path(__file__).parent / "results" / "control.json"
@@ -57,37 +58,44 @@ def log(text: str) -> None:
 # Intervals
 
 
-def generated(model: nn.Module, weights: Weights, own: tq.PhasedPlan, tokens: Tensor) -> Tensor:
-    """Log-probabilities (tokens generated + 1, words): each interval reads its plan, the cache goes along."""
-    from transformers import DynamicCache
-
-    cache, parts = DynamicCache(), []
-    places = own.phases.of(tokens.shape[1])
-    for k, plan in enumerate(own.plans):
-        with weights.at(plan.widths):
-            parts.append(model(tokens[:, places == k], past_key_values=cache).logits[0])
-    start = own.phases.prompt_of(tokens.shape[1]) - 1
-    return torch.log_softmax(torch.cat(parts)[start:].float(), dim=-1)
+def log_probabilities(model: nn.Module, phases: tq.Phases, data: Sequence[Tensor]) -> list[Tensor]:
+    """(tokens generated + 1, words) of each sequence."""
+    start = phases.prompt_of(data[0].shape[1]) - 1
+    return [torch.log_softmax(model(tokens).logits[0, start:].float(), dim=-1) for tokens in data]
 
 
 @torch.inference_mode()
-def divergences(model: nn.Module, own: tq.PhasedPlan, weights: Weights, data: Sequence[Tensor]) -> Values:
-    """KL a generated token, one value a sequence."""
-    start = own.phases.prompt_of(data[0].shape[1]) - 1
+def divergences(
+    model: nn.Module,
+    own: tq.PhasedPlan,
+    weights: Weights,
+    data: Sequence[Tensor],
+    originals: Sequence[Tensor],
+) -> Values:
+    """KL a generated token, one value a sequence: each interval reads its plan, the cache goes along."""
+    from transformers import DynamicCache
+
+    places = own.phases.of(data[0].shape[1])
+    start = own.phases.prompt_of(len(places)) - 1
+    caches = [DynamicCache() for _ in data]
+    parts: list[list[Tensor]] = [[] for _ in data]
+    for k, plan in enumerate(own.plans):
+        with weights.at(plan.widths):
+            for tokens, cache, mine in zip(data, caches, parts, strict=True):
+                mine.append(model(tokens[:, places == k], past_key_values=cache).logits[0])
     values = []
-    for tokens in data:
-        p = torch.log_softmax(model(tokens).logits[0, start:].float(), dim=-1)
-        q = generated(model, weights, own, tokens)
+    for p, mine in zip(originals, parts, strict=True):
+        q = torch.log_softmax(torch.cat(mine)[start:].float(), dim=-1)
         values.append(float((p.exp() * (p - q)).sum(-1).mean()))
     return np.array(values)
 
 
-def throughout(found: tq.precision.PhasedSensitivity, budget: tq.Budget) -> tq.PhasedPlan:
+def throughout(found: PhasedSensitivity, budget: tq.Budget) -> tq.PhasedPlan:
     """The best plan that is the same in every interval, by the same scores."""
     first = found.parts[0]
     scores = np.sum([[layer.scores for layer in part.layers] for part in found.parts], axis=0)
     layers = [
-        tq.precision.LayerScores(x.name, x.shape, x.rows, tuple(s), x.aliases)
+        LayerScores(x.name, x.shape, x.rows, tuple(s), x.aliases)
         for x, s in zip(first.layers, scores.tolist(), strict=True)
     ]
     summed = tq.Sensitivity(
@@ -103,10 +111,12 @@ def measure_phases(model: nn.Module, scored: Sequence[Tensor], measured: Sequenc
         phases = tq.Phases(decode=decode)
         found = tq.sensitivity(model, scored, intervals=phases, progress=False)
         weights = Weights(model, found.parts[0], found.parts[0].choices)
+        with torch.inference_mode():
+            originals = log_probabilities(model, phases, measured)
         for bits in BUDGETS:
             budget = tq.Budget(bits=bits)
             plans = [tq.allocate(found, budget), throughout(found, budget)]
-            by_phase, alike = (divergences(model, own, weights, measured) for own in plans)
+            by_phase, alike = (divergences(model, own, weights, measured, originals) for own in plans)
 
             def ratio(chosen: NDArray[np.intp], a: Values = by_phase, b: Values = alike) -> float:
                 return float(a[chosen].mean() / b[chosen].mean())

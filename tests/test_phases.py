@@ -14,6 +14,7 @@ from torch import nn
 
 import turboquant_rs as tq
 from tiny import LAYERS, LENGTH, LanguageModel, batches, scored
+from turboquant_rs.precision import PhasedSensitivity
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib (extra [demo]) is not installed"
@@ -23,7 +24,7 @@ PHASES = tq.Phases(decode=(0, 4, None))
 HALF = LENGTH // 2
 
 
-def found(phases: tq.Phases = PHASES) -> tq.precision.PhasedSensitivity:
+def found(phases: tq.Phases = PHASES) -> PhasedSensitivity:
     return tq.sensitivity(LanguageModel(), batches(), intervals=phases, progress=False)
 
 
