@@ -82,7 +82,7 @@ def divergences(
     for k, plan in enumerate(own.plans):
         with weights.at(plan.widths):
             for tokens, cache, mine in zip(data, caches, parts, strict=True):
-                mine.append(model(tokens[:, places == k], past_key_values=cache).logits[0])
+                mine.append(model(tokens[:, places == k], cache=cache).logits[0])
     values = []
     for p, mine in zip(originals, parts, strict=True):
         q = torch.log_softmax(torch.cat(mine)[start:].float(), dim=-1)

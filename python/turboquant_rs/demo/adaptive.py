@@ -125,8 +125,8 @@ class AdaptiveResult:
         most, least, ours = self.contenders
         late, ours_late = (own.violations(self.slo_ms) for own in (most, ours))
         return (
-            f"Control: {ours_late} late requests instead of {late} with {most.name}, at {ours.mean_bits:.2f} mean "
-            f"bits instead of {least.mean_bits:.2f} with {least.name}; {self.switches} switches."
+            f"Control: {ours_late} late requests instead of {late} with {most.name}, at {ours.mean_bits:.2f} "
+            f"mean bits instead of {least.mean_bits:.2f} with {least.name}; {self.switches} switches."
         )
 
 

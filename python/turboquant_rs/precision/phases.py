@@ -83,8 +83,8 @@ class Phases:
 class Position:
     """Which interval a forward is in, by what it is called with: `choose` of `nn.precision.switchable`.
 
-    The tokens in its cache (`past_key_values`, or `cache_position`) are what the model itself goes by. A
-    forward without a cache, or of several tokens, is prefill.
+    The tokens in its cache (`past_key_values`, later named `cache`, or `cache_position`) are what the model
+    itself goes by. A forward without a cache, or of several tokens, is prefill.
     """
 
     def __init__(self, phases: Phases) -> None:
@@ -93,7 +93,7 @@ class Position:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The interval of a forward with these arguments."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = _cached(cache, kwargs.get("cache_position"))
         length = _length(args, kwargs)
         if not past or length != 1:
