@@ -73,6 +73,7 @@ quality: setup ## what bits cost two real models (MODEL=, TEXT=, CALIBRATION=: a
 	$(BIN)/python benches/quality.py $(INPUTS)
 	$(BIN)/python benches/precision.py $(if $(CALIBRATION),--model $(MODEL) --calibration $(CALIBRATION) --text $(TEXT))
 	$(if $(CALIBRATION),$(BIN)/python benches/refinement.py --model $(MODEL) --calibration $(CALIBRATION) --text $(TEXT))
+	$(if $(CALIBRATION),$(BIN)/python benches/control.py --model $(MODEL) --calibration $(CALIBRATION) --text $(TEXT))
 	$(BIN)/python benches/tables.py
 
 test-aarch64: ## the core's tests cross-built and run under qemu, with and without i8mm and dotprod

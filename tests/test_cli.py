@@ -587,6 +587,18 @@ def test_plan_writes_what_quantize_obeys(run, tmp_path, language_model):
     assert code == 2 and "not allowed with" in said
 
 
+def test_plan_for_phases_writes_a_plan_for_each(run, tmp_path, language_model):
+    output = tmp_path / "p.json"
+    options = ("--data", tmp_path / "text.txt", "--windows", 4, "--length", 32, "--bits", 4.0, "-o", output)
+    code, out, said = run("plan", language_model, *options, "--phases", "0,4")
+    assert code == 0, said
+    made = tq.PhasedPlan.from_json(output.read_text())
+    assert made.forwards == (1, 4, 12) and 3.8 < made.effective_bits <= 4.0
+    assert "prefill (1 of 17 forwards)" in out and "tq.PhasedPlan.from_json" in out
+    code, _, said = run("plan", language_model, *options, "--phases", "4,0")
+    assert code == 2 and "'4,0' is no list of bounds from 0 on, such as 0,32" in said
+
+
 def test_plan_names_what_is_missing(run, tmp_path, language_model):
     output = tmp_path / "none" / "p.json"
     options = ("--data", tmp_path / "text.txt", "--bits", 4)

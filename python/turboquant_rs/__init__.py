@@ -14,10 +14,17 @@ from turboquant_rs.nn import bench, dequantize_, quantize_
 from turboquant_rs.ops.cpu import version
 from turboquant_rs.packed import PackedTensor, matmul, pack, unpack
 from turboquant_rs.precision import (
+    SLO,
     Budget,
     Categorical,
+    Event,
     Gaussian,
+    History,
+    PhasedPlan,
+    Phases,
     Plan,
+    PrecisionController,
+    Quality,
     Refinement,
     Sensitivity,
     allocate,
@@ -32,13 +39,20 @@ from turboquant_rs.scheme import Rounding, Scheme
 __version__ = version()
 
 __all__ = [
+    "SLO",
     "BackendUnavailable",
     "Budget",
     "Categorical",
+    "Event",
     "Gaussian",
+    "History",
     "NoLayersMatched",
     "PackedTensor",
+    "PhasedPlan",
+    "Phases",
     "Plan",
+    "PrecisionController",
+    "Quality",
     "QuantizationFormatError",
     "Refinement",
     "Report",

@@ -23,7 +23,7 @@ from turboquant_rs.cli import bench as bench_
 from turboquant_rs.cli import plan as plan_
 from turboquant_rs.info import info as machine_info
 from turboquant_rs.picture import NO_MATPLOTLIB, can_draw
-from turboquant_rs.precision import Budget, Plan, read_plan
+from turboquant_rs.precision import Budget, Phases, Plan, read_plan
 from turboquant_rs.report import describe_scheme
 from turboquant_rs.scheme import Rounding, Scheme
 from turboquant_rs.table import human_bytes, table
@@ -94,6 +94,7 @@ def plan(options: argparse.Namespace) -> None:
         refine=options.refine,
         count=options.windows,
         length=options.length,
+        phases=None if options.phases is None else Phases(decode=options.phases),
     )
     found = plan_.run(Path(options.model), Path(options.data), request)
     output.write_text(found.to_json() + "\n", encoding="utf-8")
@@ -102,7 +103,12 @@ def plan(options: argparse.Namespace) -> None:
     if options.json:
         return _print_json(found.to_dict())
     print(found)
-    print(f"  written to {output}; turboquant-rs quantize MODEL OUT --plan {output} packs it")
+    if isinstance(found, Plan):
+        print(f"  written to {output}; turboquant-rs quantize MODEL OUT --plan {output} packs it")
+    else:
+        print(
+            f"  written to {output}; tq.quantize_(model, tq.PhasedPlan.from_json(text)) packs and follows it"
+        )
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -176,11 +182,17 @@ def _bench_model(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """`turboquant-rs demo`"""
-    from turboquant_rs.demo import run  # the demo and what it needs are loaded for nobody else
+    from turboquant_rs.demo import adaptive, run  # the demo and what it needs are loaded for nobody else
 
     _set_threads(options)
-    picture = Path(options.picture) if options.picture else None
-    result = run(options.sentences, picture, package=not options.small)
+    default = "turboquant-adaptive.png" if options.adaptive else "turboquant-demo.png"
+    name = default if options.picture is None else options.picture
+    picture = Path(name) if name else None
+    result: object
+    if options.adaptive:
+        result = adaptive.run(picture)
+    else:
+        result = run(options.sentences, picture, package=not options.small)
     if options.json:
         return _print_json(result.to_dict())
     print(result)

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from turboquant_rs.cli import commands
 from turboquant_rs.cli.commands import UsageError
+from turboquant_rs.precision import Phases
 
 __all__ = ["UsageError", "build_parser"]
 
@@ -156,6 +157,11 @@ def _plan(verb: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--refine", type=int, default=0, metavar="N", help="swaps to try by measured KL (default 0)"
     )
+    search.add_argument(
+        "--phases", nargs="?", type=_bounds, const=(0, 32, None), metavar="BOUNDS",
+        help="bits for prefill and for ranges of decode positions: 0,32 (default) is the first 32 tokens and "
+        "the others; half of a window stands for the prompt",
+    )  # fmt: skip
     search.add_argument("--windows", type=_positive, default=16, metavar="N", help="of text (default 16)")
     search.add_argument(
         "--length", type=_positive, default=512, metavar="N", help="tokens each (default 512)"
@@ -203,10 +209,15 @@ def _demo(verb: argparse.ArgumentParser) -> None:
         "--sentences", type=_positive, default=256, metavar="N", help="at least 200 (default 256)"
     )
     verb.add_argument(
-        "--picture", default="turboquant-demo.png", metavar="PNG",
-        help="where to draw error against bits (default turboquant-demo.png; '' for none)",
+        "--picture", metavar="PNG",
+        help="where to draw (default turboquant-demo.png, turboquant-adaptive.png; '' for none)",
     )  # fmt: skip
     verb.add_argument("--small", action="store_true", help="train a small encoder instead of using MiniLM")
+    verb.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="serve a burst of requests with precision that follows the load",
+    )
 
 
 def _positive(text: str) -> int:
@@ -221,6 +232,13 @@ def _group_size(text: str) -> int | None:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor 'row'")
     return int(text)
+
+
+def _bounds(text: str) -> tuple[int | None, ...]:
+    try:
+        return Phases(decode=(*map(int, text.split(",")), None)).decode
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of bounds from 0 on, such as 0,32") from None
 
 
 def _planes(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant_rs.errors import BackendUnavailable
-from turboquant_rs.precision import Budget, Plan, allocate, sensitivity
+from turboquant_rs.precision import Budget, PhasedPlan, Phases, Plan, allocate, sensitivity
 from turboquant_rs.quality import windows
 from turboquant_rs.scheme import Scheme
 
@@ -36,9 +36,10 @@ class Request:
     refine: int
     count: int
     length: int
+    phases: Phases | None = None
 
 
-def run(folder: Path, text: Path, request: Request) -> Plan:
+def run(folder: Path, text: Path, request: Request) -> Plan | PhasedPlan:
     """The plan for the model in `folder`, scored on the UTF-8 text.
 
     Raises BackendUnavailable without transformers; OSError where a file cannot be read; ValueError for a text
@@ -46,17 +47,14 @@ def run(folder: Path, text: Path, request: Request) -> Plan:
     """
     model, tokenizer = _load(folder)
     batches = list(_tokens(tokenizer, text.read_text(encoding="utf-8"), request).unsqueeze(1))
-    found = sensitivity(model, batches, choices=request.choices, scheme=request.scheme, score=request.score)
-    return allocate(
-        found,
-        request.budget,
-        tie=request.tie,
-        floor=request.floor,
-        ceiling=request.ceiling,
-        refine=request.refine,
-        model=model,
-        batches=batches,
-    )
+    options: dict[str, Any] = {"choices": request.choices, "scheme": request.scheme, "score": request.score}
+    bounds: dict[str, Any] = {"tie": request.tie, "floor": request.floor, "ceiling": request.ceiling}
+    bounds |= {"refine": request.refine, "model": model, "batches": batches}
+    if request.phases is None:
+        found = sensitivity(model, batches, intervals=None, **options)
+        return allocate(found, request.budget, **bounds)
+    phased = sensitivity(model, batches, intervals=request.phases, **options)
+    return allocate(phased, request.budget, **bounds)
 
 
 def _load(folder: Path) -> tuple[nn.Module, Any]:

@@ -40,6 +40,14 @@ class Prescription(Protocol):
         """{pattern: scheme}, and {layer: bits to read of it} for layers packed with more than that."""
 
 
+@runtime_checkable
+class Follower(Prescription, Protocol):
+    """A prescription that goes on when layers are packed; `tq.PhasedPlan` is one."""
+
+    def follow(self, model: nn.Module) -> None:
+        """Makes the packed model choose its bits forward by forward."""
+
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2.0**120  # the domain of the format
 SQNR_CHUNK = 1 << 18  # elements decoded at a time to measure the error
@@ -66,7 +74,8 @@ def quantize_(
         layer wins. A pattern is a glob (`model.layers.*.mlp.*`) or `re:` and a regular expression, over whole
         module names. Embeddings, output heads (`lm_head`) and tied weights are selected only by a pattern
         that singles them out by name (`lm_head`, `*embed*`; not `*`); tied layers only together and with one
-        scheme, and they then share one packed weight. Or a `tq.Plan`: each of its layers at its bits.
+        scheme, and they then share one packed weight. Or a `tq.Plan`: each of its layers at its bits; or
+        a `tq.PhasedPlan`: packed nested, and read by position.
     nested: with a plan: pack its layers once, with a nested scheme, and read each at its bits
         (`tq.set_precision(model, other_plan.bits)` then changes plans without packing anything again).
     skip: patterns of layers to leave alone.
@@ -95,6 +104,7 @@ def quantize_(
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r} is unknown; use 'int8' or 'float'")
     read: dict[str, int] = {}
+    follower = schemes if isinstance(schemes, Follower) else None
     if isinstance(schemes, Prescription):
         schemes, read = schemes.prescribe(model, nested)
     elif nested:
@@ -125,6 +135,8 @@ def quantize_(
         layer = model.get_submodule(name)
         if isinstance(layer, PackedWeight):
             layer.read_bits = bits
+    if follower is not None:
+        follower.follow(model)
     return Report(tuple(layers), skipped)
 
 

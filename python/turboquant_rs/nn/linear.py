@@ -198,6 +198,13 @@ class QuantLinear(PackedWeight, nn.Linear):
         mean = None if rows is None else rows.mean_bits
         return float(self.read_bits) if mean is None else mean
 
+    def product(self, input: Tensor, bits: int) -> Tensor:
+        """What `forward` gives at `bits` bits, without the bias; a layer in panels stays there."""
+        panels = self._panels
+        if panels is None:
+            return matmul(autocast(input), self._packed_at(bits), activations=self.activations)
+        return panels.matmul(input, None, activations=self.activations, bits=bits)
+
     # Panels
 
     def arrange(self) -> None:

@@ -1,15 +1,16 @@
-"""How many bits of each code a model reads: set it for good, or for the length of a `with` block."""
+"""How many bits of each code a model reads: set for good, for a `with` block, or switched by the forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from turboquant_rs.errors import NoLayersMatched
 
-from .patterns import Pattern, no_match
+from .patterns import Pattern, no_match, summary
+from .switch import Choose, Rungs, Switch
 from .weight import PackedWeight
 
 Layers = dict[str, PackedWeight]
@@ -22,23 +23,15 @@ def set_precision(model: nn.Module, bits: int | Mapping[str, int | None] | None)
     (globs on module names, or `re:` and a regular expression; the first match wins) the layers that no
     pattern matches keep the precision they have.
 
+    Layers under a `tq.PrecisionController` leave it by this.
+
     Raises `ValueError`, and changes nothing, if a layer cannot be read at that width: a prefix ends where a
     bit plane ends, see `tq.Scheme.nested`. Raises `NoLayersMatched` if `model` has no quantized layers, or if
     a pattern matches none of them.
     """
     layers = _quantized_layers(model)
     wanted = _wanted(layers, bits)
-    refused = [
-        f"{name} ({' or '.join(map(str, layers[name].readable_bits))})"
-        for name, width in wanted.items()
-        if width is not None and (type(width) is not int or width not in layers[name].readable_bits)
-    ]
-    if refused:
-        shown = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
-        raise ValueError(
-            f"{len(refused)} of {len(wanted)} layers cannot be read at the bits asked for; they allow: "
-            f"{shown}; quantize with tq.Scheme.nested to make prefixes readable"
-        )
+    _require_readable(layers, wanted)
     for name, width in wanted.items():
         layers[name].read_bits = width
 
@@ -55,8 +48,45 @@ def precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> 
         yield model
     finally:
         for layer, width, rows in before:
-            layer.read_bits = width
-            layer._rows = rows
+            layer._read_bits, layer._rows = width, rows
+
+
+def switchable(model: nn.Module, levels: Sequence[Mapping[str, int]], choose: Choose | None = None) -> Switch:
+    """Puts the layers that `levels` name under a switch, at level 0 (see `nn.switch`).
+
+    levels: {name of a layer: bits} each, all for the same layers. choose: the level of a forward by its
+    arguments, in place of `switch.level`.
+
+    Raises `ValueError`, and changes nothing, if a layer cannot be read at one of the levels, or is under a
+    switch already; `NoLayersMatched` if a name is that of no quantized layer.
+    """
+    found = _quantized_layers(model)
+    missing = [name for name in levels[0] if name not in found]
+    if missing:
+        raise NoLayersMatched(f"{summary(missing)} are no quantized layers; quantize with the plan first")
+    layers = {name: found[name] for name in levels[0]}
+    if taken := [name for name, layer in layers.items() if isinstance(layer._read_bits, Rungs)]:
+        raise ValueError(
+            f"{summary(taken)} follow another ladder; close its tq.PrecisionController (controller.close())"
+        )
+    for level in levels:
+        _require_readable(layers, level)
+    return Switch(model, layers, levels, choose)
+
+
+def _require_readable(layers: Layers, wanted: Mapping[str, int | None]) -> None:
+    """Raises `ValueError` with all the layers that cannot be read at the bits wanted."""
+    refused = [
+        f"{name} ({' or '.join(map(str, layers[name].readable_bits))})"
+        for name, width in wanted.items()
+        if width is not None and (type(width) is not int or width not in layers[name].readable_bits)
+    ]
+    if refused:
+        shown = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
+        raise ValueError(
+            f"{len(refused)} of {len(wanted)} layers cannot be read at the bits asked for; they allow: "
+            f"{shown}; quantize with tq.Scheme.nested to make prefixes readable"
+        )
 
 
 def _quantized_layers(model: nn.Module) -> Layers:

@@ -25,6 +25,8 @@ from .rows import RowPrecision
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .switch import Rungs
+
 BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 # Answered by the view's own metadata; everything else dequantizes.
@@ -159,7 +161,7 @@ class PackedWeight(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     _stored_bits: int
-    _read_bits: int | None
+    _read_bits: int | Rungs | None
     _rows: RowPrecision | None = None  # goes before `_read_bits`; set by `tq.refine`
 
     def _init_packed(
@@ -246,7 +248,9 @@ class PackedWeight(nn.Module):
         Raises `ValueError` for a width that is no prefix of the planes in memory.
         """
         bits = self._read_bits
-        return self._stored_bits if bits is None else bits
+        if bits is None:
+            return self._stored_bits
+        return bits if isinstance(bits, int) else bits.now()
 
     @read_bits.setter
     def read_bits(self, bits: int | None) -> None:

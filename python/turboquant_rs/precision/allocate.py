@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -20,8 +20,9 @@ from turboquant_rs.nn.speed import time_linear
 
 from .choices import Choices, Cost, nbytes
 from .losses import Forward, Loss
+from .phased import PhasedPlan, allocate_phases
 from .plan import Plan
-from .sensitivity import LayerScores, Sensitivity
+from .sensitivity import LayerScores, PhasedSensitivity, Sensitivity
 from .swaps import swapped
 from .variants import at_bits
 
@@ -57,8 +58,12 @@ class Budget:
             raise TypeError(f"batch must be a whole number of rows, got {self.batch!r}")
 
 
-def allocate(
-    sensitivity: Sensitivity,
+@overload
+def allocate(sensitivity: PhasedSensitivity, budget: Budget, **options: Any) -> PhasedPlan: ...
+@overload
+def allocate(sensitivity: Sensitivity, budget: Budget, **options: Any) -> Plan: ...
+def allocate(  # type: ignore[misc]  # the overloads leave keywords to this one
+    sensitivity: Sensitivity | PhasedSensitivity,
     budget: Budget,
     *,
     tie: Iterable[str] = (),
@@ -69,10 +74,11 @@ def allocate(
     batches: Iterable[Any] | None = None,
     loss: Loss | Forward | None = None,
     progress: bool = True,
-) -> Plan:
+) -> Plan | PhasedPlan:
     """The bits for each layer with the least predicted KL within `budget`.
 
-    sensitivity: what `tq.sensitivity` found.
+    sensitivity: what `tq.sensitivity` found. Of intervals: bits for each layer in each interval, and the
+        budget is a mean over the forwards of a generation.
     tie: regular expressions over the end of a layer's name (`"q_proj|k_proj|v_proj"`); the layers that match
         within one parent module get the same bits, as fused kernels need it.
     floor, ceiling: bounds of the bits, among the choices that were scored.
@@ -85,6 +91,11 @@ def allocate(
     Raises `ValueError` for a budget below what the floor costs (stating the feasible range), bounds that
     leave no choice, `refine` without model and batches; `NoLayersMatched` for a tie that ties nothing.
     """
+    phased = sensitivity if isinstance(sensitivity, PhasedSensitivity) else None
+    if phased is not None:
+        sensitivity = phased.parts[0]  # layers and costs are the same in all
+        if refine:
+            raise ValueError("refine measures whole sequences, not intervals; leave it out")
     if not isinstance(sensitivity, Sensitivity):
         raise TypeError(f"sensitivity must be a tq.Sensitivity, got {type(sensitivity).__name__}")
     if not isinstance(budget, Budget):
@@ -101,6 +112,8 @@ def allocate(
     choices = Choices.of(sensitivity, bits, groups, cost)
     if limit < choices.least:
         raise ValueError(_infeasible(sensitivity, budget, choices))
+    if phased is not None:
+        return allocate_phases(phased, bits, groups, cost, limit)
     chosen = choices.solve(limit)
     if refine and model is not None and batches is not None:
         chosen = swapped(sensitivity, choices, chosen, limit, refine, model, batches, loss, progress)

@@ -52,6 +52,12 @@ class Plan:
         return {layer.key: bits for layer, bits in zip(self.sensitivity.layers, self.widths, strict=True)}
 
     @cached_property
+    def by_name(self) -> dict[str, int]:
+        """{layer: bits}, each layer under every name it has in the model."""
+        layers = zip(self.sensitivity.layers, self.widths, strict=True)
+        return {name: bits for layer, bits in layers for name in (layer.name, *layer.aliases)}
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the planned weights: planes, scales, zero points, tables."""
         return sum(size for _, _, size, _ in self._layers())
@@ -167,8 +173,7 @@ class Plan:
         Raises `ValueError` where the model is not the one it was made for (names and shapes that differ are
         listed), for blocks of rows, and where no nested scheme can be read at its choices.
         """
-        modules = model.named_modules(remove_duplicate=False)
-        self._require({name: shape for name, module in modules if (shape := _shape(module))}, every=True)
+        self.require(model)
         whole = self._nested_scheme() if nested else None
         schemes, read = {}, {}
         for layer, bits in zip(self.sensitivity.layers, self.widths, strict=True):
@@ -194,6 +199,11 @@ class Plan:
             for name in (layer.name, *layer.aliases)
             if name in matrices
         }
+
+    def require(self, model: nn.Module) -> None:
+        """Raises `ValueError` where the plan was made for another model; what differs is listed."""
+        modules = model.named_modules(remove_duplicate=False)
+        self._require({name: shape for name, module in modules if (shape := _shape(module))}, every=True)
 
     def _require(self, shapes: Mapping[str, tuple[int, ...]], every: bool) -> None:
         """Refuses a model that differs in the planned layers, under `every` name or one of each layer's."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ from turboquant_rs.scheme import Scheme
 from turboquant_rs.table import table
 
 from . import picture
-from .losses import Forward, Loss, call, iterate, resolve
+from .losses import Categorical, Forward, Loss, call, iterate, resolve
+from .phases import Phases
 from .variants import Variants, at_bits, input_of
 
 CHOICES = (2, 3, 4, 5, 6, 8)
@@ -178,20 +179,46 @@ class Sensitivity:
         return found
 
 
+@dataclass(frozen=True, repr=False)
+class PhasedSensitivity:
+    """The result of `tq.sensitivity(…, intervals=…)`: a sensitivity an interval, all of the same layers.
+
+    Their scores are KL a generated token, in nats: the sum over layers and intervals is what to expect.
+    forwards: how many of a generation like the sequences scored fall into each interval.
+    """
+
+    phases: Phases
+    parts: tuple[Sensitivity, ...]
+    forwards: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        named = zip(self.phases.names, self.parts, strict=True)
+        return "\n".join(f"{name}: {part!r}" for name, part in named)
+
+
+@overload
 def sensitivity(
+    model: nn.Module, batches: Iterable[Any], *, intervals: Phases, **options: Any
+) -> PhasedSensitivity: ...
+@overload
+def sensitivity(
+    model: nn.Module, batches: Iterable[Any], *, intervals: None = None, **options: Any
+) -> Sensitivity: ...
+def sensitivity(  # type: ignore[misc]  # the overloads leave keywords to this one
     model: nn.Module,
     batches: Iterable[Any],
     *,
     choices: Sequence[int] = CHOICES,
     scheme: Scheme | None = None,
     score: str = "fisher",
+    intervals: Phases | None = None,
     granularity: str = "tensor",
     loss: Loss | Forward | None = None,
     layers: Iterable[str] = (),
     skip: Iterable[str] = (),
     seed: int = 0,
     progress: bool = True,
-) -> Sensitivity:
+) -> Sensitivity | PhasedSensitivity:
     """Scores each layer of `model` at each number of bits; the model is as it was afterwards.
 
     batches: what the model is called with, one after the other: tensors, tuples (positional) or mappings
@@ -201,6 +228,9 @@ def sensitivity(
     score: "fisher": KL to second order from gradients, one backward pass for all choices. "probe": the KL
         measured with one layer quantized at a time, len(choices) forwards a layer. "error": squared error of
         the layer's output relative to that output, without gradients or a loss.
+    intervals: `tq.Phases` scores each layer in each interval of a generation, in the same pass: what its
+        errors at the positions of the interval do to the tokens generated. Batches are token ids (batch,
+        length) of one length; with score="fisher" and the default loss.
     granularity: "tensor", or "rows:N" for blocks of N rows of each layer.
     loss: what the output means. None: next-token logits of a causal language model. `tq.Categorical(f)` or
         `tq.Gaussian(f)` with f(model, batch) the logits or the embeddings; or a function of (model, batch)
@@ -220,11 +250,11 @@ def sensitivity(
     base = scheme if scheme is not None else Scheme()
     widths = _choices(choices, base)
     block = _block_rows(granularity)
-    judge, source = resolve(loss), iterate(batches)
+    judge, source = _judge(loss, score, intervals), iterate(batches)
     found = _layers(model, at_bits(base, widths[-1]), tuple(layers), tuple(skip))
     _require_gradients(model, score)
     start = time.perf_counter()
-    targets = [_Target(model, layer, base, widths, block) for layer in found]
+    targets = [_Target(model, layer, base, widths, block, intervals) for layer in found]
     count = len(source) if isinstance(source, Sized) else 0
     measure = {"fisher": _fisher, "probe": _probe, "error": _error}[score]
     samples = 0
@@ -240,20 +270,26 @@ def sensitivity(
             f"{'output' if score == 'error' else 'loss'}, {', '.join(missed[:4])} among them; leave them out "
             f"with skip=({missed[0]!r},)"
         )
-    scores = tuple(part for target in targets for part in target.scores(samples if score != "error" else 0))
-    if bad := [part.key for part in scores if not all(map(math.isfinite, part.scores))]:
-        raise ValueError(
-            f"the scores of {', '.join(bad[:4])} are NaN or infinite; the model's values overflow"
-        )
-    seconds = time.perf_counter() - start
-    return Sensitivity(type(model).__name__, score, base, widths, scores, samples, seconds)
+    divisor = samples if score != "error" else 0
+    parts = []
+    for interval in range(len(intervals.names) if intervals else 1):
+        scores = tuple(part for target in targets for part in target.scores(divisor, interval))
+        if bad := [part.key for part in scores if not all(map(math.isfinite, part.scores))]:
+            raise ValueError(
+                f"the scores of {', '.join(bad[:4])} are NaN or infinite; the model's values overflow"
+            )
+        seconds = time.perf_counter() - start
+        parts.append(Sensitivity(type(model).__name__, score, base, widths, scores, samples, seconds))
+    if intervals is None:
+        return parts[0]
+    return PhasedSensitivity(intervals, tuple(parts), intervals.forwards(targets[0].length))
 
 
 # What is scored
 
 
 class _Target:
-    """A layer, its weight at every choice, and the sums of its scores (choices, blocks of rows) in f64."""
+    """A layer, its weight at every choice, the sums of its scores (intervals, choices, blocks) in f64."""
 
     def __init__(
         self,
@@ -262,6 +298,7 @@ class _Target:
         scheme: Scheme,
         choices: Sequence[int],
         block: int | None,
+        phases: Phases | None,
     ) -> None:
         names = (layer.name, *layer.aliases)
         modules = {id(module): module for module in map(model.get_submodule, names)}
@@ -269,24 +306,63 @@ class _Target:
         rows = [n] if block is None else [min(block, n - first) for first in range(0, n, block)]
         self.layer, self.choices, self.rows = layer, choices, rows
         self.variants = Variants(list(modules.values()), scheme, choices, rows)
-        self.sums = torch.zeros(len(choices), len(rows), dtype=torch.float64)
+        intervals = len(phases.names) if phases else 1
+        self.sums = torch.zeros(intervals, len(choices), len(rows), dtype=torch.float64)
+        self.phases, self.length = phases, 0
         self.output = 0.0
         self.reached = False
 
-    def add(self, choice: int, values: Tensor) -> None:
-        """Adds values (tokens, blocks), or (blocks,), to the score of a choice."""
-        self.sums[choice] += values.detach().double().reshape(-1, len(self.rows)).sum(0).cpu()
+    def add(self, choice: int, values: Tensor, shape: Sequence[int] = ()) -> None:
+        """Adds values (tokens, blocks), or (blocks,), to the score of a choice.
+
+        With phases, tokens are those of an output of that `shape` (batch, length, n).
+        """
+        flat = values.detach().double().reshape(-1, len(self.rows)).cpu()
+        if self.phases is None:
+            self.sums[0, choice] += flat.sum(0)
+        else:
+            self.sums[:, choice].index_add_(0, self._intervals(shape), flat)
         self.reached = True
 
-    def scores(self, samples: int) -> Iterator[LayerScores]:
+    def _intervals(self, shape: Sequence[int]) -> Tensor:
+        """The interval of each token of an output."""
+        assert self.phases is not None
+        if len(shape) != 3 or self.length not in (0, shape[1]):
+            raise ValueError(
+                f"{self.layer.name} gives {tuple(shape)} where intervals need (batch, length, n) with one "
+                "length for all batches; cut the batches alike, or leave the layer out with skip="
+            )
+        self.length = shape[1]
+        return self.phases.of(shape[1]).repeat(shape[0])
+
+    def scores(self, samples: int, interval: int) -> Iterator[LayerScores]:
         """The layer, block by block; sums are divided by `samples`, or where that is 0 by the output's."""
-        means = self.sums / (samples or self.output or 1)
+        means = self.sums[interval] / (samples or self.output or 1)
         first = 0
         for number, size in enumerate(self.rows):
             span = (first, first + size)
             values = tuple(means[:, number].tolist())
             yield LayerScores(self.layer.name, self.layer.shape, span, values, self.layer.aliases)
             first += size
+
+
+def _judge(loss: Loss | Forward | None, score: str, phases: Phases | None) -> Loss:
+    """The loss; with phases, that of the logits that a generation goes by."""
+    if phases is None:
+        return resolve(loss)
+    if not isinstance(phases, Phases):
+        raise TypeError(f"intervals must be tq.Phases(), got {phases!r}")
+    if score != "fisher" or loss is not None:
+        raise ValueError("intervals go with score='fisher' and the default loss, next-token logits")
+
+    def generated(model: nn.Module, batch: Any) -> Tensor:
+        output = call(model, batch)
+        logits: Tensor = getattr(output, "logits", output)
+        if logits.dim() != 3:
+            raise TypeError(f"intervals need logits (batch, length, classes), got {tuple(logits.shape)}")
+        return logits[:, phases.prompt_of(logits.shape[1]) - 1 :]
+
+    return Categorical(generated)
 
 
 def _layers(
@@ -384,7 +460,8 @@ def _fisher(
             return None
         input, version = input.detach(), input._version
         rooted = output if output.requires_grad else output + root.to(output)
-        sequences = len(output) if output.dim() > 2 else 0  # `score` must not hold what holds it: the output
+        # `score` must not hold what holds it: the output.
+        shape, sequences = output.shape, len(output) if output.dim() > 2 else 0
 
         def score(gradient: Tensor) -> None:
             if input._version != version:
@@ -394,9 +471,9 @@ def _fisher(
                 )
             for choice, error in enumerate(target.variants.outputs(module, input)):
                 inner = target.variants.by_rows(error.mul_(gradient))
-                if sequences == samples:
+                if sequences == samples and target.phases is None:
                     inner = inner.view(samples, -1, inner.shape[1]).sum(1)
-                target.add(choice, inner.square().mul_(0.5))
+                target.add(choice, inner.square().mul_(0.5), shape)
 
         rooted.register_hook(score)  # type: ignore[no-untyped-call]  # untyped in torch
         return rooted
