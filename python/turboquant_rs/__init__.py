@@ -24,12 +24,14 @@ from turboquant_rs.precision import (
     sensitivity,
     set_precision,
 )
+from turboquant_rs.qat import QAT, PrecisionSchedule, fake_quantize, inject_noise, sandwich
 from turboquant_rs.report import Report
 from turboquant_rs.scheme import Rounding, Scheme
 
 __version__ = version()
 
 __all__ = [
+    "QAT",
     "BackendUnavailable",
     "Budget",
     "Categorical",
@@ -37,6 +39,7 @@ __all__ = [
     "NoLayersMatched",
     "PackedTensor",
     "Plan",
+    "PrecisionSchedule",
     "QuantizationFormatError",
     "Report",
     "Rounding",
@@ -46,13 +49,16 @@ __all__ = [
     "allocate",
     "bench",
     "dequantize_",
+    "fake_quantize",
     "info",
+    "inject_noise",
     "load",
     "matmul",
     "nn",
     "pack",
     "precision",
     "quantize_",
+    "sandwich",
     "save",
     "sensitivity",
     "set_precision",

@@ -42,8 +42,8 @@ pub use parallel::{Team, after_fork, lend_team};
 pub use philox::philox;
 pub use planes::{pack_codes, unpack_codes};
 pub use quantize::{
-    MSE_MULTIPLES, Numbers, Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut, encode, inject_noise,
-    pack, unpack,
+    MSE_MULTIPLES, Numbers, Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut, encode,
+    inject_noise, pack, unpack,
 };
 pub use scheme::{MAX_PLANES, Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scheme, Table};
 pub use simd::{active_isa, available_isas, compiled_isas, force_isa};

@@ -301,7 +301,7 @@ def _fake_quantize(
     for name, part, used in (("scales", scales, used_scales), ("zero_points", zero_points, used_zeros)):
         if given and used.numel():
             check_given(name, part, used)
-            used.copy_(part)
+            used.copy_(part)  # rounds to the dtype of scales, ties to even
     *scheme_and_rounding, read_bits = args
     fill(x, *scheme_and_rounding, given, read_bits, used_scales, used_zeros, out)
     return out, used_scales, used_zeros
@@ -381,11 +381,14 @@ def check_matmul_shapes(x: Tensor, scales: Tensor) -> None:
 
 
 def check_given(name: str, part: Tensor | None, used: Tensor) -> None:
-    """Refuses scales and zero points to encode with that are of another shape or dtype than those used."""
+    """Refuses scales and zero points to encode with that are of another shape or kind than those used."""
     got = "none" if part is None else f"{part.dtype} {tuple(part.shape)}"
+    kind = "floats" if used.is_floating_point() else str(used.dtype)
     torch._check_value(
-        part is not None and part.shape == used.shape and part.dtype == used.dtype,
-        lambda: f"given {name} must be {used.dtype} {tuple(used.shape)}, got {got}",
+        part is not None
+        and part.shape == used.shape
+        and (part.dtype == used.dtype or (part.is_floating_point() and used.is_floating_point())),
+        lambda: f"given {name} must be {kind} {tuple(used.shape)}, got {got}",
     )
 
 

@@ -40,7 +40,14 @@ impl Draws {
     /// Draws of 32 bits for noise, addressed as `rounding` says.
     pub(super) fn of_noise(rounding: &Rounding) -> Self {
         let purpose = Purpose::Noise;
-        Self { purpose, mode: Mode::Iid, wide: true, shrink: FULL_RANDOMNESS, paired: false, ..Self::new(rounding, false) }
+        Self {
+            purpose,
+            mode: Mode::Iid,
+            wide: true,
+            shrink: FULL_RANDOMNESS,
+            paired: false,
+            ..Self::new(rounding, false)
+        }
     }
 
     /// Draws for rounding. `aligned`: every tile asked for begins at a multiple of 64.
