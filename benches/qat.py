@@ -2,13 +2,16 @@
 
     python benches/qat.py --model DIR --text FILE --train FILE_OR_DIR [...]
 
-A causal language model is prepared, distilled from itself in float on the training texts (loss: KL of the float
-model's distribution and the prepared one's, nothing else), converted, and measured on --text: mean KL to float and
-perplexity ratio, weights only, over the first 8 and the first 128 windows of 512 tokens. Intervals are of 95 %,
-from 2,000 resamplings of the windows. Training sources that share long lines with --text are left out.
+A causal language model is prepared, distilled from itself in float on the training texts (loss: KL of the
+float model's distribution and the prepared one's, nothing else), converted, and measured on --text: mean KL
+to float and perplexity ratio, weights only, over the first 8 and the first 128 windows of 512 tokens.
+Intervals are of 95 %, from 2,000 resamplings of the windows. Training sources that share long lines with
+--text are left out.
 
-Also recorded: whether the converted model equals the prepared one in evaluation bit for bit, int8 activations
-included, on the CPU; and the time of a training step of the prepared model over that of the float one, on the CPU.
+Rows of variants that are not measured this time (--only) keep their record, each with the arguments it was
+made with. Also recorded: whether the converted model equals the prepared one in evaluation bit for bit, int8
+activations included, on the CPU; and the time of a training step of the prepared model over that of the float
+one, on the CPU.
 """
 
 from __future__ import annotations
@@ -113,7 +116,11 @@ def train(
         for width in tq.sandwich(model, NESTED_BITS, step=step, seed=args.seed) if nested else (0,):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(batch).logits
-            loss = F.kl_div(logits.float().log_softmax(-1), goal, log_target=True, reduction="none").sum(-1).mean()
+            loss = (
+                F.kl_div(logits.float().log_softmax(-1), goal, log_target=True, reduction="none")
+                .sum(-1)
+                .mean()
+            )
             loss.backward()
             if step % max(1, steps // 8) == 0:
                 log(f"    step {step} bits {width or '-'} loss {float(loss.detach()):.4f}")
@@ -123,7 +130,12 @@ def train(
         losses.append(float(loss.detach()))
     model.eval()
     tail = losses[-max(1, steps // 10) :]
-    return {"steps": steps, "seconds": time.perf_counter() - start, "loss": statistics.fmean(tail), "rate": rate}
+    return {
+        "steps": steps,
+        "seconds": time.perf_counter() - start,
+        "loss": statistics.fmean(tail),
+        "rate": rate,
+    }
 
 
 # Measuring
@@ -191,7 +203,8 @@ def converted(model: nn.Module, window: Tensor) -> Row:
     same = [torch.equal(own, model.get_submodule(name).packed.codes()) for name, own in codes.items()]
     elements = sum(own.numel() for own in codes.values())
     return {
-        "equal_codes": sum(own.numel() for own, equal in zip(codes.values(), same, strict=True) if equal) / elements,
+        "equal_codes": sum(own.numel() for own, equal in zip(codes.values(), same, strict=True) if equal)
+        / elements,
         "largest_difference_of_logits": float((before - after).abs().max()),
         "effective_bits": 8 * report.bytes_after / elements,
         "bytes": report.bytes_after,
@@ -205,22 +218,40 @@ def variants(args: argparse.Namespace) -> Iterator[tuple[str, tq.QAT, float]]:
     yield "lsq nested", tq.QAT(NESTED, method="lsq"), args.rates[3]
 
 
-def run(args: argparse.Namespace) -> Row:
+class Record:
+    """The results file, written after every row: rows of the same name and bits are replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: Row = json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+    def add(self, row: Row) -> None:
+        key = (row["name"], row["bits"])
+        self.content["rows"] = [r for r in self.content["rows"] if (r["name"], r["bits"]) != key] + [row]
+        self.write()
+
+    def write(self, **facts: Any) -> None:
+        self.content = {**facts, **self.content, **facts}
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def run(args: argparse.Namespace, results: Record) -> None:
+    """Every variant that is asked for."""
     float_model, tokens = load_language(args.model, args.text)
     teacher = float_model.float().to(args.device).eval()
     judge = Judge(teacher, quality.windows(tokens, args.windows))
     text, facts = training_tokens(args.model, args.train, args.text)
     log(f"{facts}")
+    results.write(model=args.model.name, text={"windows": args.windows, "length": LENGTH}, training=facts)
     window = judge.windows[0]
-    rows: list[Row] = []
 
-    def record(name: str, trained: nn.Module, row: Row) -> None:
-        row = {"name": name, **row, "convert": converted(trained, window)}
+    def record(name: str, trained: nn.Module, row: Row, bits_of: float | None = None) -> None:
+        row = {"name": name, "bits": bits_of, **row, **shown(args), "convert": converted(trained, window)}
         layers = [m for m in trained.modules() if isinstance(m, tq.nn.QuantLinear)]
         nested = layers[0].scheme.is_nested
         for bits in NESTED_BITS if nested else (None,):
             own = judge.measure(floats(trained, bits).to(args.device))
-            rows.append({**row, "bits": bits or layers[0].scheme.bits, **own})
+            results.add({**row, "bits": bits or bits_of or layers[0].scheme.bits, **own})
             kl, ratio = own["kl"]["value"], own["perplexity_ratio"]["value"]
             log(f"  {name} {bits or ''}: KL {kl:.5f}, perplexity x {ratio:.4f} {row['convert']}")
 
@@ -229,8 +260,12 @@ def run(args: argparse.Namespace) -> Row:
         tq.quantize_(plain, scheme, progress=False)
         for bits in NESTED_BITS if scheme.is_nested else (None,):
             name = "rounded nested" if scheme.is_nested else "rounded"
-            rows.append({"name": name, "bits": bits or scheme.bits, **judge.measure(floats(plain, bits))})
-            log(f"{name} {rows[-1]['bits']}: {rows[-1]['kl']}, {rows[-1]['perplexity_ratio']}")
+            row = {"name": name, "bits": bits or scheme.bits, **judge.measure(floats(plain, bits))}
+            results.add(row)
+            log(
+                f"{name} {row['bits']}: KL {row['kl']['value']:.5f}, "
+                f"perplexity x {row['perplexity_ratio']['value']:.4f}"
+            )
     for name, recipe, rate in variants(args):
         if args.only and name not in args.only:
             continue
@@ -239,16 +274,13 @@ def run(args: argparse.Namespace) -> Row:
         tq.quantize_(model, recipe, activations="int8")
         record(name, model, train(model, teacher, text, args.steps, args, rate))
     if not args.only or "learned" in args.only:
-        rows_before = len(rows)
         learned = learn_bits(teacher, text, args)
         log(f"learned: {learned}")
         model = copy.deepcopy(teacher)
         tq.quantize_(model, tq.QAT({name: tq.Scheme(bits=b) for name, b in learned["bits"].items()}))
         rest = args.steps - learned["steps"]
         found = train(model, teacher, text, rest, args, args.rates[3])
-        record("learned bits, then lsq", model, {**found, "learned": learned, "budget": LEARNED_BUDGET})
-        rows[rows_before]["bits"] = LEARNED_BUDGET
-    return {"model": args.model.name, "training": facts, "arguments": shown(args), "rows": rows}
+        record("learned bits, then lsq", model, {**found, "learned": learned}, LEARNED_BUDGET)
 
 
 def learn_bits(teacher: nn.Module, text: Tensor, args: argparse.Namespace) -> Row:
@@ -271,12 +303,12 @@ def learn_bits(teacher: nn.Module, text: Tensor, args: argparse.Namespace) -> Ro
 
 
 def step_times(args: argparse.Namespace) -> Row:
-    """Seconds of a step (forward, backward, AdamW) of the prepared model over the float one, in turns, CPU."""
+    """Seconds of a step (forward, backward, AdamW) of the prepared model over the float one, in turns."""
     float_model, _ = load_language(args.model, args.text)
     models = {"float": float_model.float().cpu().train()}
     for method in ("lsq", "ste", "pqn"):
         models[method] = copy.deepcopy(models["float"])
-        tq.quantize_(models[method], tq.QAT(4, method=method)).layers
+        tq.quantize_(models[method], tq.QAT(4, method=method))
     batch = torch.randint(0, 4096, (args.step_batch, LENGTH), generator=torch.Generator().manual_seed(0))
     optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-6) for name, model in models.items()}
     for model in models.values():
@@ -294,11 +326,12 @@ def step_times(args: argparse.Namespace) -> Row:
         name: statistics.median(o / f for o, f in zip(own, seconds["float"], strict=True))
         for name, own in seconds.items()
     }
-    return {"tokens": batch.numel(), "turns": args.turns, "float_seconds": statistics.median(seconds["float"]), "ratio": ratios}
+    float_seconds = statistics.median(seconds["float"])
+    return {"tokens": batch.numel(), "turns": args.turns, "float_seconds": float_seconds, "ratio": ratios}
 
 
 def shown(args: argparse.Namespace) -> Row:
-    kept = ("steps", "batch", "length", "rates", "scale_rate", "bits_rate", "seed", "amp", "windows")
+    kept = ("batch", "length", "scale_rate", "bits_rate", "seed", "amp", "device")
     return {name: getattr(args, name) for name in kept}
 
 
@@ -306,29 +339,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
     parser.add_argument("--text", type=Path, required=True, help="text to measure on")
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help="texts, and folders of Python sources")
+    parser.add_argument(
+        "--train", type=Path, nargs="+", required=True, help="texts, and folders of Python sources"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300, help="of training; 0 only times steps")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--windows", type=int, default=LONG)
-    parser.add_argument("--rates", type=json.loads, default='{"2": 6e-4, "3": 3e-4, "4": 2e-4}')
+    parser.add_argument("--rates", type=json.loads, default='{"2": 6e-4, "3": 2e-4, "4": 5e-5}')
     parser.add_argument("--scale-rate", type=float, default=0.05, help="of scales, over that of weights")
     parser.add_argument("--bits-rate", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--step-batch", type=int, default=4, help="sequences of a timed step")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="timed steps of each model; 0 times none")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.rates = {int(bits): float(rate) for bits, rate in args.rates.items()}
-    result: Row = {"machine": machine.describe(), "device": device_name(args.device)}
-    result |= run(args)
+    results = Record(args.output)
+    if args.steps:
+        results.write(machine=machine.describe(), trained_on=device_name(args.device))
+        run(args, results)
     if args.turns:
-        result["step_time"] = step_times(args)
-        log(f"{result['step_time']}")
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+        found = {"machine": machine.describe(), **step_times(args)}
+        results.write(step_time=found)
+        log(f"{found['ratio']}")
 
 
 def device_name(device: str) -> str:

@@ -502,9 +502,7 @@ def pack(
     return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits)
 
 
-def encode(
-    x: Tensor, scheme: Scheme, scales: Tensor, zero_points: Tensor | None = None
-) -> PackedTensor:
+def encode(x: Tensor, scheme: Scheme, scales: Tensor, zero_points: Tensor | None = None) -> PackedTensor:
     """`pack` to nearest on scales that are given, learned ones for instance, instead of chosen.
 
     x: `(..., k)`. scales: `(..., groups)` floats, rounded to the scheme's scale_dtype. zero_points: u8 of the

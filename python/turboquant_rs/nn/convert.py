@@ -106,8 +106,8 @@ def quantize_(
     if isinstance(schemes, Recipe):
         if rounding != "nearest" or seed is not None or keep_if_slower or dry_run:
             raise ValueError(
-                f"{type(schemes).__name__} decides by itself: leave rounding, seed, keep_if_slower and dry_run "
-                "out here"
+                f"{type(schemes).__name__} decides by itself: leave rounding, seed, keep_if_slower and "
+                "dry_run out here"
             )
         return schemes.apply(model, nested=nested, skip=skip, activations=activations, progress=progress)
     read: dict[str, int] = {}

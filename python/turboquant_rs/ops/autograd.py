@@ -65,7 +65,7 @@ register_autograd(f"{NAMESPACE}::matmul", _matmul_backward, setup_context=_keep_
 
 
 def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, given, zero_points, *ctx.args = inputs
+    x, given, _zero_points, *ctx.args = inputs
     _out, scales, zeros = output
     ctx.given_dtype = None if given is None else given.dtype
     ctx.mark_non_differentiable(scales, zeros)
@@ -104,8 +104,8 @@ def _inject_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_widths = None
     if ctx.preserve:
         raise RuntimeError(
-            'inject_noise has gradients with preserve="mean" only: "mean+var" makes each element depend on all '
-            "of its group; detach x, or use \"mean\""
+            'inject_noise has gradients with preserve="mean" only: "mean+var" makes each element depend on '
+            'all of its group; detach x, or use "mean"'
         )
     if ctx.needs_input_grad[1]:
         ones, zeros = torch.ones_like(widths), torch.zeros_like(grad, dtype=torch.float32)
@@ -113,7 +113,7 @@ def _inject_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         groups = widths.shape[-1] if widths.dim() else 1
         size = ctx.group_size or max(grad.shape[-1], 1)
         terms = torch.nn.functional.pad(grad.float() * noise, (0, groups * size - grad.shape[-1]))
-        grad_widths = terms.unflatten(-1, (groups, size)).sum(-1)
+        grad_widths = terms.reshape(*grad.shape[:-1], groups, size).sum(-1)
     return grad, grad_widths, None, None, *[None] * len(ctx.rounding)
 
 

@@ -118,7 +118,7 @@ def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> No
 
 
 def fake_quantize_out(x: Tensor, *args: Any) -> None:
-    """Quantize and dequantize x `(..., k)` into out, on the scales `given` or filling scales and zero_points."""
+    """Quantize and dequantize x `(..., k)` into out, on `given` scales or filling scales and zero_points."""
     given, read_bits, scales, zero_points, out = args[15:]
     _core.fake_quantize(
         _array(x),

@@ -530,17 +530,15 @@ def encode(
     return codes.flatten(1)[:, :k].to(torch.uint8)
 
 
-def _given(
-    scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, rows: int
-) -> tuple[Tensor, Tensor]:
+def _given(scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, rows: int) -> tuple[Tensor, Tensor]:
     """Scales and zero points `(rows, groups)` as f32; those that no rule makes are refused."""
     scale = scales.reshape(rows, -1).float() if rows else scales.reshape(0, 0).float()
     refused = ~(scale.isfinite() & ((scale == 0) | (scale.abs() >= SMALLEST_NORMAL))).flatten()
     if refused.any():
         group = int(refused.int().argmax())
         raise ValueError(
-            f"the given scale of group {group} is {float(scale.flatten()[group]):e}; scales are finite, and 0 "
-            "or at least 2^-126"
+            f"the given scale of group {group} is {float(scale.flatten()[group]):e}; scales are finite, "
+            "and 0 or at least 2^-126"
         )
     if not zero_points.numel():
         return scale, _full(scale, fixed_zero_point(scheme))
@@ -549,7 +547,8 @@ def _given(
     if beyond.any():
         group = int(beyond.int().argmax())
         raise ValueError(
-            f"the given zero point of group {group} is {int(zero.flatten()[group])}, above the last code {last}"
+            f"the given zero point of group {group} is {int(zero.flatten()[group])}, above the last code "
+            f"{last}"
         )
     return scale, zero
 
@@ -572,7 +571,7 @@ def check_fake_quantize(
 def highest_level(scheme: SchemeArgs) -> float:
     """Qp of LSQ: the level farthest above the zero point; of asymmetric schemes the last code."""
     if scheme.table:
-        return scheme.table[-1] - TABLE_ZERO
+        return float(scheme.table[-1] - TABLE_ZERO)
     last = 2.0**scheme.bits - 1
     return last - fixed_zero_point(scheme) if scheme.symmetric else last
 
@@ -580,11 +579,12 @@ def highest_level(scheme: SchemeArgs) -> float:
 def inside(v: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
     """Where the code of v = x / s is not clamped. Levels and signs have no codes beyond: by v itself."""
     if scheme.table:
-        return (v >= scheme.table[0] - TABLE_ZERO) & (v <= scheme.table[-1] - TABLE_ZERO)
-    if scheme.bits == 1:
-        return v.abs() <= 1
-    code = v.round() + zero[..., None]
-    return (code >= 0) & (code <= 2**scheme.bits - 1)
+        reach, low, high = v, scheme.table[0] - TABLE_ZERO, scheme.table[-1] - TABLE_ZERO
+    elif scheme.bits == 1:
+        reach, low, high = v, -1.0, 1.0
+    else:
+        reach, low, high = v.round() + zero[..., None], 0.0, 2.0**scheme.bits - 1
+    return (reach >= low) & (reach <= high)
 
 
 def fake_quantize_backward(
@@ -592,8 +592,8 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `dequantize(encode(x))` in x, f32 `(rows, k)`, and in the scales, f32 `(rows, groups)`.
 
-    LSQ (Esser et al. 2020): x̂ = s·Q(v), v = x / s, with dQ/dv = 1 where the code is not clamped and 0 where it
-    is. So ∂x̂/∂x is 1 or 0, and ∂x̂/∂s is Q − v or Q; the latter is scaled by 1 / √(N·Qp).
+    LSQ (Esser et al. 2020): x̂ = s·Q(v), v = x / s, with dQ/dv = 1 where the code is not clamped and 0 where
+    it is. So ∂x̂/∂x is 1 or 0, and ∂x̂/∂s is Q − v or Q; the latter is scaled by 1 / √(N·Qp).
     """
     values = checked_input(x, False)
     rows, k = values.shape
@@ -635,8 +635,8 @@ def inject_noise(
     if refused.any():
         group = int(refused.int().argmax())
         raise ValueError(
-            f"the noise width of group {group} is {float(width.flatten()[group]):e}; widths are finite and at "
-            "least 0"
+            f"the noise width of group {group} is {float(width.flatten()[group]):e}; widths are finite and "
+            "at least 0"
         )
     elements = _split(values, size)
     added = _split(noise(rounding, rows * k, x.device).view(rows, k), size) * width[..., None]
@@ -859,7 +859,7 @@ def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> No
 
 
 def fake_quantize_out(x: Tensor, *args: Any) -> None:
-    """Quantize and dequantize x `(..., k)` into out, on the scales `given` or filling scales and zero_points."""
+    """Quantize and dequantize x `(..., k)` into out, on `given` scales or filling scales and zero_points."""
     scheme, rounding, (given, read_bits, scales, zero_points, out) = split_args(args)
     check_fake_quantize(scheme, rounding, given, read_bits)
     if given:

@@ -11,8 +11,9 @@ Two groups of arguments recur, always flat and always in this order:
   systematic or subtractive; `seed` is the two's complement of a u64; `stream` is a CRC-32; `offset` is the
   logical index of the tensor's first element.
 
-`encode` is `pack` on scales that are given; `fake_quantize` is `unpack(pack(x))` in one pass, on scales that it
-chooses and returns or, `given`, on those that lie in the outputs; its gradients are an operator of their own.
+`encode` is `pack` on scales that are given; `fake_quantize` is `unpack(pack(x))` in one pass, on scales that
+it chooses and returns or, `given`, on those that lie in the outputs; its gradients are an operator of their
+own.
 
 `planes` lists widths, most significant first, or is `[8]`: one byte a code, whatever the bits.
 
@@ -300,8 +301,7 @@ def _fake_quantize(
     given = scales is not None
     for name, part, used in (("scales", scales, used_scales), ("zero_points", zero_points, used_zeros)):
         if given and used.numel():
-            check_given(name, part, used)
-            used.copy_(part)  # rounds to the dtype of scales, ties to even
+            used.copy_(check_given(name, part, used))  # rounds to the dtype of scales, ties to even
     *scheme_and_rounding, read_bits = args
     fill(x, *scheme_and_rounding, given, read_bits, used_scales, used_zeros, out)
     return out, used_scales, used_zeros
@@ -380,8 +380,8 @@ def check_matmul_shapes(x: Tensor, scales: Tensor) -> None:
     )
 
 
-def check_given(name: str, part: Tensor | None, used: Tensor) -> None:
-    """Refuses scales and zero points to encode with that are of another shape or kind than those used."""
+def check_given(name: str, part: Tensor | None, used: Tensor) -> Tensor:
+    """Scales or zero points to encode with; refuses those of another shape or kind than is used."""
     got = "none" if part is None else f"{part.dtype} {tuple(part.shape)}"
     kind = "floats" if used.is_floating_point() else str(used.dtype)
     torch._check_value(
@@ -390,6 +390,8 @@ def check_given(name: str, part: Tensor | None, used: Tensor) -> None:
         and (part.dtype == used.dtype or (part.is_floating_point() and used.is_floating_point())),
         lambda: f"given {name} must be {kind} {tuple(used.shape)}, got {got}",
     )
+    assert part is not None
+    return part
 
 
 def _writes_outputs(*args: Any) -> None:
@@ -402,7 +404,9 @@ RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
     "encode": (_encode, "encode_out", _allocate_encode),
     "fake_quantize": (_fake_quantize, "fake_quantize_out", _allocate_fake_quantize),
     "fake_quantize_backward": (
-        _fake_quantize_backward, "fake_quantize_backward_out", _allocate_fake_quantize_backward,
+        _fake_quantize_backward,
+        "fake_quantize_backward_out",
+        _allocate_fake_quantize_backward,
     ),
     "inject_noise": (_inject_noise, "inject_noise_out", _allocate_inject_noise),
     "unpack": (_unpack, "unpack_out", _allocate_unpack),

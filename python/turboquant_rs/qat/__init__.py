@@ -1,7 +1,7 @@
 """Training that knows how the model will be quantized.
 
-    quantize_(model, QAT(…)) ──► prepared layers ── any training loop ──► quantize_(model, QAT(step="convert"))
-      recipe.py                    layers.py                                 packed layers (nn)
+    quantize_(model, QAT(…)) ──► prepared layers ── any training ──► quantize_(model, QAT(step="convert"))
+      recipe.py                    layers.py                            packed layers (nn)
 
 values.py     fake_quantize, inject_noise: single tensors     bits.py      learnable bits under a budget
 sandwich.py   one weight that is good at many bits            schedule.py  bits that follow the gradients

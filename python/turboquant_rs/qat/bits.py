@@ -51,8 +51,9 @@ class LearnedBits:
         least, most = int(self._costs[:, 0].sum()), int(self._costs[:, -1].sum())
         if not least <= self.nbytes <= most:
             raise ValueError(
-                f"a budget of {self.nbytes} bytes is infeasible: {len(layers)} layers of {FLOOR} to {CEILING} bits "
-                f"take {least} to {most} bytes ({8 * least / total:.4f} to {8 * most / total:.4f} bits an element)"
+                f"a budget of {self.nbytes} bytes is infeasible: {len(layers)} layers of {FLOOR} to "
+                f"{CEILING} bits take {least} to {most} bytes ({8 * least / total:.4f} to {8 * most / total:.4f} bits "
+                "an element)"
             )
         overhead = float(least) - FLOOR * total / 8
         self._mean = (self.nbytes - overhead) * 8 / total
@@ -99,13 +100,16 @@ class LearnedBits:
     def settle(self) -> tuple[int, ...]:
         """Whole bits within the budget, given to the layers as their scheme.
 
-        At the optimum a layer's loss is c·4^−b with n·4^b ∝ c·(a common factor), so those whole bits are chosen
-        that cost least of Σ n·4^(b − whole), by the solver of `tq.allocate`.
+        At the optimum a layer's loss is c·4^−b with n·4^b ∝ c·(a common factor), so those whole bits are
+        chosen that cost least of Σ n·4^(b − whole), by the solver of `tq.allocate`.
         """
         real = tuple(self.real().detach().tolist())
         if real != self._settled:
             scores = np.array(
-                [[n * 4.0 ** (b - w) for w in CHOICES] for n, b in zip(self._elements.tolist(), real, strict=True)]
+                [
+                    [n * 4.0 ** (b - w) for w in CHOICES]
+                    for n, b in zip(self._elements.tolist(), real, strict=True)
+                ]
             )
             chosen = ops.cpu.allocate(self._costs.reshape(-1), scores.reshape(-1), len(CHOICES), self.nbytes)
             for group, choice in zip(self._layers, chosen, strict=True):

@@ -1,10 +1,10 @@
 """Prepared layers: float weights that are quantized on the fly, by the kernel that will pack them.
 
-    training   weight ── fake_quantize (or inject_noise) ──► ŵ ── F.linear, F.embedding ──► y    gradients reach all
-    eval       weight ── pack, or encode on learned scales ──► the product of the packed layer    bit for bit that
-                                                                                                  of `convert`
+    training   weight ── fake_quantize (or inject_noise) ──► ŵ ── F.linear, F.embedding ──► y
+    eval       weight ── pack, or encode on learned scales ──► the product of the packed layer ──► y
 
-Gradients reach a weight in training mode only; in evaluation mode they reach inputs and bias, as after `convert`.
+The second is, bit for bit, what `convert` leaves. Gradients reach a weight in training mode only; in
+evaluation mode they reach inputs and bias, as after `convert`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ ELASTIC_LEVELS = (-3.0, -1.0, 1.0, 3.0)
 """Two bits without a level at zero, evenly spaced (Liu et al. 2025, ParetoQ, "stretched elastic quant")."""
 
 INITIAL_MULTIPLES = tuple(multiple / 64 for multiple in (64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24))
-"""What learned scales begin at: the multiple of the scheme's own with the least squared error of its group."""
+"""What learned scales begin at: the multiple of the scheme's own with the least squared error of its
+group."""
 
 
 def scale_unit(scheme: Scheme) -> float:
-    """What a learned scale is counted in: tables and nested schemes have fine grids, and optimizers that move all
-    parameters alike need a scale that is as large as the steps between the levels. A power of two: exact."""
+    """What a learned scale is counted in, a power of two.
+
+    Tables and nested schemes have fine grids; optimizers that move all parameters alike need a scale as large
+    as the steps between the levels."""
     if scheme.levels != "uniform":
         return 1 / 64
     return 1 / 16 if scheme.is_nested else 1.0
@@ -49,8 +52,8 @@ def trained_scheme(scheme: Scheme, method: str) -> Scheme:
     """The scheme that `method` trains `scheme` with. Raises `ValueError` where they do not go together."""
     if method == "pqn" and (scheme.levels != "uniform" or scheme.is_nested):
         raise ValueError(
-            f'method="pqn" replaces rounding by noise of one step, which {scheme} has not; use uniform static '
-            'levels, or method="lsq"'
+            f'method="pqn" replaces rounding by noise of one step, which {scheme} has not; use uniform '
+            'static levels, or method="lsq"'
         )
     if method != "elastic":
         return scheme
@@ -89,8 +92,8 @@ def by_group(x: Tensor, scheme: Scheme) -> Tensor:
 class State:
     """What a prepared layer knows besides its parameters.
 
-    read_bits: a prefix of nested codes, None for all. bits: where the bits of the layer are learned. draws: how
-    often the weight has changed between training forwards; addresses random bits.
+    read_bits: a prefix of nested codes, None for all. bits: where the bits of the layer are learned. draws:
+    how often the weight has changed between training forwards; addresses random bits.
     """
 
     method: str
@@ -104,7 +107,9 @@ class State:
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         copied = dataclasses.replace(self, cached=None)
         if self.bits is not None:
-            raise TypeError("layers with learned bits share their budget; convert the model before copying it")
+            raise TypeError(
+                "layers with learned bits share their budget; convert the model before copying it"
+            )
         return copied
 
 
@@ -139,7 +144,8 @@ class Prepared(nn.Module):
     @property
     def logical(self) -> Tensor:
         """The float weight as (n, k)."""
-        return self.weight.t().contiguous() if self.transposed else self.weight
+        weight: Tensor = self.weight
+        return weight.t().contiguous() if self.transposed else weight
 
     @property
     def read_bits(self) -> int:
@@ -169,7 +175,7 @@ class Prepared(nn.Module):
 
     @property
     def scales(self) -> Tensor | None:
-        """The learned scales (n, groups), before they are rounded to the scheme's scale_dtype; None if chosen."""
+        """The learned scales (n, groups) before they are rounded to scale_dtype; None if chosen."""
         return None if self.weight_scale is None else self.weight_scale * scale_unit(self.scheme)
 
     # Training
@@ -180,18 +186,19 @@ class Prepared(nn.Module):
             return self._noisy_weight()
         rounding = self._drawn() if self.qat.rounding.is_stochastic else self.qat.rounding
         arguments = (*self.scheme.op_args(), *rounding.op_args(), self.read_bits)
-        return ops.fake_quantize(self.logical, self.scales, self.weight_zero_point, *arguments)[0]
+        value, _, _ = ops.fake_quantize(self.logical, self.scales, self.weight_zero_point, *arguments)
+        return value
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def _drawn(self) -> Rounding:
         """The rounding of this step: the same until the weight changes, so that checkpoints draw the same."""
         if self.weight._version != self.qat.version:
             self.qat.version, self.qat.draws = self.weight._version, self.qat.draws + 1
         return dataclasses.replace(self.qat.rounding, step=self.qat.draws % 2**32)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def _noisy_weight(self) -> Tensor:
-        """Weight plus uniform noise of one step Δ(b): range / (2^b − 1), or extreme / 2^(b − 1) if symmetric."""
+        """Weight plus noise of one step Δ(b): range / (2^b − 1), or extreme / 2^(b − 1) if symmetric."""
         weight, scheme = self.logical, self.scheme
         bits: Tensor | float = scheme.bits if self.qat.bits is None else self.qat.bits.of(self)
         with torch.no_grad():
@@ -234,7 +241,7 @@ class Prepared(nn.Module):
         return f"bits={scheme.bits}, group={group}, method={self.qat.method}"
 
 
-class QATLinear(Prepared, nn.Linear):
+class QATLinear(Prepared, nn.Linear):  # type: ignore[misc]  # weight: a Parameter, which is a Tensor
     """nn.Linear, or transformers' Conv1D, whose weight is trained as it will be packed."""
 
     activations: str
@@ -267,7 +274,7 @@ class QATLinear(Prepared, nn.Linear):
         return f"{nn.Linear.extra_repr(self)}, {self._prepared_repr()}"
 
 
-class QATEmbedding(Prepared, nn.Embedding):
+class QATEmbedding(Prepared, nn.Embedding):  # type: ignore[misc]  # as above
     """nn.Embedding whose rows are trained as they will be packed."""
 
     def __init__(self, embedding: nn.Embedding, scheme: Scheme, state: State) -> None:

@@ -17,7 +17,7 @@ from turboquant_rs.precision import Budget
 from turboquant_rs.progress import Progress
 from turboquant_rs.quality import Distance
 from turboquant_rs.report import QuantizedLayer, Report
-from turboquant_rs.scheme import Rounding
+from turboquant_rs.scheme import Rounding, Scheme
 
 from .bits import LearnedBits
 from .layers import (
@@ -36,16 +36,16 @@ from .layers import (
 class QAT:
     """How a model is trained for quantization; `tq.quantize_(model, tq.QAT(…))` carries it out.
 
-    schemes: as in `tq.quantize_`: a scheme or bits, patterns to schemes, or a plan. "convert" needs none: layers
-        are packed as they were prepared.
+    schemes: as in `tq.quantize_`: a scheme or bits, patterns to schemes, or a plan. "convert" needs none:
+        layers are packed as they were prepared.
     method: "lsq" learns the scale of every group (Esser et al. 2020). "ste" chooses it anew at every step, as
         `tq.pack` does. "elastic" is "lsq" with evenly spaced levels of ±½ and ±1½ steps at 2 bits (Liu et al.
         2025). "pqn" adds noise in place of rounding (Défossez et al. 2022) and, with a `budget`, learns bits.
-    rounding: of training. "stochastic" goes with "ste": scales that are learned may clip. Evaluation and convert
-        round to nearest. seed: of stochastic rounding and of noise.
+    rounding: of training. "stochastic" goes with "ste": scales that are learned may clip. Evaluation and
+        convert round to nearest. seed: of stochastic rounding and of noise.
     step: "prepare" swaps layers for trainable ones that keep the Parameters; "convert" packs them.
-    budget: for "pqn": the bits of all layers together (`tq.Budget(bits=…)`, scales counted, or `bytes=`); each
-        layer then learns its own, 2 to 8.
+    budget: for "pqn": the bits of all layers together (`tq.Budget(bits=…)`, scales counted, or `bytes=`);
+        each layer then learns its own, 2 to 8.
 
     Raises `ValueError` for unknown words and for what does not go together.
     """
@@ -67,12 +67,14 @@ class QAT:
         if self.budget is not None and self.method != "pqn":
             raise ValueError(f'bits are learned by method="pqn" only, got {self.method!r} with a budget')
         if self.budget is not None and self.budget.latency_ms is not None:
-            raise ValueError("learned bits have a budget of bits or bytes; time is no smooth function of bits")
+            raise ValueError(
+                "learned bits have a budget of bits or bytes; time is no smooth function of bits"
+            )
         rounding = self.training_rounding
         if rounding.is_stochastic and self.method != "ste" and self.method != "pqn":
             raise ValueError(
-                f'method={self.method!r} learns scales that may clip, which stochastic rounding must not; use '
-                'method="ste" or rounding="nearest"'
+                f"method={self.method!r} learns scales that may clip, which stochastic rounding must not; "
+                'use method="ste" or rounding="nearest"'
             )
         if rounding.preserve != "mean" or rounding.mode == "subtractive":
             raise ValueError(
@@ -91,8 +93,8 @@ class QAT:
     ) -> Report:
         """What `tq.quantize_` calls. "prepare" reports what "convert" will give, as a dry run does.
 
-        Raises `ValueError` for a model that is prepared already, or converted without having been prepared, and
-        otherwise as `tq.quantize_`; the model is then as it was.
+        Raises `ValueError` for a model that is prepared already, or converted without having been prepared,
+        and otherwise as `tq.quantize_`; the model is then as it was.
         """
         layers = prepared_layers(model) if isinstance(model, nn.Module) else {}
         if self.step == "convert":
@@ -104,8 +106,8 @@ class QAT:
             return _convert(model, layers, progress)
         if layers:
             raise ValueError(
-                f"{type(model).__name__} is prepared already ({summary(list(layers))}); train it, then convert "
-                'it with tq.QAT(step="convert")'
+                f"{type(model).__name__} is prepared already ({summary(list(layers))}); train it, then "
+                'convert it with tq.QAT(step="convert")'
             )
         return self._prepare(model, nested, skip, activations)
 
@@ -136,7 +138,7 @@ class QAT:
 
 
 def _successors(
-    model: nn.Module, entry: QuantizedLayer, scheme: object, state: State, activations: str
+    model: nn.Module, entry: QuantizedLayer, scheme: Scheme, state: State, activations: str
 ) -> dict[Prepared, tuple[list[str], nn.Module]]:
     """Prepared layers for the modules of one weight: {new: (names, old)}; they share weight and scales."""
     modules: dict[int, tuple[list[str], nn.Module]] = {}
@@ -148,9 +150,9 @@ def _successors(
         own = state if not found else dataclasses.replace(state)
         new: Prepared
         if isinstance(module, nn.Embedding):
-            new = QATEmbedding(module, scheme, own)  # type: ignore[arg-type]  # a Scheme
+            new = QATEmbedding(module, scheme, own)
         else:
-            new = QATLinear(module, scheme, own, activations)  # type: ignore[arg-type]  # a Scheme
+            new = QATLinear(module, scheme, own, activations)
         if found:
             first = next(iter(found))
             new.weight_scale, new.weight_zero_point = first.weight_scale, first.weight_zero_point
@@ -161,11 +163,11 @@ def _successors(
 def _convert(model: nn.Module, layers: dict[str, Prepared], progress: bool) -> Report:
     """Packs every prepared layer; those that share a weight share its packed form."""
     ready = [(names, layers[names[0]].packed) for names in by_weight(layers)]  # errors come before any change
-    every = {id(module): [] for module in layers.values()}  # type: dict[int, list[str]]
+    every: dict[int, list[str]] = {id(module): [] for module in layers.values()}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in every:
             every[id(module)].append(name)
-    done = []
+    done: list[QuantizedLayer] = []
     with Progress("convert", len(ready), stream=None if progress else io.StringIO()) as bar:
         for group, packed in ready:
             bar.update(len(done), group[0])
@@ -177,7 +179,14 @@ def _convert(model: nn.Module, layers: dict[str, Prepared], progress: bool) -> R
             shape, nbytes = (packed.shape[0], packed.shape[1]), first.weight.nbytes
             done.append(
                 QuantizedLayer(
-                    group[0], kind, shape, packed.scheme, nbytes, packed.nbytes, distance.sqnr_db, tuple(names[1:])
+                    group[0],
+                    kind,
+                    shape,
+                    packed.scheme,
+                    nbytes,
+                    packed.nbytes,
+                    distance.sqnr_db,
+                    tuple(names[1:]),
                 )
             )
             for member in group:
@@ -186,5 +195,3 @@ def _convert(model: nn.Module, layers: dict[str, Prepared], progress: bool) -> R
                 successor.load_packed("weight", packed)  # type: ignore[operator]  # a PackedWeight
                 replace_module(model, every[id(prepared)], prepared, successor)
     return Report(tuple(done), ())
-
-

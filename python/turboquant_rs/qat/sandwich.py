@@ -20,8 +20,9 @@ def sandwich(
             loss(model, batch).backward()       # gradients add up; then one optimizer step
 
     The rule of slimmable networks (Yu and Huang 2019): the extremes bound what lies between. bits: among the
-    prefixes of the layers' nested scheme; default all of 2 bits and more. step, seed: address the draw. The most
-    bits come first, so that their output can teach the others. Afterwards the layers read all their bits.
+    prefixes of the layers' nested scheme; default all of 2 bits and more. step, seed: address the draw. The
+    most bits come first, so that their output can teach the others. Afterwards the layers read all their
+    bits.
 
     Raises `ValueError` for a model without prepared layers, and bits that a layer cannot read.
     """
@@ -32,7 +33,8 @@ def sandwich(
     widths = sorted(set(bits) if bits is not None else {width for width in common if width > 1})
     if not widths or not set(widths) <= common:
         raise ValueError(
-            f"bits {widths} are not readable in every layer, {sorted(common)} are; prepare with tq.Scheme.nested"
+            f"bits {widths} are not readable in every layer, {sorted(common)} are; prepare with "
+            "tq.Scheme.nested"
         )
     between = widths[1:-1]
     chosen = [widths[-1], widths[0]] if len(widths) > 1 else widths

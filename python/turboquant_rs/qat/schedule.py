@@ -1,6 +1,6 @@
 """PrecisionSchedule: bits that follow the gradients while a model trains.
 
-    backward ──► mean g² of each group, averaged over steps ──► score ½ Σ g²·(ŵ_b − w)² ──► allocate ──► layers
+backward ──► mean g² of each group, averaged over steps ──► score ½ Σ g²·(ŵ_b − w)² ──► allocate ──► layers
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ class PrecisionSchedule:
         schedule = tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.25), every=100)
         loss.backward(); schedule.step(); optimizer.step(); optimizer.zero_grad()
 
-    budget: of all prepared layers, as in `tq.allocate`. every: steps from one allocation to the next. decay: of
-    the running mean of g². choices, tie, floor, ceiling: as in `tq.sensitivity` and `tq.allocate`.
+    budget: of all prepared layers, as in `tq.allocate`. every: steps from one allocation to the next. decay:
+    of the running mean of g². choices, tie, floor, ceiling: as in `tq.sensitivity` and `tq.allocate`.
 
     The score is the second-order loss with the empirical Fisher information, diagonal and constant within a
     group, of the gradients that training has anyway: relative between layers, not in nats. Memory: one f32 a
-    group. Where the bits of a layer change, learned scales begin anew in the same Parameter, so that optimizers
-    go on. Every process of a distributed training sees the same averaged gradients and decides the same.
+    group. Where the bits of a layer change, learned scales begin anew in the same Parameter, so that
+    optimizers go on. Every process of a distributed training sees the same averaged gradients and decides the
+    same.
 
-    Raises `ValueError` for a model without prepared layers, with nested or learned bits, and numbers out of range.
+    Raises `ValueError` for a model without prepared layers, with nested or learned bits, and numbers out of
+    range.
     """
 
     def __init__(
@@ -59,8 +61,8 @@ class PrecisionSchedule:
         for name, layer in layers.items():
             if layer.scheme.is_nested or layer.qat.bits is not None or layer.scheme.levels != "uniform":
                 raise ValueError(
-                    f"{name}: nested, learned and table bits are not the schedule's to change; prepare with a "
-                    "uniform static scheme"
+                    f"{name}: nested, learned and table bits are not the schedule's to change; prepare with "
+                    "a uniform static scheme"
                 )
         self._model, self._budget, self._every, self._decay = type(model).__name__, budget, every, decay
         self._choices, self._tie, self._bounds = tuple(sorted(choices)), tuple(tie), (floor, ceiling)
@@ -93,9 +95,13 @@ class PrecisionSchedule:
         """The running mean of g² (n, groups)."""
         gradient = layer.weight.grad
         if gradient is None:
-            raise ValueError(f"{name}: its weight has no gradient; call step() between backward() and zero_grad()")
+            raise ValueError(
+                f"{name}: its weight has no gradient; call step() between backward() and zero_grad()"
+            )
         if not bool(gradient.isfinite().all()):
-            raise ValueError(f"{name}: its gradient is not finite; unscale it, and leave steps out that overflow")
+            raise ValueError(
+                f"{name}: its gradient is not finite; unscale it, and leave steps out that overflow"
+            )
         rows = gradient.t() if layer.transposed else gradient
         power = by_group(rows.float().square(), layer.scheme).mean(-1)
         if before is None:
@@ -114,7 +120,9 @@ class PrecisionSchedule:
             weight = layer.logical.detach()
             values = []
             for bits in self._choices:
-                error = pack(weight, scheme=at_bits(layer.scheme, bits)).dequantize(dtype=torch.float32) - weight
+                error = (
+                    pack(weight, scheme=at_bits(layer.scheme, bits)).dequantize(dtype=torch.float32) - weight
+                )
                 values.append(float((0.5 * power * by_group(error.square(), layer.scheme).sum(-1)).sum()))
             shape = (weight.shape[0], weight.shape[1])
             aliases = tuple(other for other, _ in others)

@@ -21,15 +21,16 @@ def fake_quantize(
     seed: int | None = None,
     bits: int | None = None,
 ) -> Tensor:
-    """What `tq.pack(x, scheme=scheme, …).dequantize(bits)` gives, bit for bit, in one pass and with gradients.
+    """What `tq.pack(x, scheme=scheme, …).dequantize(bits)` gives, bit for bit, in one pass and with
+    gradients.
 
-    x: `(..., k)`, f32, f64, bf16 or f16. scales: `(..., groups)` floats to encode with (rounded to the scheme's
-    scale_dtype), to nearest only; None: chosen from x by the scheme. zero_points: u8, with given scales of
-    asymmetric schemes. bits: a prefix to decode.
+    x: `(..., k)`, f32, f64, bf16 or f16. scales: `(..., groups)` floats to encode with (rounded to the
+    scheme's scale_dtype), to nearest only; None: chosen from x by the scheme. zero_points: u8, with given
+    scales of asymmetric schemes. bits: a prefix to decode.
 
     Gradients: of x that of the result where the code was not clamped, else 0 (straight-through); of given
-    scales, with v = x / s, Σ grad · (Q − v) or, where clamped, Σ grad · Q, times 1 / √(N·Qp) for the N elements
-    of a group (LSQ, Esser et al. 2020, equations 3 and 5 and section 2.2).
+    scales, with v = x / s, Σ grad · (Q − v) or, where clamped, Σ grad · Q, times 1 / √(N·Qp) for the N
+    elements of a group (LSQ, Esser et al. 2020, equations 3 and 5 and section 2.2).
 
     Raises `ValueError` for NaN, ±Inf, |x| > 2^120, for rounding that stores more than codes and scales
     (preserve="mean+var", subtractive), and for scales that do not fit.
@@ -50,17 +51,18 @@ def inject_noise(
     step: int = 0,
     stream: str = "",
 ) -> Tensor:
-    """x with uniform noise of the variance that rounding it would have: s² / 12 with the scale s of each group.
+    """x with uniform noise of the variance that rounding it would have: s² / 12 with the scale s of each
+    group.
 
     Args:
         x: `(..., k)`, f32, f64, bf16 or f16.
         scheme: How x would be quantized; its levels must be uniform.
         variance: Of the noise, in units of s² / 12: 0 is none, 1 that of rounding to nearest, 2 that of
             stochastic rounding.
-        preserve: "mean" adds noise of mean 0. "mean+var" also shrinks the deviations of each group from its mean
-            by √(σ² / (σ² + v)), v the mean square of the noise drawn.
-        seed, step, stream: address the random bits (purpose 2 of docs/format.md) with the place of an element;
-            nothing else does.
+        preserve: "mean" adds noise of mean 0. "mean+var" also shrinks the deviations of each group from its
+            mean by √(σ² / (σ² + v)), v the mean square of the noise drawn.
+        seed, step, stream: address the random bits (purpose 2 of docs/format.md) with the place of an
+            element; nothing else does.
 
     Returns: a tensor like x. Its gradient in x is the identity (preserve="mean" only).
 
