@@ -52,7 +52,8 @@ class LearnedBits:
         if not least <= self.nbytes <= most:
             raise ValueError(
                 f"a budget of {self.nbytes} bytes is infeasible: {len(layers)} layers of {FLOOR} to "
-                f"{CEILING} bits take {least} to {most} bytes ({8 * least / total:.4f} to {8 * most / total:.4f} bits "
+                f"{CEILING} bits take {least} to {most} "
+                f"bytes ({8 * least / total:.4f} to {8 * most / total:.4f} bits "
                 "an element)"
             )
         overhead = float(least) - FLOOR * total / 8

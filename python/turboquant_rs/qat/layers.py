@@ -183,7 +183,8 @@ class Prepared(nn.Module):
     def trained_weight(self) -> Tensor:
         """The weight (n, k) that the layer computes with in training, with gradients."""
         if self.qat.method == "pqn":
-            return self._noisy_weight()
+            noisy: Tensor = self._noisy_weight()
+            return noisy
         rounding = self._drawn() if self.qat.rounding.is_stochastic else self.qat.rounding
         arguments = (*self.scheme.op_args(), *rounding.op_args(), self.read_bits)
         value, _, _ = ops.fake_quantize(self.logical, self.scales, self.weight_zero_point, *arguments)
