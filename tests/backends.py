@@ -92,6 +92,72 @@ class Backend:
         flat = (codes.reshape(-1), scales, zero_points)
         return self.unpack(flat, scheme, codes.shape, rounding, planes=[8], **options)
 
+    def encode(
+        self,
+        x: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        scheme: Scheme,
+        planes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The blob of the codes of x on given scales."""
+        args = (*scheme.op_args(), list(planes or scheme.planes))
+        inputs = [part.to(self.device) for part in (x, scales, zero_points)]
+        packed: Tensor = self._allocate("encode", *inputs, *args)
+        self._run("encode_out", *inputs, *args, packed)
+        return packed
+
+    def fake_quantize(
+        self,
+        x: Tensor,
+        scheme: Scheme,
+        rounding: Rounding = NEAREST,
+        *,
+        given: tuple[Tensor, Tensor] | None = None,
+        bits: int | None = None,
+    ) -> Packed:
+        """(x̂, scales, zero_points), on given scales and zero points or on those that are chosen."""
+        args = (*scheme.op_args(), *rounding.op_args())
+        x, read = x.to(self.device), bits or scheme.bits
+        numbers = (None, None) if given is None else tuple(part.to(self.device) for part in given)
+        out, scales, zero_points = self._allocate("fake_quantize", x, *numbers, *args, read)
+        if given is not None:
+            scales, zero_points = (part.clone() for part in numbers if part is not None)
+        self._run("fake_quantize_out", x, *args, given is not None, read, scales, zero_points, out)
+        return out, scales, zero_points
+
+    def fake_quantize_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        scheme: Scheme,
+        bits: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(gradient of x, gradient of the scales)."""
+        args = (*scheme.op_args(), bits or scheme.bits)
+        inputs = [part.to(self.device) for part in (grad, x, scales, zero_points)]
+        outputs: tuple[Tensor, Tensor] = self._allocate("fake_quantize_backward", *inputs, *args)
+        self._run("fake_quantize_backward_out", *inputs, *args, *outputs)
+        return outputs
+
+    def inject_noise(
+        self,
+        x: Tensor,
+        widths: Tensor,
+        group_size: int,
+        rounding: Rounding,
+        preserve: bool = False,
+        offset: int = 0,
+    ) -> Tensor:
+        """x with uniform noise."""
+        args = (group_size, preserve, *rounding.op_args(offset))
+        inputs = [part.to(self.device) for part in (x, widths)]
+        out: Tensor = self._allocate("inject_noise", *inputs, *args)
+        self._run("inject_noise_out", *inputs, *args, out)
+        return out
+
     def pack_codes(self, codes: Tensor, planes: Sequence[int]) -> Tensor:
         """The blob of planes of codes."""
         codes = codes.to(self.device)
@@ -208,12 +274,14 @@ def _key(value: Any) -> Any:
     return tuple(map(_key, value)) if isinstance(value, tuple | list) else value
 
 
-def assert_identical(got: Packed | Tensor, expected: Packed | Tensor, what: object = "") -> None:
+def assert_identical(
+    got: tuple[Tensor, ...] | Tensor, expected: tuple[Tensor, ...] | Tensor, what: object = ""
+) -> None:
     """Equality bit for bit; NaN of any payload equals NaN."""
     if isinstance(expected, tuple):
         assert isinstance(got, tuple) and len(got) == len(expected)
-        for name, a, b in zip(("codes or planes", "scales", "zero_points"), got, expected, strict=True):
-            assert_identical(a, b, f"{name} {what}")
+        for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert_identical(a, b, f"result {number} {what}")
         return
     assert isinstance(got, Tensor)
     got, expected = got.cpu(), expected.cpu()

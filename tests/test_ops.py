@@ -36,12 +36,24 @@ def calls(scheme: Scheme, rounding: Rounding) -> dict[str, tuple[Any, ...]]:
     stored = (packed, scales, zero_points)
     activations = "float" if rounding.op_args()[6] else "int8"
     product = (torch.randn(2, 70), *stored, torch.randn(3), *args, planes, bits, activations, "canonical", 3)
+    # Rows choose their bits, and values, gradients and given scales are, of codes rounded to nearest.
     nearest = (*scheme.op_args(), *NEAREST.op_args())
     low = bits if scheme.levels != "uniform" else planes[0]
     refined = (product[0], *ops.pack(x, *nearest, planes, False), product[4], *nearest, planes, low, bits)
     refined = (*refined, 0.2, "canonical", 3)
     panels = ops.to_panels(*stored, *scheme.op_args(), planes, 70)
+    numbers = ops.quantize(x, *nearest, False)[1:]
+    noise = (x, torch.ones(3, scales.shape[1]), scheme.group_size or 0, args[13], *args[7:])
+    backward = (x, x, *numbers, *scheme.op_args(), bits)
     return {
+        "encode": (x, *numbers, *scheme.op_args(), planes),
+        "fake_quantize": (x, *numbers, *nearest, bits),
+        "fake_quantize_backward": backward,
+        "inject_noise": noise,
+        "encode_out": (x, *numbers, *scheme.op_args(), planes, torch.empty_like(packed)),
+        "fake_quantize_out": (x, *nearest, False, bits, *map(torch.empty_like, numbers), torch.empty_like(x)),
+        "fake_quantize_backward_out": (*backward, torch.empty_like(x), torch.empty(scales.shape)),
+        "inject_noise_out": (*noise, torch.empty_like(x)),
         "pack": (x, *args, planes, False),
         "quantize": (x, *args, False),
         "unpack": (*stored, *args, planes, bits, [3, 70], torch.bfloat16),
@@ -104,7 +116,8 @@ def test_shape_rules_of_odd_shapes(shape: tuple[int, ...]) -> None:
 def test_the_operators_that_return_are_the_ones_that_fill(kind: str) -> None:
     scheme, rounding = SCHEMES[kind]
     arguments = calls(scheme, rounding)
-    for name in ("pack", "pack_codes", "unpack_codes", "matmul", "matmul_refined", "to_panels"):
+    names = ("pack", "encode", "inject_noise", "pack_codes", "unpack_codes", "matmul", "matmul_refined")
+    for name in (*names, "to_panels"):
         # The shape, the last argument of unpack_codes, is that of the memory to fill.
         inputs = arguments[name][: -1 if name == "unpack_codes" else None]
         result = getattr(ops, name)(*arguments[name])

@@ -33,12 +33,14 @@ from turboquant_rs.precision import (
     sensitivity,
     set_precision,
 )
+from turboquant_rs.qat import QAT, PrecisionSchedule, fake_quantize, inject_noise, sandwich
 from turboquant_rs.report import Report
 from turboquant_rs.scheme import Rounding, Scheme
 
 __version__ = version()
 
 __all__ = [
+    "QAT",
     "SLO",
     "BackendUnavailable",
     "Budget",
@@ -52,6 +54,7 @@ __all__ = [
     "Phases",
     "Plan",
     "PrecisionController",
+    "PrecisionSchedule",
     "Quality",
     "QuantizationFormatError",
     "Refinement",
@@ -63,7 +66,9 @@ __all__ = [
     "allocate",
     "bench",
     "dequantize_",
+    "fake_quantize",
     "info",
+    "inject_noise",
     "load",
     "matmul",
     "nn",
@@ -71,6 +76,7 @@ __all__ = [
     "precision",
     "quantize_",
     "refine",
+    "sandwich",
     "save",
     "sensitivity",
     "set_precision",

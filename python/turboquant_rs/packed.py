@@ -502,6 +502,21 @@ def pack(
     return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits)
 
 
+def encode(x: Tensor, scheme: Scheme, scales: Tensor, zero_points: Tensor | None = None) -> PackedTensor:
+    """`pack` to nearest on scales that are given, learned ones for instance, instead of chosen.
+
+    x: `(..., k)`. scales: `(..., groups)` floats, rounded to the scheme's scale_dtype. zero_points: u8 of the
+    same shape, for asymmetric schemes.
+
+    Raises `ValueError` for scales that are NaN, infinite or subnormal, and shapes that do not fit.
+    """
+    _check_floats(x, "x")
+    stored = scales.detach().to(scheme.scale_torch_dtype).contiguous()
+    zeros = x.new_empty(0, dtype=torch.uint8) if zero_points is None else zero_points
+    packed = ops.encode(x.detach(), stored, zeros, *scheme.op_args(), scheme.widths)
+    return PackedTensor(packed, stored, zero_points, x.shape, x.dtype, scheme)
+
+
 def _check_out(out: PackedTensor, x: Tensor, scheme: Scheme, rounding: Rounding) -> None:
     """Refuses memory that this packing would not fill exactly."""
     if not isinstance(out, PackedTensor):

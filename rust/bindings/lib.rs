@@ -9,6 +9,7 @@ mod allocate;
 mod bandwidth;
 mod convert;
 mod enter;
+mod fake_quantize;
 mod matmul;
 mod memory;
 mod philox;
@@ -27,13 +28,15 @@ mod _core {
     #[pymodule_export]
     use crate::bandwidth::{copy_bandwidth, read_bandwidth};
     #[pymodule_export]
+    use crate::fake_quantize::{fake_quantize, fake_quantize_backward, inject_noise};
+    #[pymodule_export]
     use crate::matmul::{Product, from_panels, to_panels};
     #[pymodule_export]
     use crate::philox::philox;
     #[pymodule_export]
     use crate::planes::{pack_codes, unpack_codes};
     #[pymodule_export]
-    use crate::quantize::{pack, unpack};
+    use crate::quantize::{encode, pack, unpack};
     #[pymodule_export]
     use crate::runtime::{active_isa, after_fork, available_isas, compiled_isas, force_isa, version};
     #[pymodule_export]

@@ -1,4 +1,4 @@
-//! Faces of `pack` and `unpack`.
+//! Faces of `pack`, `encode` and `unpack`.
 
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
@@ -29,6 +29,28 @@ pub(crate) fn pack(
     let (x, packed) = (x.source(dtype)?, slice_mut(&mut packed)?);
     let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
     enter(py, || core::pack(x, shape, scheme, rounding, planes, nan_zero, packed, scales, zeros, threads))
+}
+
+/// Packs the codes of x on given scales and zero points, to nearest.
+#[pyfunction]
+pub(crate) fn encode(
+    py: Python<'_>,
+    x: Array<'_>,
+    dtype: &str,
+    scales: Array<'_>,
+    zero_points: Array<'_>,
+    rows: i64,
+    k: i64,
+    scheme: SchemeArgs,
+    planes: Vec<i64>,
+    mut packed: PyReadwriteArray1<'_, u8>,
+    threads: usize,
+) -> PyResult<()> {
+    let scheme = &scheme.check()?;
+    let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(rows, k)?);
+    let (x, packed) = (x.source(dtype)?, slice_mut(&mut packed)?);
+    let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
+    enter(py, || core::encode(x, shape, scheme, planes, false, packed, scales, zeros, threads))
 }
 
 /// Unpacks and dequantizes the top read_bits bits into out (rows · k elements of type dtype).

@@ -88,6 +88,32 @@ pub enum Error {
         /// The type of the scales.
         dtype: ScaleDtype,
     },
+    /// A scale to encode with that no rule makes.
+    #[error("the given scale of group {group} is {scale:e}; scales are finite, and 0 or at least 2^-126")]
+    GivenScale {
+        /// Number of the group, row by row.
+        group: usize,
+        /// The scale.
+        scale: f32,
+    },
+    /// A zero point to encode with that is no code.
+    #[error("the given zero point of group {group} is {zero_point}, above the last code {last}")]
+    GivenZeroPoint {
+        /// Number of the group, row by row.
+        group: usize,
+        /// The zero point.
+        zero_point: f32,
+        /// 2^bits − 1.
+        last: f32,
+    },
+    /// Noise of no width.
+    #[error("the noise width of group {group} is {width:e}; widths are finite and at least 0")]
+    NoiseWidth {
+        /// Number of the group, row by row.
+        group: usize,
+        /// The width.
+        width: f32,
+    },
     /// Block draws of a tensor that does not begin at a row.
     #[error("offset {offset} is not a multiple of the row length {k}; rounding {mode} counts whole rows")]
     Offset {

@@ -19,6 +19,7 @@
 mod allocate;
 mod bandwidth;
 mod error;
+mod fake_quantize;
 mod matmul;
 mod parallel;
 mod philox;
@@ -35,12 +36,14 @@ mod tests;
 pub use allocate::{Choices, allocate, ladder};
 pub use bandwidth::{copy_bandwidth, read_bandwidth};
 pub use error::Error;
+pub use fake_quantize::{fake_quantize, fake_quantize_backward};
 pub use matmul::{Activations, Layout, from_panels, matmul, matmul_refined, panels_nbytes, to_panels};
 pub use parallel::{Team, after_fork, lend_team};
 pub use philox::philox;
 pub use planes::{pack_codes, unpack_codes};
 pub use quantize::{
-    MSE_MULTIPLES, Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut, pack, unpack,
+    MSE_MULTIPLES, Numbers, Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut, encode,
+    inject_noise, pack, unpack,
 };
 pub use scheme::{MAX_PLANES, Mode, Planes, Rounding, ScaleDtype, ScaleRule, Scheme, Table};
 pub use simd::{active_isa, available_isas, compiled_isas, force_isa};

@@ -42,6 +42,8 @@ pub(crate) enum Purpose {
     Element = 0,
     /// One draw a block.
     Block = 1,
+    /// Noise, one draw an element.
+    Noise = 2,
 }
 
 /// The generator of one tensor: key, stream and step fixed.

@@ -20,17 +20,24 @@ mod buffers;
 mod coders;
 mod draws;
 mod groups;
+mod noise;
+mod numbers;
 mod rows;
 mod scales;
 
 use buffers::load_vector;
 pub(crate) use buffers::{Element, check_groups, load_tile};
 pub use buffers::{Scales, ScalesMut, Source, Target, ZeroPoints, ZeroPointsMut};
-use coders::{Coefficients, Drawn, Encode, Grid, Levels, Nearest, Sign, Systematic};
+pub(crate) use coders::within_limit;
+use coders::{Clamped, Coefficients, Drawn, Encode, Grid, Levels, Nearest, Sign, Systematic};
 use draws::Draws;
 use groups::{Batch, Choose, PreserveVariance, Search, Survey, as_f32};
+pub(crate) use groups::{first_lanes, flush};
+pub use noise::inject_noise;
+pub use numbers::Numbers;
 pub(crate) use rows::Rows;
-use scales::{MAX_BITS, Rule};
+pub(crate) use scales::{Groups, inverses};
+use scales::{MAX_BITS, Rule, Sum};
 
 /// Candidates of `scale="mse"`: multiples of the extreme scale, the first of several equals wins.
 pub const MSE_MULTIPLES: [f32; 9] =
@@ -52,9 +59,9 @@ enum Failure {
 
 /// What all spans of a call share.
 #[derive(Clone, Copy)]
-struct Job {
-    shape: Shape,
-    scheme: Scheme,
+pub(crate) struct Job {
+    pub(crate) shape: Shape,
+    pub(crate) scheme: Scheme,
     rounding: Rounding,
     rule: Rule,
     /// Number of the first group of the tensor, for block draws.
@@ -62,6 +69,17 @@ struct Job {
 }
 
 impl Job {
+    pub(crate) fn new(shape: Shape, scheme: &Scheme, rounding: &Rounding) -> Self {
+        let rows_before = rounding.offset().checked_div(shape.k as u64).unwrap_or(0);
+        Self {
+            shape: joined(shape, scheme.group_size()),
+            scheme: *scheme,
+            rounding: *rounding,
+            rule: Rule::new(scheme, rounding.is_stochastic()),
+            first_group: rows_before * scheme.groups(shape.k) as u64,
+        }
+    }
+
     fn group_len(&self) -> usize {
         self.scheme.group_len(self.shape.k)
     }
@@ -75,19 +93,60 @@ fn tiles_aligned(first: u64, span: &Span, group_len: usize) -> bool {
     first.is_multiple_of(TILE as u64) && rows_aligned && groups_aligned
 }
 
-/// One span to pack.
-struct PackSpan<'a> {
+/// Where codes go, a batch at a time.
+pub(crate) trait Sink: Send {
+    /// Memory for the codes of the next part.
+    fn room(&mut self) -> &mut [u8; BATCH + TILE];
+
+    /// Takes the codes of `part`, which lie in `room`, one group behind the other.
+    fn take<I: Isa>(&mut self, isa: I, part: &Part<'_>);
+}
+
+/// Up to sixteen whole groups, or at most a batch of a single long one.
+pub(crate) struct Part<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) group_len: usize,
+    /// Position in its group of the first element.
+    pub(crate) begin: usize,
+    /// Scales and zero points of the groups.
+    pub(crate) s: &'a Groups,
+    pub(crate) z: &'a Groups,
+    /// Whether a group, and whether the row, ends with the last element.
+    pub(crate) group_ends: bool,
+    pub(crate) row_ends: bool,
+}
+
+/// One span to encode.
+struct EncodeSpan<'a, S> {
     job: &'a Job,
     span: Span,
     x: Source<'a>,
     nan_zero: bool,
-    planes: PlaneWriter<'a>,
-    scales: ScalesMut<'a>,
-    zero_points: ZeroPointsMut<'a>,
+    numbers: Numbers<'a>,
+    sink: S,
 }
 
 /// Elements of a batch of groups: read twice, the second time from L1.
-const BATCH: usize = 4096;
+pub(crate) const BATCH: usize = 4096;
+
+/// The sink of [`pack`].
+struct Packing<'a> {
+    codes: Codes,
+    planes: PlaneWriter<'a>,
+}
+
+impl Sink for Packing<'_> {
+    #[inline(always)]
+    fn room(&mut self) -> &mut [u8; BATCH + TILE] {
+        self.codes.room()
+    }
+
+    #[inline(always)]
+    fn take<I: Isa>(&mut self, isa: I, part: &Part<'_>) {
+        self.codes.len += part.x.len();
+        self.codes.pack(isa, part.row_ends, &mut self.planes);
+    }
+}
 
 /// Codes of a row on their way to the planes: what the last batch left over, then those of a batch.
 struct Codes {
@@ -96,6 +155,10 @@ struct Codes {
 }
 
 impl Codes {
+    fn new() -> Self {
+        Self { bytes: Aligned([0; TILE + BATCH + TILE]), len: 0 }
+    }
+
     /// Room for a batch, behind what is waiting.
     fn room(&mut self) -> &mut [u8; BATCH + TILE] {
         let room = self.bytes.0[self.len..].first_chunk_mut();
@@ -119,6 +182,7 @@ impl Codes {
 /// The coder of a call, chosen once a span.
 enum AnyCoder {
     Nearest(Nearest),
+    Clamped(Clamped),
     Sign(Sign),
     Levels(Levels),
     Drawn(Box<Drawn<false>>),
@@ -128,12 +192,14 @@ enum AnyCoder {
 }
 
 impl AnyCoder {
-    fn new(job: &Job, aligned: bool) -> Self {
+    /// `given`: the scales are somebody else's choice and may clip any element.
+    fn new(job: &Job, given: bool, aligned: bool) -> Self {
         let Job { scheme, rounding, .. } = job;
         let group_len = job.group_len();
         match (rounding.mode(), scheme.table()) {
             (Mode::Nearest, Some(table)) => Self::Levels(Levels::new(table.levels())),
             (Mode::Nearest, None) if scheme.bits() == 1 => Self::Sign(Sign),
+            (Mode::Nearest, None) if given => Self::Clamped(Clamped(Nearest::new(scheme))),
             (Mode::Nearest, None) => Self::Nearest(Nearest::new(scheme)),
             (Mode::Systematic, _) if Grid::new(scheme).is_plain() => {
                 Self::SystematicPlain(Box::new(Systematic::new(scheme, rounding, group_len)))
@@ -151,7 +217,7 @@ impl AnyCoder {
     }
 }
 
-impl Kernel for PackSpan<'_> {
+impl<S: Sink> Kernel for EncodeSpan<'_, S> {
     type Output = Result<(), Failure>;
 
     #[inline(always)]
@@ -159,8 +225,8 @@ impl Kernel for PackSpan<'_> {
         let group_len = self.job.group_len();
         let batch_len = (BATCH / group_len).clamp(1, LANES) * group_len;
         let row_len = self.span.end - self.span.begin;
-        let mut coder = AnyCoder::new(self.job, tiles_aligned(self.logical(0), &self.span, group_len));
-        let mut codes = Codes { bytes: Aligned([0; TILE + BATCH + TILE]), len: 0 };
+        let aligned = tiles_aligned(self.logical(0), &self.span, group_len);
+        let mut coder = AnyCoder::new(self.job, self.numbers.are_given(), aligned);
         let mut scratch = Vec::new();
         let mut numbers = Batch::default();
         let mut group = 0;
@@ -172,17 +238,17 @@ impl Kernel for PackSpan<'_> {
                 // More than one part only if there is one group, a long one.
                 for (part, x) in batch.chunks(BATCH).enumerate() {
                     let begin = part * BATCH;
-                    self.encode(isa, &mut coder, x, begin, &numbers, first, group, codes.room());
-                    codes.len += x.len();
-                    let last = first + begin + x.len() == row + row_len;
-                    codes.pack(isa, last, &mut self.planes);
+                    self.encode(isa, &mut coder, x, begin, &numbers, first, group);
+                    let (s, z) = (&numbers.s, &numbers.z);
+                    let (group_ends, row_ends) =
+                        (begin + x.len() == batch.len(), first + begin + x.len() == row + row_len);
+                    self.sink.take(isa, &Part { x, group_len, begin, s, z, group_ends, row_ends });
                 }
                 if self.job.rounding.preserve_variance() {
                     self.preserve_variance(isa, batch, &mut numbers);
                 }
                 let count = batch.len().div_ceil(group_len);
-                self.scales.store(group, &numbers.s[..count]);
-                self.zero_points.store(group, &numbers.z[..count]);
+                self.numbers.store(group, &numbers.s[..count], &numbers.z[..count]);
                 group += count;
             }
         }
@@ -190,7 +256,7 @@ impl Kernel for PackSpan<'_> {
     }
 }
 
-impl PackSpan<'_> {
+impl<S: Sink> EncodeSpan<'_, S> {
     /// Logical index of element `at` of the span.
     fn logical(&self, at: usize) -> u64 {
         let first = self.span.row * self.job.shape.k + self.span.begin;
@@ -200,7 +266,7 @@ impl PackSpan<'_> {
     /// Encodes a batch, whose first group is number `group` of the span and begins at element `first`.
     #[inline(always)]
     fn encode<I: Isa>(
-        &self,
+        &mut self,
         isa: I,
         coder: &mut AnyCoder,
         x: &[f32],
@@ -208,11 +274,11 @@ impl PackSpan<'_> {
         numbers: &Batch,
         first: usize,
         group: usize,
-        codes: &mut [u8; BATCH + TILE],
     ) {
         let group_len = self.job.group_len();
         let number = self.job.first_group + self.group_number(group) as u64;
         let first = self.logical(first);
+        let codes = self.sink.room();
         macro_rules! encode {
             ($coder:expr) => {
                 isa.vectorize(Encode {
@@ -229,6 +295,7 @@ impl PackSpan<'_> {
         }
         match coder {
             AnyCoder::Nearest(coder) => encode!(coder),
+            AnyCoder::Clamped(coder) => encode!(coder),
             AnyCoder::Sign(coder) => encode!(coder),
             AnyCoder::Levels(coder) => encode!(coder),
             AnyCoder::Drawn(coder) => encode!(&mut **coder),
@@ -255,8 +322,18 @@ impl PackSpan<'_> {
     ) -> Result<(), Failure> {
         let Job { scheme, rule, .. } = self.job;
         let group_len = self.job.group_len();
-        if !isa.vectorize(Survey { batch: numbers, x: batch, group_len, sum: rule.sum() }) {
+        let sum = if self.numbers.are_given() { Sum::None } else { rule.sum() };
+        if !isa.vectorize(Survey { batch: numbers, x: batch, group_len, sum }) {
             return Err(self.blame(batch, first));
+        }
+        if let Numbers::Given(scales, zero_points) = &self.numbers {
+            let constant = scheme.zero_point().unwrap_or(0.0);
+            for i in 0..batch.len().div_ceil(group_len) {
+                numbers.s[i] = scales.get(group + i);
+                numbers.z[i] = zero_points.get(group + i, constant);
+            }
+            numbers.coefficients = Coefficients::new(&numbers.s, &numbers.z);
+            return Ok(());
         }
         if !isa.vectorize(Choose { batch: numbers, rule: *rule, scheme }) {
             let i = numbers.s.iter().position(|s| !s.is_finite()).unwrap_or(0);
@@ -374,19 +451,76 @@ pub(crate) fn pack_on(
     zero_points: ZeroPointsMut<'_>,
     threads: usize,
 ) -> Result<(), Error> {
-    rounding.check(scheme, shape.k)?;
     check_groups(shape, scheme, rounding, scales.view(), zero_points.view())?;
+    let numbers = Numbers::Chosen(scales, zero_points);
+    pack_numbers(isa, x, shape, scheme, rounding, planes, nan_zero, packed, numbers, threads)
+}
+
+/// Packs the codes of a tensor on scales and zero points that are given: [`pack`], to nearest, without the choice.
+///
+/// Errors besides those of [`pack`]: a scale that is NaN, infinite or subnormal, a zero point beyond the codes.
+pub fn encode(
+    x: Source<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    planes: &Planes,
+    nan_zero: bool,
+    packed: &mut [u8],
+    scales: Scales<'_>,
+    zero_points: ZeroPoints<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    let (isa, rounding) = (Token::active(), &Rounding::nearest());
+    let numbers = Numbers::given(shape, scheme, scales, zero_points)?;
+    pack_numbers(isa, x, shape, scheme, rounding, planes, nan_zero, packed, numbers, threads)
+}
+
+fn pack_numbers(
+    isa: Token,
+    x: Source<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    planes: &Planes,
+    nan_zero: bool,
+    packed: &mut [u8],
+    numbers: Numbers<'_>,
+    threads: usize,
+) -> Result<(), Error> {
     shape.check("packed", packed.len(), planes.nbytes(shape.rows, shape.k))?;
-    let rule = Rule::new(scheme, rounding.is_stochastic());
-    let rows_before = rounding.offset().checked_div(shape.k as u64).unwrap_or(0);
-    let first_group = rows_before * scheme.groups(shape.k) as u64;
+    encode_spans(isa, x, shape, scheme, rounding, nan_zero, numbers, threads, |job, spans| {
+        let writers = PlaneWriter::cut(packed, *planes, job.shape, spans).into_iter();
+        writers.map(|planes| Packing { codes: Codes::new(), planes }).collect()
+    })
+}
+
+/// Chooses scales unless they are given, and hands the codes of x, span by span, to the sinks that `sinks` makes:
+/// one for each span.
+pub(crate) fn encode_spans<S: Sink>(
+    isa: Token,
+    x: Source<'_>,
+    shape: Shape,
+    scheme: &Scheme,
+    rounding: &Rounding,
+    nan_zero: bool,
+    mut numbers: Numbers<'_>,
+    threads: usize,
+    sinks: impl FnOnce(&Job, &[Span]) -> Vec<S>,
+) -> Result<(), Error> {
+    rounding.check(scheme, shape.k)?;
     shape.check("x", x.len(), shape.len())?;
-    let shape = joined(shape, scheme);
-    let job = Job { shape, scheme: *scheme, rounding: *rounding, rule, first_group };
-    let spans = group_spans(shape, scheme, threads);
-    let tasks = pack_tasks(&job, &spans, x, nan_zero, *planes, packed, scales, zero_points);
+    let job = Job::new(shape, scheme, rounding);
+    let spans = group_spans(job.shape, scheme, threads);
+    let mut first = 0;
+    let task = |(sink, span): (S, &Span)| {
+        let x = x.part(first, span.len());
+        first += span.len();
+        let numbers = numbers.take(span.total_groups());
+        EncodeSpan { job: &job, span: *span, x, nan_zero, numbers, sink }
+    };
+    let tasks = sinks(&job, &spans).into_iter().zip(&spans).map(task).collect();
     let failure = Mutex::new(None::<Failure>);
-    parallel::for_each(threads, tasks, |task: PackSpan<'_>| {
+    parallel::for_each(threads, tasks, |task: EncodeSpan<'_, S>| {
         if let Err(found) = isa.run(task)
             && let Ok(mut first) = failure.lock()
         {
@@ -400,31 +534,8 @@ pub(crate) fn pack_on(
     }
 }
 
-/// The spans with their parts of all buffers.
-fn pack_tasks<'a>(
-    job: &'a Job,
-    spans: &[Span],
-    x: Source<'a>,
-    nan_zero: bool,
-    planes: Planes,
-    packed: &'a mut [u8],
-    mut scales: ScalesMut<'a>,
-    mut zero_points: ZeroPointsMut<'a>,
-) -> Vec<PackSpan<'a>> {
-    let mut first = 0;
-    let mut task = |(planes, span): (PlaneWriter<'a>, &Span)| {
-        let x = x.part(first, span.len());
-        first += span.len();
-        let groups = span.total_groups();
-        let (scales, zero_points) = (scales.take(groups), zero_points.take(groups));
-        PackSpan { job, span: *span, x, nan_zero, planes, scales, zero_points }
-    };
-    PlaneWriter::cut(packed, planes, job.shape, spans).into_iter().zip(spans).map(&mut task).collect()
-}
-
 /// The shape to work on: rows of whole groups in whole bytes follow each other like groups of one long row.
-fn joined(shape: Shape, scheme: &Scheme) -> Shape {
-    let group = scheme.group_size();
+fn joined(shape: Shape, group: usize) -> Shape {
     let whole = group != 0 && shape.k.is_multiple_of(group) && shape.k.is_multiple_of(8);
     if whole { Shape { rows: 1, k: shape.len() } } else { shape }
 }
@@ -605,7 +716,7 @@ pub(crate) fn unpack_on(
     let prefix = readable(scheme, rounding, planes, read_bits)?;
     check_packed(packed, shape, planes, &prefix)?;
     shape.check("out", out.len(), shape.len())?;
-    let shape = joined(shape, scheme);
+    let shape = joined(shape, scheme.group_size());
     let dropped = scheme.bits() - read_bits;
     let stream = out.nbytes() >= STREAM_BYTES;
     let job = Reading { shape, scheme: *scheme, rounding: *rounding, dropped, stream };

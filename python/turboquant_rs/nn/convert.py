@@ -48,6 +48,16 @@ class Follower(Prescription, Protocol):
         """Makes the packed model choose its bits forward by forward."""
 
 
+@runtime_checkable
+class Recipe(Protocol):
+    """What swaps the layers of a model in a way of its own; `tq.QAT` is one."""
+
+    def apply(
+        self, model: nn.Module, *, nested: bool, skip: Iterable[str], activations: str, progress: bool
+    ) -> Report:
+        """Swaps the layers in place and reports on each."""
+
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2.0**120  # the domain of the format
 SQNR_CHUNK = 1 << 18  # elements decoded at a time to measure the error
@@ -56,7 +66,7 @@ SLOWER = 1.05  # times that a layer may take quantized: less than that is within
 
 def quantize_(
     model: nn.Module,
-    schemes: SchemeLike | Mapping[str, SchemeLike] | Prescription,
+    schemes: SchemeLike | Mapping[str, SchemeLike] | Prescription | Recipe,
     *,
     nested: bool = False,
     skip: Iterable[str] = (),
@@ -75,7 +85,8 @@ def quantize_(
         module names. Embeddings, output heads (`lm_head`) and tied weights are selected only by a pattern
         that singles them out by name (`lm_head`, `*embed*`; not `*`); tied layers only together and with one
         scheme, and they then share one packed weight. Or a `tq.Plan`: each of its layers at its bits; or
-        a `tq.PhasedPlan`: packed nested, and read by position.
+        a `tq.PhasedPlan`: packed nested, and read by position. Or a `tq.QAT`, which prepares the layers for
+        training, or packs those that are prepared.
     nested: with a plan: pack its layers once, with a nested scheme, and read each at its bits
         (`tq.set_precision(model, other_plan.bits)` then changes plans without packing anything again).
     skip: patterns of layers to leave alone.
@@ -103,6 +114,13 @@ def quantize_(
     _require_inner_layers(model)
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r} is unknown; use 'int8' or 'float'")
+    if isinstance(schemes, Recipe):
+        if rounding != "nearest" or seed is not None or keep_if_slower or dry_run:
+            raise ValueError(
+                f"{type(schemes).__name__} decides by itself: leave rounding, seed, keep_if_slower and "
+                "dry_run out here"
+            )
+        return schemes.apply(model, nested=nested, skip=skip, activations=activations, progress=progress)
     read: dict[str, int] = {}
     follower = schemes if isinstance(schemes, Follower) else None
     if isinstance(schemes, Prescription):
@@ -162,7 +180,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         successor = layer.to_float()
         if weights.setdefault(memory, successor.weight).shape == successor.weight.shape:
             successor.weight = weights[memory]
-        _replace(model, names, layer, successor)
+        replace_module(model, names, layer, successor)
     return model
 
 
@@ -181,7 +199,7 @@ def prepare_(model: nn.Module, schemes: Mapping[str, SchemeLike], *, activations
             raise no_match(name, candidates)
     for name, scheme in schemes.items():
         names, module = modules[name]
-        _replace(model, names, module, _empty_like(module, _scheme(scheme), activations))
+        replace_module(model, names, module, _empty_like(module, _scheme(scheme), activations))
     return model
 
 
@@ -285,6 +303,8 @@ def _select(
 def _obstacle(module: nn.Module) -> str:
     """Why a selected layer cannot be swapped for a quantized one; empty if it can."""
     kind = type(module)
+    if hasattr(module, "qat"):
+        return "prepared for training: finish with tq.QAT(step='convert')"
     if isinstance(module, PackedWeight):
         return f"already quantized ({module._scheme_repr()})"
     if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -506,7 +526,7 @@ def _convert(model: nn.Module, step: _Step, rounding: Rounding, activations: str
         successor.load_packed("weight", packed)
         if isinstance(successor, QuantLinear):
             successor.bias = partner.bias  # type: ignore[assignment]  # nn.Module attributes are Tensor | Module
-        _replace(model, names, partner, successor)
+        replace_module(model, names, partner, successor)
     return entry
 
 
@@ -552,13 +572,13 @@ _STATE_HOOKS = (
 # What a quantized layer keeps for itself, so that it does not pass to a float successor.
 _OURS = frozenset(
     (
-        *("scheme", "rounding", "weight_dtype", "activations", "transposed"),
+        *("scheme", "rounding", "weight_dtype", "activations", "transposed", "qat"),
         *("_stored_bits", "_read_bits", "in_features", "out_features"),
     )
 )
 
 
-def _replace(model: nn.Module, names: Sequence[str], old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, names: Sequence[str], old: nn.Module, new: nn.Module) -> None:
     """Puts `new` in the place of `old` under all its names, with its hooks, attributes and training mode.
 
     The hook dictionaries themselves change hands, so handles that the user keeps still remove their hook.

@@ -20,12 +20,20 @@ from turboquant_rs.ops import autograd, cpu, reference
 from turboquant_rs.ops.schema import OPS
 
 pack_out: Callable[..., None] = OPS.pack_out.default
+encode_out: Callable[..., None] = OPS.encode_out.default
+fake_quantize_out: Callable[..., None] = OPS.fake_quantize_out.default
+fake_quantize_backward_out: Callable[..., None] = OPS.fake_quantize_backward_out.default
+inject_noise_out: Callable[..., None] = OPS.inject_noise_out.default
 unpack_out: Callable[..., None] = OPS.unpack_out.default
 pack_codes_out: Callable[..., None] = OPS.pack_codes_out.default
 unpack_codes_out: Callable[..., None] = OPS.unpack_codes_out.default
 matmul_out: Callable[..., None] = OPS.matmul_out.default
 pack: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.pack.default
 quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.quantize.default
+encode: Callable[..., Tensor] = OPS.encode.default
+fake_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.fake_quantize.default
+fake_quantize_backward: Callable[..., tuple[Tensor, Tensor]] = OPS.fake_quantize_backward.default
+inject_noise: Callable[..., Tensor] = OPS.inject_noise.default
 unpack: Callable[..., Tensor] = OPS.unpack.default
 dequantize: Callable[..., Tensor] = OPS.dequantize.default
 pack_codes: Callable[..., Tensor] = OPS.pack_codes.default
@@ -42,8 +50,16 @@ __all__ = [
     "autograd",
     "cpu",
     "dequantize",
+    "encode",
+    "encode_out",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "fake_quantize_backward_out",
+    "fake_quantize_out",
     "from_panels",
     "from_panels_out",
+    "inject_noise",
+    "inject_noise_out",
     "matmul",
     "matmul_out",
     "matmul_refined",

@@ -1,4 +1,5 @@
-"""Gradients: matmul has those of its activations and bias.
+"""Gradients: matmul has those of its activations and bias, fake_quantize straight-through ones (Bengio et al.
+2013) and those of LSQ (Esser et al. 2020) in given scales, inject_noise exact ones.
 
 Quantizing gives integers, which have none, like `argmax`: its results do not require grad. Dequantizing is
 differentiable in the scales in principle; here it refuses rather than ignore them.
@@ -30,7 +31,7 @@ def _refuse(name: str) -> Callable[..., Any]:
     return backward
 
 
-for _name in ("pack", "quantize", "to_panels", "from_panels"):
+for _name in ("pack", "encode", "quantize", "to_panels", "from_panels", "fake_quantize_backward"):
     register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), setup_context=_end_graph, lib=LIBRARY)
 for _name in ("unpack", "dequantize"):
     register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), lib=LIBRARY)
@@ -88,4 +89,62 @@ register_autograd(
     _matmul_refined_backward,
     setup_context=_keep_weight_and_rows,
     lib=LIBRARY,
+)
+
+
+def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, given, _zero_points, *ctx.args = inputs
+    _out, scales, zeros = output
+    ctx.given_dtype = None if given is None else given.dtype
+    ctx.mark_non_differentiable(scales, zeros)
+    ctx.save_for_backward(x, scales, zeros)
+
+
+def _fake_quantize_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Stochastic rounding never clips, so its gradient in x is that of the output."""
+    x, scales, zero_points = ctx.saved_tensors
+    *scheme_and_rounding, read_bits = ctx.args
+    grad_x, grad_scales = grad, None
+    if scheme_and_rounding[7] == "nearest":
+        scheme = scheme_and_rounding[:7]
+        stored = (x.detach(), scales, zero_points)
+        found = OPS.fake_quantize_backward.default(grad.to(x.dtype), *stored, *scheme, read_bits)
+        grad_x, grad_scales = found[0], found[1] if ctx.given_dtype is not None else None
+    if grad_scales is not None:
+        grad_scales = grad_scales.to(ctx.given_dtype)
+    return grad_x, grad_scales, None, *[None] * len(ctx.args)
+
+
+register_autograd(
+    f"{NAMESPACE}::fake_quantize", _fake_quantize_backward, setup_context=_keep_codes, lib=LIBRARY
+)
+
+
+def _keep_draws(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, widths, ctx.group_size, ctx.preserve, *ctx.rounding = inputs
+    ctx.shape, ctx.dtype = x.shape, x.dtype
+    ctx.save_for_backward(widths)
+
+
+def _inject_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """d/dx = grad; d/dwidth = Σ grad · ξ over the group, with ξ drawn again."""
+    (widths,) = ctx.saved_tensors
+    grad_widths = None
+    if ctx.preserve:
+        raise RuntimeError(
+            'inject_noise has gradients with preserve="mean" only: "mean+var" makes each element depend on '
+            'all of its group; detach x, or use "mean"'
+        )
+    if ctx.needs_input_grad[1]:
+        ones, zeros = torch.ones_like(widths), torch.zeros_like(grad, dtype=torch.float32)
+        noise = OPS.inject_noise.default(zeros, ones, ctx.group_size, False, *ctx.rounding)
+        groups = widths.shape[-1] if widths.dim() else 1
+        size = ctx.group_size or max(grad.shape[-1], 1)
+        terms = torch.nn.functional.pad(grad.float() * noise, (0, groups * size - grad.shape[-1]))
+        grad_widths = terms.reshape(*grad.shape[:-1], groups, size).sum(-1)
+    return grad, grad_widths, None, None, *[None] * len(ctx.rounding)
+
+
+register_autograd(
+    f"{NAMESPACE}::inject_noise", _inject_noise_backward, setup_context=_keep_draws, lib=LIBRARY
 )

@@ -102,6 +102,75 @@ def pack_out(x: Tensor, *args: Any) -> None:
     )
 
 
+def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Pack the codes of x `(..., k)` on given scales and zero points; fills packed."""
+    planes, packed = args[7:]
+    _core.encode(
+        _array(x),
+        _name(x),
+        _array(scales),
+        _array(zero_points),
+        *rows_and_k(x.shape),
+        _scheme(args),
+        planes,
+        _written(packed),
+        torch.get_num_threads(),
+    )
+
+
+def fake_quantize_out(x: Tensor, *args: Any) -> None:
+    """Quantize and dequantize x `(..., k)` into out, on `given` scales or filling scales and zero_points."""
+    given, read_bits, scales, zero_points, out = args[15:]
+    _core.fake_quantize(
+        _array(x),
+        _name(x),
+        *rows_and_k(x.shape),
+        *_scheme_and_rounding(args),
+        given,
+        read_bits,
+        _written(scales),
+        _written(zero_points),
+        _written(out),
+        torch.get_num_threads(),
+    )
+
+
+def fake_quantize_backward_out(
+    grad: Tensor, x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any
+) -> None:
+    """The gradients of `fake_quantize` in x `(..., k)` and, f32, in the scales `(..., groups)` it used."""
+    read_bits, grad_x, grad_scales = args[7:]
+    _core.fake_quantize_backward(
+        _array(grad),
+        _array(x),
+        _name(x),
+        _array(scales),
+        _array(zero_points),
+        *rows_and_k(x.shape),
+        _scheme(args),
+        read_bits,
+        _written(grad_x),
+        _written(grad_scales),
+        torch.get_num_threads(),
+    )
+
+
+def inject_noise_out(x: Tensor, widths: Tensor, group_size: int, preserve: bool, *args: Any) -> None:
+    """Add uniform noise of ±width / 2 to x `(..., k)`, one of the f32 widths `(..., groups)` a group."""
+    *rounding, out = args
+    _core.inject_noise(
+        _array(x),
+        _name(x),
+        _array(widths),
+        *rows_and_k(x.shape),
+        group_size,
+        preserve,
+        tuple(rounding),
+        _written(out),
+        torch.get_num_threads(),
+    )
+
+
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
     """Dequantize the top read_bits bits into out `(..., k)`, rounded to its dtype."""
     planes, read_bits, out = args[15:]

@@ -140,15 +140,17 @@ def _words(rounding: RoundingArgs, purpose: int, first: int, count: int, device:
     return torch.stack(philox((n & MASK32, (n >> 32) | (purpose << 24), c2, c3), key), dim=-1)
 
 
-def element_draws(rounding: RoundingArgs, first: int, count: int, device: torch.device) -> Tensor:
-    """Purpose 0: the `draw_bits` random bits of elements first … first + count − 1.
+def element_draws(
+    rounding: RoundingArgs, first: int, count: int, device: torch.device, purpose: int = 0
+) -> Tensor:
+    """Purpose 0, or that of noise: the `draw_bits` random bits of elements first … first + count − 1.
 
     A tile owns 16 counters, word-major: element j of its 64 takes word j div 16 of counter j mod 16. With 16
     bits a draw a tile has 128 elements: first the low halves of those 64 words, then the high halves.
     """
     size = 64 if rounding.draw_bits == 32 else 128
     tiles = range(first // size, -(-(first + count) // size))
-    words = _words(rounding, 0, 16 * tiles.start, 16 * len(tiles), device)
+    words = _words(rounding, purpose, 16 * tiles.start, 16 * len(tiles), device)
     words = words.view(len(tiles), 16, 4).transpose(1, 2)
     if rounding.draw_bits == 16:
         words = torch.stack((words & 0xFFFF, words >> 16), dim=1)
@@ -310,12 +312,17 @@ def _levels(codes: Tensor, scheme: SchemeArgs) -> Tensor:
     return table[codes.long().clamp(max=len(scheme.table) - 1)]
 
 
+def quotients(x: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 / s), and 0 where s is 0; cut off far outside the codes."""
+    inverse = torch.where(scale == 0, 0.0, _divide(_full(scale, 1.0), scale))
+    return (x * inverse[..., None]).clamp(-CODE_LIMIT, CODE_LIMIT)
+
+
 def nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
     """Codes by rounding to nearest: u = clamp(RNE(x · (1 / s)) + z); B = 1: u = 1 where x >= 0."""
     if scheme.bits == 1 and not scheme.table:
         return (x >= 0).long()
-    inverse = torch.where(scale == 0, 0.0, _divide(_full(scale, 1.0), scale))
-    t = (x * inverse[..., None]).clamp(-CODE_LIMIT, CODE_LIMIT)
+    t = quotients(x, scale)
     if scheme.table:
         # The level nearest t; in the middle between two, the lower one. The middles are exact in f32.
         table = torch.tensor(list(scheme.table), dtype=torch.float32, device=x.device)
@@ -506,6 +513,145 @@ def _dither(rounding: RoundingArgs, count: int, device: torch.device) -> Tensor:
     draws = element_draws(rounding, rounding.offset, count, device)
     word = (draws << 16) | 0x8000 if rounding.draw_bits == 16 else draws | 1
     return (0x80000000 - word).float() * 2.0**-32
+
+
+# Given scales, fake quantization and noise ----------------------------------------------------------------
+
+
+def encode(
+    x: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, nan_zero: bool = False
+) -> Tensor:
+    """Codes u8 `(rows, k)` by rounding to nearest on scales and zero points that are given."""
+    values = checked_input(x, nan_zero)
+    rows, k = values.shape
+    size = _group_length(k, scheme.group_size)
+    scale, zero = _given(scales, zero_points, scheme, rows)
+    codes = nearest_codes(_split(values, size), scale, zero, scheme)
+    return codes.flatten(1)[:, :k].to(torch.uint8)
+
+
+def _given(scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, rows: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points `(rows, groups)` as f32; those that no rule makes are refused."""
+    scale = scales.reshape(rows, -1).float() if rows else scales.reshape(0, 0).float()
+    refused = ~(scale.isfinite() & ((scale == 0) | (scale.abs() >= SMALLEST_NORMAL))).flatten()
+    if refused.any():
+        group = int(refused.int().argmax())
+        raise ValueError(
+            f"the given scale of group {group} is {float(scale.flatten()[group]):e}; scales are finite, "
+            "and 0 or at least 2^-126"
+        )
+    if not zero_points.numel():
+        return scale, _full(scale, fixed_zero_point(scheme))
+    zero, last = zero_points.reshape(rows, -1).float(), 2**scheme.bits - 1
+    beyond = (zero > last).flatten()
+    if beyond.any():
+        group = int(beyond.int().argmax())
+        raise ValueError(
+            f"the given zero point of group {group} is {int(zero.flatten()[group])}, above the last code "
+            f"{last}"
+        )
+    return scale, zero
+
+
+def check_fake_quantize(
+    scheme: SchemeArgs, rounding: RoundingArgs | None, given: bool, read_bits: int
+) -> None:
+    """Refuses what has no value of its own to decode to, and bits that cannot be read."""
+    if rounding is not None and (rounding.preserve_variance or rounding.mode == "subtractive"):
+        raise ValueError(
+            'fake_quantize decodes codes and scales alone; use preserve="mean" and no subtractive dither'
+        )
+    if given and rounding is not None and rounding.mode != "nearest":
+        raise ValueError("given scales may clip, which stochastic rounding must not; round to nearest")
+    lowest = scheme.bits if scheme.table else 1
+    if not lowest <= read_bits <= scheme.bits:
+        raise ValueError(f"cannot read {read_bits} of {scheme.bits} bits; use {lowest} to {scheme.bits}")
+
+
+def highest_level(scheme: SchemeArgs) -> float:
+    """Qp of LSQ: the level farthest above the zero point; of asymmetric schemes the last code."""
+    if scheme.table:
+        return float(scheme.table[-1] - TABLE_ZERO)
+    last = 2.0**scheme.bits - 1
+    return last - fixed_zero_point(scheme) if scheme.symmetric else last
+
+
+def inside(v: Tensor, zero: Tensor, scheme: SchemeArgs) -> Tensor:
+    """Where the code of v = x / s is not clamped. Levels and signs have no codes beyond: by v itself."""
+    if scheme.table:
+        reach, low, high = v, scheme.table[0] - TABLE_ZERO, scheme.table[-1] - TABLE_ZERO
+    elif scheme.bits == 1:
+        reach, low, high = v, -1.0, 1.0
+    else:
+        reach, low, high = v.round() + zero[..., None], 0.0, 2.0**scheme.bits - 1
+    return (reach >= low) & (reach <= high)
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, read_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `dequantize(encode(x))` in x, f32 `(rows, k)`, and in the scales, f32 `(rows, groups)`.
+
+    LSQ (Esser et al. 2020): x̂ = s·Q(v), v = x / s, with dQ/dv = 1 where the code is not clamped and 0 where
+    it is. So ∂x̂/∂x is 1 or 0, and ∂x̂/∂s is Q − v or Q; the latter is scaled by 1 / √(N·Qp).
+    """
+    values = checked_input(x, False)
+    rows, k = values.shape
+    size = _group_length(k, scheme.group_size)
+    scale, zero = _given(scales, zero_points, scheme, rows)
+    elements, grads = _split(values, size), _split(_to_f32(grad).reshape(rows, k), size)
+    v = quotients(elements, scale)
+    passes = inside(v, zero, scheme)
+    rest = 2 ** (scheme.bits - read_bits)
+    codes = nearest_codes(elements, scale, zero, scheme) // rest * rest
+    q = _levels(codes, scheme) + (rest - 1) / 2 - zero[..., None]
+    n = _lengths(k, elements.shape[1], size, x.device)
+    positions = torch.arange(size, device=x.device)
+    terms = torch.where(positions < n[:, None], grads * (q - torch.where(passes, v, 0.0)), 0.0)
+    factor = _divide(_full(n, 1.0), _sqrt(n * highest_level(scheme)))
+    grad_x = torch.where(passes, grads, 0.0).flatten(1)[:, :k]
+    return grad_x, _sum16(terms) * factor
+
+
+def noise(rounding: RoundingArgs, count: int, device: torch.device) -> Tensor:
+    """Purpose 2: uniform in ±½, f32; the top 24 bits of a draw, centred."""
+    draws = element_draws(rounding._replace(draw_bits=32), rounding.offset, count, device, purpose=2)
+    return ((draws >> 8).float() - 8388607.5) * 2.0**-24
+
+
+def inject_noise(
+    x: Tensor, widths: Tensor, group_size: int, preserve: bool, rounding: RoundingArgs
+) -> Tensor:
+    """x `(rows, k)` as f32 with uniform noise of ±width / 2, one width a group.
+
+    `preserve`: deviations of each group from its mean are shrunk by sqrt(σ² / (σ² + v)), v the mean square of
+    the noise. Where σ² + v is 0 or overflows, nothing is shrunk.
+    """
+    values = _to_f32(x).reshape(rows_and_k(x.shape))
+    rows, k = values.shape
+    size = _group_length(k, group_size)
+    width = widths.reshape(rows, -1) if rows else widths.reshape(0, 0)
+    refused = ~(width.isfinite() & (width >= 0)).flatten()
+    if refused.any():
+        group = int(refused.int().argmax())
+        raise ValueError(
+            f"the noise width of group {group} is {float(width.flatten()[group]):e}; widths are finite and "
+            "at least 0"
+        )
+    elements = _split(values, size)
+    added = _split(noise(rounding, rows * k, x.device).view(rows, k), size) * width[..., None]
+    y = elements + added
+    if preserve:
+        n = _lengths(k, elements.shape[1], size, x.device)
+        mean = _divide(_sum16(elements), n)[..., None]
+        here = torch.arange(size, device=x.device) < n[:, None]
+        deviation = elements - mean
+        variance = _divide(_sum16(torch.where(here, deviation * deviation, 0.0)), n)
+        power = _divide(_sum16(torch.where(here, added * added, 0.0)), n)
+        total = variance + power
+        factor = torch.where((total == 0) | ~total.isfinite(), 1.0, _sqrt(_divide(variance, total)))
+        y = mean + (y - mean) * factor[..., None]
+    return y.flatten(1)[:, :k]
 
 
 # Planes ---------------------------------------------------------------------------------------------------
@@ -723,6 +869,44 @@ def pack_out(x: Tensor, *args: Any) -> None:
     scales.copy_(new_scales.view_as(scales))
     if new_zeros is not None:
         zero_points.copy_(new_zeros.view_as(zero_points))
+
+
+def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Pack the codes of x `(..., k)` on given scales and zero points; fills packed."""
+    planes, packed = args[7:]
+    packed.copy_(pack_codes(encode(x, scales, zero_points, SchemeArgs(*args[:7])), planes))
+
+
+def fake_quantize_out(x: Tensor, *args: Any) -> None:
+    """Quantize and dequantize x `(..., k)` into out, on `given` scales or filling scales and zero_points."""
+    scheme, rounding, (given, read_bits, scales, zero_points, out) = split_args(args)
+    check_fake_quantize(scheme, rounding, given, read_bits)
+    if given:
+        codes = encode(x, scales, zero_points, scheme)
+    else:
+        codes, new_scales, new_zeros = quantize(x, scheme, rounding)
+        scales.copy_(new_scales.view_as(scales))
+        if new_zeros is not None:
+            zero_points.copy_(new_zeros.view_as(zero_points))
+    prefix = codes >> (scheme.bits - read_bits)
+    out.copy_(dequantize(prefix, scales, zero_points, scheme, rounding, read_bits).view_as(out))
+
+
+def fake_quantize_backward_out(
+    grad: Tensor, x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any
+) -> None:
+    """The gradients of `fake_quantize` in x `(..., k)` and, f32, in the scales `(..., groups)` it used."""
+    scheme, (read_bits, grad_x, grad_scales) = SchemeArgs(*args[:7]), args[7:]
+    check_fake_quantize(scheme, None, True, read_bits)
+    found = fake_quantize_backward(grad, x, scales, zero_points, scheme, read_bits)
+    for out, values in zip((grad_x, grad_scales), found, strict=True):
+        out.copy_(values.reshape(out.shape))
+
+
+def inject_noise_out(x: Tensor, widths: Tensor, group_size: int, preserve: bool, *args: Any) -> None:
+    """Add uniform noise of ±width / 2 to x `(..., k)`, one of the f32 widths `(..., groups)` a group."""
+    *rounding, out = args
+    out.copy_(inject_noise(x, widths, group_size, preserve, RoundingArgs(*rounding)).view_as(out))
 
 
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:

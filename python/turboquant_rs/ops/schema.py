@@ -11,6 +11,10 @@ Two groups of arguments recur, always flat and always in this order:
   systematic or subtractive; `seed` is the two's complement of a u64; `stream` is a CRC-32; `offset` is the
   logical index of the tensor's first element.
 
+`encode` is `pack` on scales that are given; `fake_quantize` is `unpack(pack(x))` in one pass, on scales that
+it chooses and returns or, `given`, on those that lie in the outputs; its gradients are an operator of their
+own.
+
 `planes` lists widths, most significant first, or is `[8]`: one byte a code, whatever the bits.
 
 `matmul_refined` is a matmul with int8 activations whose rows of x read `refined_bits` where their size, that
@@ -61,7 +65,15 @@ _STORED = "Tensor packed, Tensor scales, Tensor zero_points"
 _SCHEMAS = (
     f"pack_out(Tensor x, {_SCHEME}, {_ROUNDING}, int[] planes, bool nan_zero, "
     "Tensor(a!) packed, Tensor(b!) scales, Tensor(c!) zero_points) -> ()",
+    f"encode_out(Tensor x, Tensor scales, Tensor zero_points, {_SCHEME}, int[] planes, "
+    "Tensor(a!) packed) -> ()",
     f"unpack_out({_STORED}, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, Tensor(a!) out) -> ()",
+    f"fake_quantize_out(Tensor x, {_SCHEME}, {_ROUNDING}, bool given, int read_bits, "
+    "Tensor(a!) scales, Tensor(b!) zero_points, Tensor(c!) out) -> ()",
+    f"fake_quantize_backward_out(Tensor grad, Tensor x, Tensor scales, Tensor zero_points, {_SCHEME}, "
+    "int read_bits, Tensor(a!) grad_x, Tensor(b!) grad_scales) -> ()",
+    f"inject_noise_out(Tensor x, Tensor widths, int group_size, bool preserve, {_ROUNDING}, "
+    "Tensor(a!) out) -> ()",
     "pack_codes_out(Tensor codes, int[] planes, Tensor(a!) packed) -> ()",
     "unpack_codes_out(Tensor packed, int[] planes, int read_bits, Tensor(a!) codes) -> ()",
     f"matmul_out(Tensor x, {_STORED}, Tensor? bias, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, "
@@ -75,6 +87,12 @@ _SCHEMAS = (
     "SymInt k, Tensor(a!) packed, Tensor(b!) scales, Tensor(c!) zero_points) -> ()",
     f"pack(Tensor x, {_SCHEME}, {_ROUNDING}, int[] planes, bool nan_zero) -> (Tensor, Tensor, Tensor)",
     f"quantize(Tensor x, {_SCHEME}, {_ROUNDING}, bool nan_zero) -> (Tensor, Tensor, Tensor)",
+    f"encode(Tensor x, Tensor scales, Tensor zero_points, {_SCHEME}, int[] planes) -> Tensor",
+    f"fake_quantize(Tensor x, Tensor? scales, Tensor? zero_points, {_SCHEME}, {_ROUNDING}, int read_bits) "
+    "-> (Tensor, Tensor, Tensor)",
+    f"fake_quantize_backward(Tensor grad, Tensor x, Tensor scales, Tensor zero_points, {_SCHEME}, "
+    "int read_bits) -> (Tensor, Tensor)",
+    f"inject_noise(Tensor x, Tensor widths, int group_size, bool preserve, {_ROUNDING}) -> Tensor",
     f"unpack({_STORED}, {_SCHEME}, {_ROUNDING}, int[] planes, int read_bits, SymInt[] shape, "
     "ScalarType dtype) -> Tensor",
     f"dequantize(Tensor codes, Tensor scales, Tensor zero_points, {_SCHEME}, {_ROUNDING}, "
@@ -188,6 +206,30 @@ def _allocate_quantize(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.uint8), *_allocate_groups(x, args)
 
 
+def _allocate_encode(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((packed_nbytes(*rows_and_k(x.shape), args[-1]),), dtype=torch.uint8)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _allocate_fake_quantize(
+    x: Tensor, scales: Tensor | None, zero_points: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), *_allocate_groups(x, args)
+
+
+def _allocate_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scales: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _like(x), torch.empty_like(scales, dtype=torch.float32)
+
+
+def _allocate_inject_noise(x: Tensor, *args: Any) -> Tensor:
+    return _like(x)
+
+
 def _allocate_unpack(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> Tensor:
     shape, dtype = args[-2:]
     return packed.new_empty(shape, dtype=dtype)
@@ -258,6 +300,37 @@ def _quantize(fill: Fill, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     return codes, scales, zero_points
 
 
+def _encode(fill: Fill, *args: Any) -> Tensor:
+    packed = _allocate_encode(*args)
+    fill(*args, packed)
+    return packed
+
+
+def _fake_quantize(
+    fill: Fill, x: Tensor, scales: Tensor | None, zero_points: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, used_scales, used_zeros = _allocate_fake_quantize(x, scales, zero_points, *args)
+    given = scales is not None
+    for name, part, used in (("scales", scales, used_scales), ("zero_points", zero_points, used_zeros)):
+        if given and used.numel():
+            used.copy_(check_given(name, part, used))  # rounds to the dtype of scales, ties to even
+    *scheme_and_rounding, read_bits = args
+    fill(x, *scheme_and_rounding, given, read_bits, used_scales, used_zeros, out)
+    return out, used_scales, used_zeros
+
+
+def _fake_quantize_backward(fill: Fill, grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    outputs = _allocate_fake_quantize_backward(grad, *args)
+    fill(grad, *args, *outputs)
+    return outputs
+
+
+def _inject_noise(fill: Fill, *args: Any) -> Tensor:
+    out = _allocate_inject_noise(*args)
+    fill(*args, out)
+    return out
+
+
 def _unpack(fill: Fill, *args: Any) -> Tensor:
     out = _allocate_unpack(*args)
     fill(*args[:-2], out)
@@ -325,6 +398,20 @@ def check_matmul_shapes(x: Tensor, scales: Tensor) -> None:
     )
 
 
+def check_given(name: str, part: Tensor | None, used: Tensor) -> Tensor:
+    """Scales or zero points to encode with; refuses those of another shape or kind than is used."""
+    got = "none" if part is None else f"{part.dtype} {tuple(part.shape)}"
+    kind = "floats" if used.is_floating_point() else str(used.dtype)
+    torch._check_value(
+        part is not None
+        and part.shape == used.shape
+        and (part.dtype == used.dtype or (part.is_floating_point() and used.is_floating_point())),
+        lambda: f"given {name} must be {kind} {tuple(used.shape)}, got {got}",
+    )
+    assert part is not None
+    return part
+
+
 def _writes_outputs(*args: Any) -> None:
     """The rule of the `*_out` operators: nothing is returned, so no shape has to be inferred."""
 
@@ -332,6 +419,14 @@ def _writes_outputs(*args: Any) -> None:
 RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
     "pack": (_pack, "pack_out", _allocate_pack),
     "quantize": (_quantize, "pack_out", _allocate_quantize),
+    "encode": (_encode, "encode_out", _allocate_encode),
+    "fake_quantize": (_fake_quantize, "fake_quantize_out", _allocate_fake_quantize),
+    "fake_quantize_backward": (
+        _fake_quantize_backward,
+        "fake_quantize_backward_out",
+        _allocate_fake_quantize_backward,
+    ),
+    "inject_noise": (_inject_noise, "inject_noise_out", _allocate_inject_noise),
     "unpack": (_unpack, "unpack_out", _allocate_unpack),
     "dequantize": (_dequantize, "unpack_out", _allocate_dequantize),
     "pack_codes": (_pack_codes, "pack_codes_out", _allocate_pack_codes),
@@ -344,7 +439,8 @@ RULES: dict[str, tuple[Callable[..., Any], str, Callable[..., Any]]] = {
 """The operators that return tensors: what they do, the operator that fills their memory, their shape rule."""
 
 OUT_OPS = (
-    *("pack_out", "unpack_out", "pack_codes_out", "unpack_codes_out"),
+    *("pack_out", "encode_out", "unpack_out", "pack_codes_out", "unpack_codes_out"),
+    *("fake_quantize_out", "fake_quantize_backward_out", "inject_noise_out"),
     *("matmul_out", "matmul_refined_out", "to_panels_out", "from_panels_out"),
 )
 """What a backend implements."""

@@ -95,7 +95,7 @@ impl<'a> Scales<'a> {
         }
     }
 
-    pub(super) fn take(&mut self, len: usize) -> Self {
+    pub(crate) fn take(&mut self, len: usize) -> Self {
         match self {
             Self::Bf16(s) => Self::Bf16(take(s, len)),
             Self::F16(s) => Self::F16(take(s, len)),
@@ -115,7 +115,8 @@ impl<'a> Scales<'a> {
 }
 
 impl<'a> ScalesMut<'a> {
-    pub(crate) fn view(&self) -> Scales<'_> {
+    /// What has been written.
+    pub fn view(&self) -> Scales<'_> {
         match self {
             Self::Bf16(s) => Scales::Bf16(s),
             Self::F16(s) => Scales::F16(s),
@@ -123,7 +124,7 @@ impl<'a> ScalesMut<'a> {
         }
     }
 
-    pub(super) fn take(&mut self, len: usize) -> ScalesMut<'a> {
+    pub(crate) fn take(&mut self, len: usize) -> ScalesMut<'a> {
         match self {
             Self::Bf16(s) => ScalesMut::Bf16(take_mut(s, len)),
             Self::F16(s) => ScalesMut::F16(take_mut(s, len)),
@@ -159,7 +160,7 @@ impl<'a> ZeroPoints<'a> {
         }
     }
 
-    pub(super) fn take(&mut self, len: usize) -> Self {
+    pub(crate) fn take(&mut self, len: usize) -> Self {
         match self {
             Self::Constant => Self::Constant,
             Self::U8(z) => Self::U8(take(z, len)),
@@ -179,7 +180,8 @@ impl<'a> ZeroPoints<'a> {
 }
 
 impl<'a> ZeroPointsMut<'a> {
-    pub(crate) fn view(&self) -> ZeroPoints<'_> {
+    /// What has been written.
+    pub fn view(&self) -> ZeroPoints<'_> {
         match self {
             Self::Constant => ZeroPoints::Constant,
             Self::U8(z) => ZeroPoints::U8(z),
@@ -187,7 +189,7 @@ impl<'a> ZeroPointsMut<'a> {
         }
     }
 
-    pub(super) fn take(&mut self, len: usize) -> ZeroPointsMut<'a> {
+    pub(crate) fn take(&mut self, len: usize) -> ZeroPointsMut<'a> {
         match self {
             Self::Constant => ZeroPointsMut::Constant,
             Self::U8(z) => ZeroPointsMut::U8(take_mut(z, len)),
@@ -362,13 +364,13 @@ impl<'a> Target<'a> {
         }
     }
 
-    pub(super) fn take(&mut self, len: usize) -> Target<'a> {
+    pub(crate) fn take(&mut self, len: usize) -> Target<'a> {
         each_type!(Target, self, |x| take_mut(x, len))
     }
 
     /// Writes the first `len` elements of a tile and moves behind them.
     #[inline(always)]
-    pub(super) fn push<I: Isa>(&mut self, isa: I, stream: bool, len: usize, v: [I::F32; 4]) {
+    pub(crate) fn push<I: Isa>(&mut self, isa: I, stream: bool, len: usize, v: [I::F32; 4]) {
         match self {
             Self::F32(x) => store_tile(isa, x, stream, len, v),
             Self::F64(x) => store_tile(isa, x, stream, len, v),

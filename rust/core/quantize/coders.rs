@@ -254,6 +254,26 @@ impl Coder for Nearest {
     }
 }
 
+/// [`Nearest`] on scales that may be too small for the elements by any factor: x / s is cut off far outside the
+/// codes, before it could leave the integers.
+pub(super) struct Clamped(pub(super) Nearest);
+
+impl Coder for Clamped {
+    #[inline(always)]
+    fn encode<I: Isa>(&self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
+        let x = group.flushed(isa, x);
+        let t = four!(j => within_limit(isa, isa.mul(x[j], group.inverse)));
+        isa.narrow(four!(j => isa.round(t[j])), group.z, self.0.last)
+    }
+}
+
+/// `t` within ±2^20, far outside every range of codes.
+#[inline(always)]
+pub(crate) fn within_limit<I: Isa>(isa: I, t: I::F32) -> I::F32 {
+    let limit = (1u32 << 20) as f32;
+    isa.max(isa.splat(-limit), isa.min(isa.splat(limit), t))
+}
+
 /// One bit: the sign. Zero of either sign, and what counts as zero, is positive.
 pub(super) struct Sign;
 

@@ -23,6 +23,7 @@ fn shrunk(draw: u32, bits: u32, shrink: u32) -> u32 {
 /// The draws of consecutive elements, generated a window at a time.
 pub(super) struct Draws {
     generator: Generator,
+    purpose: Purpose,
     mode: Mode,
     wide: bool,
     shrink: u32,
@@ -36,12 +37,26 @@ pub(super) struct Draws {
 }
 
 impl Draws {
-    /// `aligned`: every tile asked for begins at a multiple of 64.
+    /// Draws of 32 bits for noise, addressed as `rounding` says.
+    pub(super) fn of_noise(rounding: &Rounding) -> Self {
+        let purpose = Purpose::Noise;
+        Self {
+            purpose,
+            mode: Mode::Iid,
+            wide: true,
+            shrink: FULL_RANDOMNESS,
+            paired: false,
+            ..Self::new(rounding, false)
+        }
+    }
+
+    /// Draws for rounding. `aligned`: every tile asked for begins at a multiple of 64.
     pub(super) fn new(rounding: &Rounding, aligned: bool) -> Self {
         let wide = rounding.draw_bits() == 32;
         let altered = rounding.shrink() != FULL_RANDOMNESS;
         Self {
             generator: Generator::new(rounding),
+            purpose: Purpose::Element,
             mode: rounding.mode(),
             wide,
             shrink: rounding.shrink(),
@@ -118,12 +133,12 @@ impl Draws {
             let tile = first + 2 * i as u64;
             let (even, odd) = pair.split_at_mut(words);
             if I::TWO_TILES {
-                let [a, b] = generator.tiles(isa, Purpose::Element, [tile, tile + 1]);
+                let [a, b] = generator.tiles(isa, self.purpose, [tile, tile + 1]);
                 keep(isa, even, a, split);
                 keep(isa, odd, b, split);
             } else {
-                keep(isa, even, generator.tile(isa, Purpose::Element, tile), split);
-                keep(isa, odd, generator.tile(isa, Purpose::Element, tile + 1), split);
+                keep(isa, even, generator.tile(isa, self.purpose, tile), split);
+                keep(isa, odd, generator.tile(isa, self.purpose, tile + 1), split);
             }
         }
         if self.mode == Mode::Antithetic {

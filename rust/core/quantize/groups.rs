@@ -59,7 +59,7 @@ impl Kernel for Convert<'_> {
 
 /// 16 elements from `at` on, subnormals as 0, zeros behind the end.
 #[inline(always)]
-fn vector<I: Isa>(isa: I, x: &[f32], at: usize) -> I::F32 {
+pub(super) fn vector<I: Isa>(isa: I, x: &[f32], at: usize) -> I::F32 {
     flush(isa, load_vector(isa, &x[at..]))
 }
 
@@ -72,7 +72,7 @@ fn zero_nan<I: Isa>(isa: I, x: I::F32) -> I::F32 {
 
 /// Subnormal lanes to 0.
 #[inline(always)]
-pub(super) fn flush<I: Isa>(isa: I, x: I::F32) -> I::F32 {
+pub(crate) fn flush<I: Isa>(isa: I, x: I::F32) -> I::F32 {
     isa.select(isa.gt(isa.splat(MIN_NORMAL), magnitude(isa, x)), isa.splat(0.0), x)
 }
 
@@ -84,14 +84,14 @@ fn magnitude<I: Isa>(isa: I, x: I::F32) -> I::F32 {
 
 /// `x` in the first `n` lanes, 0 in the others.
 #[inline(always)]
-fn first_lanes<I: Isa>(isa: I, x: I::F32, n: usize) -> I::F32 {
+pub(crate) fn first_lanes<I: Isa>(isa: I, x: I::F32, n: usize) -> I::F32 {
     let lanes = isa.load(&array(|i| i as f32));
     isa.select(isa.gt(isa.splat(n.min(LANES) as f32), lanes), x, isa.splat(0.0))
 }
 
 /// Lanes as an array.
 #[inline(always)]
-fn lanes<I: Isa>(isa: I, v: I::F32) -> Groups {
+pub(super) fn lanes<I: Isa>(isa: I, v: I::F32) -> Groups {
     let mut lanes = [0.0; LANES];
     isa.store::<false>(&mut lanes, v);
     lanes

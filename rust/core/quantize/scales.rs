@@ -9,7 +9,7 @@ use crate::scheme::{ScaleDtype, ScaleRule, Scheme, TABLE_ZERO};
 use crate::simd::{LANES, array};
 
 /// A number for each of sixteen groups.
-pub(super) type Groups = [f32; LANES];
+pub(crate) type Groups = [f32; LANES];
 
 /// Least magnitude of a scale other than 0, and of an input that does not count as 0.
 pub(super) const MIN_NORMAL: f32 = f32::MIN_POSITIVE;
@@ -218,7 +218,7 @@ pub(super) fn zero_points(rule: Rule, scheme: &Scheme, x: &Statistics, s: &Group
 
 /// 1 / s, and 0 for 0: every element of a group without a scale then counts as 0.
 #[inline(always)]
-pub(super) fn inverses(s: &Groups) -> Groups {
+pub(crate) fn inverses(s: &Groups) -> Groups {
     each(|i| if s[i] == 0.0 { 0.0 } else { 1.0 / s[i] })
 }
 
