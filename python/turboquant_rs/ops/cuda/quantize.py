@@ -1,0 +1,401 @@
+"""Tensors to scales and packed codes, and back: `cuda/quantize.cu` and `cuda/dequantize.cu`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turboquant_rs.ops.cuda import planes as plane_kernels
+from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.macros import (
+    DTYPES,
+    FULL_VARIANCE,
+    MODES,
+    aligned,
+    check_count,
+    check_dtype,
+    check_length,
+    check_written,
+    device_of,
+    plane_macros,
+    scheme_macros,
+    source_words,
+    table_words,
+    variance_units,
+)
+from turboquant_rs.ops.reference import LLOYD_MAX, check_rounding, refusal_of_scale, refusal_of_value
+from turboquant_rs.ops.schema import (
+    BYTE_CODES,
+    RoundingArgs,
+    SchemeArgs,
+    groups_per_row,
+    packed_nbytes,
+    rows_and_k,
+)
+from turboquant_rs.scheme import zero_point_dtype
+
+UNIT = 8
+"""Elements that fill whole bytes of every plane."""
+
+WARP, THREADS, MOST_THREADS = 32, 256, 1024
+HELD = 4
+"""Units that a thread holds in registers, at most."""
+
+UNPACK_UNITS = 4
+"""Units that a thread decodes."""
+
+TILE = 128
+"""Elements of the longest tile of random bits."""
+
+NOTHING_REFUSED = 2**63 - 1
+
+
+class Team(NamedTuple):
+    """The threads that share a group, the units each of them holds, the threads of a block."""
+
+    size: int
+    units: int
+    threads: int
+    long: bool
+
+    @classmethod
+    def of(cls, group: int) -> Team:
+        """For groups of that many elements: part of a warp, a warp, a block, or one that reads again.
+
+        The fewer threads share a group, the less often what is done once a group is done; but two side by
+        side read the 32 bytes that memory gives at a time.
+        """
+        units = -(-group // UNIT)
+        size = max(_power_of_2(-(-units // HELD)), min(units, 2))
+        if size <= WARP:
+            return cls(size, -(-units // size), THREADS, False)
+        if size <= MOST_THREADS:
+            return cls(size, -(-units // size), size, False)
+        return cls(MOST_THREADS, 1, MOST_THREADS, True)
+
+
+def _power_of_2(count: int) -> int:
+    """The smallest power of 2 that is not less."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+@cache
+def pack_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
+    """`pack` of quantize.cu."""
+    return Kernel("quantize.cu", "pack", dict(macros))
+
+
+@cache
+def unpack_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
+    """`unpack` of dequantize.cu."""
+    return Kernel("dequantize.cu", "unpack", dict(macros))
+
+
+def pack_macros(
+    dtype: torch.dtype,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    planes: Sequence[int],
+    nan_zero: bool,
+    k: int,
+    whole: bool,
+) -> dict[str, object]:
+    """What `pack` is compiled for; `whole`: all memory lies on multiples of the widest access."""
+    group = group_length(k, scheme.group_size)
+    team = Team.of(group)
+    exact = k % group == 0
+    full = exact and not team.long and group == team.size * team.units * UNIT
+    in_order = full if team.size < WARP else k % TILE == 0 and group % TILE == 0
+    whole = whole and k % UNIT == 0 and (group % UNIT == 0 or group == k)
+    return {
+        **scheme_macros(scheme, rounding.preserve_variance),
+        **plane_macros(planes),
+        **draw_macros(rounding, in_order),
+        "DRAWN": WARP * team.units if team.size < WARP else WARP,
+        "X": DTYPES[dtype],
+        "NAN_ZERO": nan_zero,
+        "PRESERVE": rounding.preserve_variance,
+        "EXACT": exact,
+        "ALIGNED": whole,
+        "FULL": whole and full,
+        "TEAM": team.size,
+        "VECTORS": team.units,
+        "LONG": team.long,
+        "THREADS": team.threads,
+    }
+
+
+def draw_macros(rounding: RoundingArgs, in_order: bool) -> dict[str, object]:
+    """MODE to TILED; `in_order`: a warp has consecutive units, which begin a tile where the tensor does."""
+    return {
+        "MODE": MODES[rounding.mode],
+        "DRAW_BITS": rounding.draw_bits,
+        "SHRINK": variance_units(rounding) != FULL_VARIANCE,
+        "TILED": rounding.mode not in ("nearest", "systematic") and in_order and rounding.offset % TILE == 0,
+    }
+
+
+def unpack_macros(
+    dtype: torch.dtype,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    planes: Sequence[int],
+    read_bits: int,
+    k: int,
+    whole: bool,
+) -> dict[str, object]:
+    """What `unpack` is compiled for; `whole` as for `pack_macros`."""
+    group = group_length(k, scheme.group_size)
+    whole = whole and k % UNIT == 0 and (group % UNIT == 0 or group == k)
+    units = group // UNIT
+    in_order = whole and k % group == 0 and units & (units - 1) == 0
+    bytes_ = list(planes) == BYTE_CODES
+    return {
+        **scheme_macros(scheme, rounding.preserve_variance),
+        **plane_macros(planes),
+        **draw_macros(rounding, whole),
+        "DRAWN": WARP,
+        "X": DTYPES[dtype],
+        "READ": plane_kernels.planes_read(planes, 8 if bytes_ else read_bits),
+        "REST": scheme.bits - read_bits,
+        "ALIGNED": whole,
+        "GROUP": units if in_order else 0,
+        "UNITS": UNPACK_UNITS if whole else 1,
+        "THREADS": THREADS,
+    }
+
+
+def group_length(k: int, group_size: int) -> int:
+    """Elements of the longest group of a row."""
+    return max(1, min(group_size or k, k))
+
+
+# Values that are refused ----------------------------------------------------------------------------------
+
+_STATUS = threading.local()
+
+
+def _status(device: int) -> Tensor:
+    """Where kernels of this thread report the first index they refuse: of an element, of a group's scale.
+
+    A thread waits for each kernel that reports, so one place for all of them is enough.
+    """
+    places: dict[int, Tensor] = _STATUS.__dict__.setdefault("places", {})
+    if device not in places:
+        places[device] = torch.full((2,), NOTHING_REFUSED, dtype=torch.int64, device=f"cuda:{device}")
+        torch.cuda.synchronize(device)  # other streams are going to write there
+    return places[device]
+
+
+def _raise_refused(status: Tensor, x: Tensor, scale_dtype: torch.dtype) -> None:
+    """Waits for the kernel. Raises: ValueError for the first element or scale that it refused."""
+    element, group = status.tolist()
+    if element == group == NOTHING_REFUSED:
+        return
+    status.fill_(NOTHING_REFUSED)
+    if element != NOTHING_REFUSED:
+        raise refusal_of_value(element, float(x.view(-1)[element]))
+    raise refusal_of_scale(group, scale_dtype)
+
+
+# Plans ----------------------------------------------------------------------------------------------------
+# What a call needs besides its pointers and its random bits is worked out once.
+
+
+class Memory(NamedTuple):
+    """What the memory of a packed tensor has to be."""
+
+    rows: int
+    k: int
+    packed: int
+    groups: int
+    scale_dtype: torch.dtype
+    zero_points: int
+    zero_point_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, scheme: SchemeArgs, rounding: RoundingArgs, planes: Sequence[int], rows: int, k: int
+    ) -> Memory:
+        groups = rows * groups_per_row(k, scheme.group_size)
+        dtype = zero_point_dtype(scheme.symmetric, rounding.preserve_variance)
+        zero_points = 0 if dtype is None else groups
+        bytes_ = packed_nbytes(rows, k, planes)
+        return cls(rows, k, bytes_, groups, scheme.scale_dtype, zero_points, dtype or torch.uint8)
+
+    def check_groups(self, scales: Tensor, zero_points: Tensor) -> None:
+        """Refuses scales and zero points of other lengths or dtypes."""
+        check_length("scales", scales, self.groups, self.rows, self.k)
+        check_length("zero_points", zero_points, self.zero_points, self.rows, self.k)
+        check_dtype("scales", scales, self.scale_dtype)
+        check_dtype("zero_points", zero_points, self.zero_point_dtype)
+
+
+class Launch(NamedTuple):
+    """A kernel, its geometry, and its arguments up to the random source and from there on."""
+
+    kernel: Kernel
+    grid: tuple[int]
+    block: tuple[int]
+    shape: tuple[Any, ...]
+    tail: tuple[Any, ...]
+
+
+class Plan(NamedTuple):
+    """How a tensor is packed, or unpacked."""
+
+    memory: Memory
+    launch: Launch | None
+    """None where there is nothing to do."""
+    codes_first: bool = False
+    """Whether bytes of a plane hold elements of two groups, so that codes are written before planes are."""
+
+
+def _named(key: Sequence[Any]) -> tuple[SchemeArgs, RoundingArgs]:
+    """The scheme and rounding of a plan, which depends on no seed, step or stream."""
+    rounding, draw_bits, variance, preserve_variance, offset = key[7:12]
+    return SchemeArgs(*key[:7]), RoundingArgs(
+        rounding, 0, 0, 0, draw_bits, variance, preserve_variance, offset
+    )
+
+
+def _key(args: Sequence[Any]) -> tuple[Any, ...]:
+    """SCHEME and ROUNDING without seed, step and stream, to look a plan up by."""
+    return (*args[:4], tuple(args[4]), *args[5:8], *args[11:15])
+
+
+@lru_cache(maxsize=4096)
+def pack_plan(
+    dtype: torch.dtype, planes: tuple[int, ...], nan_zero: bool, rows: int, k: int, whole: bool, *key: Any
+) -> Plan:
+    """How x `(rows, k)` is packed; `whole`: all memory lies on multiples of the widest access."""
+    scheme, rounding = _named(key)
+    if dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}; convert it first")
+    check_rounding(scheme, rounding, k)
+    check_planes(scheme, planes)
+    memory = Memory.of(scheme, rounding, planes, rows, k)
+    if rows * k == 0:
+        return Plan(memory, None)
+    size, per_row = group_length(k, scheme.group_size), groups_per_row(k, scheme.group_size)
+    codes_first = size % UNIT != 0 and size < k and planes != (8,)
+    check_count(max(memory.groups, k), "groups or elements of a row")
+    macros = pack_macros(dtype, scheme, rounding, (8,) if codes_first else planes, nan_zero, k, whole)
+    team, blocks = Team.of(size), -(-(scheme.group_size or k) // (64 if rounding.mode == "systematic" else 8))
+    launch = Launch(
+        pack_kernel(tuple(macros.items())),
+        (-(-memory.groups // (team.threads // team.size)),),
+        (team.threads,),
+        (
+            *(rows, k, size, per_row, memory.groups, rounding.offset),
+            *table_words(scheme.table),
+            np.float32(LLOYD_MAX.get(scheme.bits, 0.0) / 127),
+        ),
+        (variance_units(rounding), rounding.offset // k * per_row * blocks, blocks),
+    )
+    return Plan(memory, launch, codes_first)
+
+
+@lru_cache(maxsize=4096)
+def unpack_plan(
+    dtype: torch.dtype, planes: tuple[int, ...], read_bits: int, rows: int, k: int, whole: bool, *key: Any
+) -> Plan:
+    """How a tensor `(rows, k)` of a dtype is unpacked; `whole` as for `pack_plan`."""
+    scheme, rounding = _named(key)
+    check_readable(scheme, rounding, planes, read_bits)
+    if dtype not in DTYPES:
+        raise TypeError(f"out must be float32, bfloat16, float16 or float64, got {dtype}")
+    read = plane_kernels.planes_read(planes, 8 if planes == (8,) else read_bits)
+    memory = Memory.of(scheme, rounding, planes[:read], rows, k)
+    if rows * k == 0:
+        return Plan(memory, None)
+    units_per_row = -(-k // UNIT)
+    units = rows * units_per_row
+    check_count(max(units, k), "units of eight elements or elements of a row")
+    macros = unpack_macros(dtype, scheme, rounding, planes, read_bits, k, whole)
+    size, per_row = group_length(k, scheme.group_size), groups_per_row(k, scheme.group_size)
+    launch = Launch(
+        unpack_kernel(tuple(macros.items())),
+        (-(-units // (THREADS * (UNPACK_UNITS if macros["ALIGNED"] else 1))),),
+        (THREADS,),
+        (rows, k, size, per_row, units_per_row, units, rounding.offset, *table_words(scheme.table)),
+        (),
+    )
+    return Plan(memory, launch)
+
+
+# The operators --------------------------------------------------------------------------------------------
+
+
+def pack_out(x: Tensor, *args: Any) -> None:
+    """Quantize x `(..., k)` and pack the codes; fills packed, scales and zero_points."""
+    planes, nan_zero, packed, scales, zero_points = args[15:]
+    rows, k = rows_and_k(x.shape)
+    x = x.contiguous()
+    whole = aligned(x, packed)
+    plan = pack_plan(x.dtype, tuple(planes), nan_zero, rows, k, whole, *_key(args))
+    check_length("packed", packed, plan.memory.packed, rows, k)
+    plan.memory.check_groups(scales, zero_points)
+    check_written(packed, scales, zero_points)
+    check_dtype("packed", packed, torch.uint8)
+    device = device_of(x, packed, scales, zero_points)
+    launch = plan.launch
+    if launch is None:
+        return
+    codes = torch.empty(rows, k, dtype=torch.uint8, device=x.device) if plan.codes_first else packed
+    status = None if torch.cuda.is_current_stream_capturing() else _status(device)
+    pointers = (
+        *(part.data_ptr() for part in (x, codes, scales, zero_points)),
+        0 if status is None else status.data_ptr(),
+    )
+    arguments = (*pointers, *launch.shape, *source_words(args[8:11]), *launch.tail)
+    launch.kernel(device, launch.grid, launch.block, arguments)
+    if plan.codes_first:
+        plane_kernels.pack_codes_out(codes, planes, packed)
+    if status is not None:
+        _raise_refused(status, x, args[6])
+
+
+def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Dequantize the top read_bits bits into out `(..., k)`, rounded to its dtype."""
+    planes, read_bits, out = args[15:]
+    rows, k = rows_and_k(out.shape)
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    whole = aligned(packed, out)
+    plan = unpack_plan(out.dtype, tuple(planes), read_bits, rows, k, whole, *_key(args))
+    if packed.numel() < plan.memory.packed:  # planes behind those that are read are left alone
+        check_length("packed", packed, plan.memory.packed, rows, k)
+    plan.memory.check_groups(scales, zero_points)
+    check_written(out)
+    device = device_of(out, packed, scales, zero_points)
+    launch = plan.launch
+    if launch is None:
+        return
+    pointers = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), out.data_ptr())
+    arguments = (*pointers, *launch.shape, *source_words(args[8:11]), *launch.tail)
+    launch.kernel(device, launch.grid, launch.block, arguments)
+
+
+# Checks ---------------------------------------------------------------------------------------------------
+
+
+def check_planes(scheme: SchemeArgs, planes: Sequence[int]) -> None:
+    """Refuses widths that do not store codes of the scheme."""
+    if list(planes) != BYTE_CODES and sum(planes) != scheme.bits:
+        raise ValueError(f"planes {list(planes)} do not store {scheme.bits} bits")
+
+
+def check_readable(scheme: SchemeArgs, rounding: RoundingArgs, planes: Sequence[int], read_bits: int) -> None:
+    """Refuses a prefix of what has none."""
+    whole = scheme.table or rounding.mode == "subtractive" or list(planes) == BYTE_CODES
+    if whole and read_bits != scheme.bits:
+        raise ValueError(
+            f"level tables, subtractive dither and unpacked codes are read with all their bits, got "
+            f"read_bits={read_bits}; use {scheme.bits}"
+        )
