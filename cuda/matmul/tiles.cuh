@@ -1,0 +1,210 @@
+// A packed matrix as the matrix unit takes it, and its codes as operands.
+//
+//   packed       plane ▸ tile of 16 rows ▸ unit of 64 columns ▸ lane ▸ words      (`width` words a lane)
+//   scales       tile ▸ group ▸ row mod 8 ▸ row div 8                             (and zero points)
+//
+// A lane holds two rows, g and g + 8 (g = lane div 4), of 16 columns; four nibbles-wide "steps" of eight slots:
+// slot i of step t is row g + 8·(i mod 2), column 32·(t div 2) + 8·(lane mod 4) + 4·(t mod 2) + 2·(i div 2 mod 2)
+// + i div 4. In a plane of width 1, 2 or 4, slot i of step t lies at bit 4·i + width·(t mod (4/width)) of word
+// t·width/4; in one of width 8, at byte i div 2 of word 2·t + i mod 2, words 0…3 of all lanes before words 4…7.
+#pragma once
+
+#include "half2.cuh"
+
+#if !defined(PLANES) || !defined(REST) || !defined(ZERO) || !defined(ASYMMETRIC) || !defined(SCALE) || !defined(GROUP)
+#error "PLANES: widths read; REST: bits not read; ZERO: twice the constant zero point; ASYMMETRIC; SCALE; GROUP"
+#endif
+
+constexpr int ROWS = 16, COLUMNS = 64, STEPS = 4;
+constexpr int WIDTHS[] = {PLANES};
+constexpr int COUNT = sizeof(WIDTHS) / sizeof(int);
+
+// Bits of the planes before plane `count`.
+constexpr int bits_before(int count) {
+  int bits = 0;
+  for (int plane = 0; plane < count; ++plane) bits += WIDTHS[plane];
+  return bits;
+}
+
+constexpr int BITS = bits_before(COUNT);  // and the words a lane holds of a unit
+
+// Groups: of 32·HALVES columns; 0 is the whole row. Scales change within a unit where HALVES is odd.
+constexpr int HALVES = GROUP / 32;
+static_assert(GROUP % 32 == 0, "groups of a multiple of 32 columns");
+constexpr int FLUSHES = HALVES % 2 ? 2 : 1;
+
+// What group the half `half` (32 columns) of a row belongs to.
+__device__ __forceinline__ int group_of(int half) { return HALVES ? half / (HALVES ? HALVES : 1) : 0; }
+
+struct Matrix {
+  const u8* packed;
+  const void* scales;
+  const u8* zero_points;
+  int tiles, units, groups;
+
+  // Where the words of a unit begin in plane `plane`.
+  __device__ __forceinline__ const u8* unit(int plane, int tile, int unit) const {
+    const u64 before = static_cast<u64>(tiles) * units * bits_before(plane);
+    return packed + (before + (static_cast<u64>(tile) * units + unit) * WIDTHS[plane]) * (4 * WARP);
+  }
+};
+
+// The words of a lane's part of a unit, plane after plane.
+__device__ __forceinline__ void load_unit(Words<BITS>& to, const Matrix& w, int tile, int unit, int lane) {
+#pragma unroll
+  for (int plane = 0; plane < COUNT; ++plane) {
+    const u8* from = w.unit(plane, tile, unit);
+    u32* words = to.word + bits_before(plane);
+    if (WIDTHS[plane] == 8) {
+      load_once<4>(words, from + 16 * lane);
+      load_once<4>(words + 4, from + 16 * (WARP + lane));
+    } else if (WIDTHS[plane] == 4) {
+      load_once<4>(words, from + 16 * lane);
+    } else if (WIDTHS[plane] == 2) {
+      load_once<2>(words, from + 8 * lane);
+    } else {
+      load_once<1>(words, from + 4 * lane);
+    }
+  }
+}
+
+// Scales and zero points -----------------------------------------------------------------------------------
+
+// What a lane needs of a group: the scales of its two rows, and what to subtract from their codes.
+struct Group {
+#if SCALE == 2
+  float2 scales;
+#else
+  u32 scales;
+#endif
+#if ASYMMETRIC
+  u16 zero_points;
+#endif
+};
+
+__device__ __forceinline__ void load_group(Group& to, const Matrix& w, int tile, int group, int lane) {
+  const u64 at = (static_cast<u64>(tile) * w.groups + group) * (ROWS / 2) + lane / 4;
+#if SCALE == 2
+  to.scales = __ldg(static_cast<const float2*>(w.scales) + at);
+#else
+  to.scales = __ldg(static_cast<const u32*>(w.scales) + at);
+#endif
+#if ASYMMETRIC
+  to.zero_points = __ldg(reinterpret_cast<const u16*>(w.zero_points) + at);
+#endif
+}
+
+// s·2^REST of row `row` (0: g, 1: g + 8).
+__device__ __forceinline__ float scale_of(const Group& group, int row) {
+  constexpr float step = 1 << REST;
+#if SCALE == 2
+  return (row ? group.scales.y : group.scales.x) * step;
+#elif SCALE == 1
+  return widen_f16(row ? group.scales >> 16 : group.scales & 0xffff) * step;
+#else
+  return __uint_as_float(row ? group.scales & 0xffff0000u : group.scales << 16) * step;
+#endif
+}
+
+// The zero point of the codes read, (z − (2^REST − 1)/2) / 2^REST, is integer + fraction; the integer is taken
+// from every code, exactly, and the fraction, where there is one, from the sums.
+constexpr int UNITS_OF_ZERO = 2 << REST;
+constexpr bool FRACTION = ASYMMETRIC ? REST > 0 : (ZERO - (1 << REST) + 1) % UNITS_OF_ZERO != 0;
+
+__device__ __forceinline__ int doubled_zero(const Group& group, int row) {
+#if ASYMMETRIC
+  const int zero = 2 * (row ? group.zero_points >> 8 : group.zero_points & 0xff);
+#else
+  constexpr int zero = ZERO;
+#endif
+  return zero - (1 << REST) + 1;
+}
+
+__device__ __forceinline__ int integer_zero(const Group& group, int row) {
+  return doubled_zero(group, row) >> (REST + 1);
+}
+
+__device__ __forceinline__ float fraction_of_zero(const Group& group, int row) {
+  return (doubled_zero(group, row) & (UNITS_OF_ZERO - 1)) * (1.0f / UNITS_OF_ZERO);
+}
+
+// Codes to operands ----------------------------------------------------------------------------------------
+
+// What is added to the codes of each row once they are floats.
+struct Offsets {
+  u32 rows[2];
+};
+
+constexpr bool NIBBLES = BITS <= 4;
+constexpr u32 CODE = (1 << BITS) - 1;
+
+__device__ __forceinline__ Offsets offsets_of(const Group& group) {
+  Offsets offsets;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    // In float16, nibbles of odd slots are read in place, 16 times as large.
+    const float base = BF16 && BITS == 8 ? 0 : NIBBLES && !BF16 && row ? BASE / 16 : BASE;
+    offsets.rows[row] = twice(-(base + integer_zero(group, row)));
+  }
+  return offsets;
+}
+
+// (a where the mask is set, else b)
+__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+
+__device__ __forceinline__ u32 shift_right(u32 word, int by) { return by >= 0 ? word >> by : word << -by; }
+
+// The codes of step `step` side by side, in fields of 4 bits where they fit (all eight slots), else of 8 (slots
+// of parity `odd`). What lies in a field above the code is undefined.
+__device__ __forceinline__ u32 gather(const Words<BITS>& unit, int step, int odd) {
+  u32 codes = 0;
+#pragma unroll
+  for (int plane = 0; plane < COUNT; ++plane) {
+    const int width = WIDTHS[plane], below = BITS - bits_before(plane) - width;
+    const u32* words = unit.word + bits_before(plane);
+    const u32 word = width == 8 ? words[2 * step + odd] : words[step * width / 4];
+    const int at = width == 8 ? 0 : 4 * odd + width * (step % (4 / width));
+    const u32 field = ((1u << width) - 1) << below;
+    const u32 moved = shift_right(word, at - below);
+    codes = plane == 0 ? moved : select(field * (NIBBLES ? 0x11111111u : 0x01010101u), moved, codes);
+  }
+  return codes;
+}
+
+// The operand of step `step`: codes less the integer zero point, as exact floats.
+__device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int step, const Offsets& offsets) {
+  if constexpr (NIBBLES) {
+    const u32 codes = gather(unit, step, 0);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const u32 offset = offsets.rows[pair % 2];
+#if BF16
+      a[pair] = add2(((codes >> (4 * pair)) & (CODE * 0x00010001u)) | MAGIC, offset);
+#else
+      const u32 word = codes >> (8 * (pair / 2));
+      if (pair % 2) {
+        a[pair] = fma2((word & (CODE * 0x00100010u)) | MAGIC, 0x2c002c00, offset);  // 1/16
+      } else {
+        a[pair] = add2((word & (CODE * 0x00010001u)) | MAGIC, offset);
+      }
+#endif
+    }
+  } else {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const u32 codes = gather(unit, step, odd);
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        const u32 word = codes >> (8 * high);
+        u32& pair = a[odd + 2 * high];
+        if constexpr (BF16 && BITS == 8) {
+          // Seven bits fit a mantissa; the eighth, read in the exponent, makes 128 of 256.
+          const u32 low = add2((word & 0x007f007fu) | MAGIC, offsets.rows[odd]);
+          pair = add2(low, add2((word & 0x00800080u) | MAGIC, 0xc380c380));  // −256
+        } else {
+          pair = add2((word & (CODE * 0x00010001u)) | MAGIC, offsets.rows[odd]);
+        }
+      }
+    }
+  }
+}
