@@ -6,8 +6,8 @@ flat, and the schema is their signature (`print(ops.pack)` shows it):
 
     packed, scales, zero_points = ops.pack(x, *scheme.op_args(), *rounding.op_args(), planes, nan_zero)
 
-The CPU runs the Rust extension (`ops.cpu`); a device without a backend of its own runs the specification
-(`ops.reference`).
+The CPU runs the Rust extension (`ops.cpu`), CUDA the kernels of `cuda/` (`ops.cuda`); a device without a
+backend of its own runs the specification (`ops.reference`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from turboquant_rs.ops import autograd, cpu, reference
+from turboquant_rs.ops import autograd, cpu, cuda, reference
 from turboquant_rs.ops.schema import OPS
 
 pack_out: Callable[..., None] = OPS.pack_out.default
@@ -39,6 +39,7 @@ from_panels: Callable[..., tuple[Tensor, Tensor, Tensor]] = OPS.from_panels.defa
 __all__ = [
     "autograd",
     "cpu",
+    "cuda",
     "dequantize",
     "from_panels",
     "from_panels_out",

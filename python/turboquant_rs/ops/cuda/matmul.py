@@ -1,0 +1,42 @@
+"""x · Wᵀ on packed W.
+
+Float activations: the weight is dequantized to the dtype of x and multiplied by cuBLAS, which sums in f32.
+Integer activations: as the specification, in exact f64 products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant_rs.ops import reference
+from turboquant_rs.ops.cuda.quantize import unpack_out
+from turboquant_rs.ops.schema import SchemeArgs, split_args
+
+_TENSOR_CORES = (torch.bfloat16, torch.float16)
+
+
+def matmul_out(
+    x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
+) -> None:
+    """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
+    _scheme, _rounding, (planes, read_bits, activations, layout, n, out) = split_args(args)
+    if activations != "float":
+        reference.matmul_out(x, packed, scales, zero_points, bias, *args)
+        return
+    k = x.shape[-1]
+    if layout == "panels":
+        stored = (packed, scales, zero_points)
+        packed, scales, zero_points = reference.from_panels(*stored, SchemeArgs(*args[:7]), planes, n, k)
+    x = x.detach()
+    dtype = x.dtype if x.dtype in _TENSOR_CORES else torch.float32
+    rows = x.reshape(-1, k) if k else x.new_zeros(out.numel() // max(n, 1), 0)
+    weight = torch.empty(n, k, dtype=dtype, device=packed.device)
+    unpack_out(packed, scales, zero_points, *args[:15], planes, read_bits, weight)
+    product = (rows.to(dtype) @ weight.T).float()
+    if bias is not None:
+        product += bias.detach().float()
+    broken = ~rows.float().isfinite().all(1, keepdim=True)
+    out.copy_(product.masked_fill_(broken, float("nan")).view_as(out))
