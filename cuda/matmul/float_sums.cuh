@@ -1,7 +1,6 @@
 // The sums of one warp: 16 rows of W by 8·N rows of x, in float32, scaled group by group.
-#pragma once
-
-#include "tiles.cuh"
+#include "matmul/output.cuh"
+#include "matmul/tiles.cuh"
 
 // The activations of half a unit (32 columns), for 8 rows: two operands of the matrix unit.
 struct Activations {
@@ -46,9 +45,8 @@ __device__ __forceinline__ void watch(u32& finite, const Activations& x) {
 // Makes the results of rows of x that are not finite NaN.
 template <int N>
 __device__ __forceinline__ void spoil(float (&total)[N][4], const u32 (&finite)[N]) {
-  const u32 ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
-  for (int n = 0; n < N; ++n) mma(total[n], ones, finite[n], finite[n]);
+  for (int n = 0; n < N; ++n) mma(total[n], ALL_ONES, finite[n], finite[n]);
 }
 
 // Writes the sums where `store` expects them, for a tile that begins at row `row0` of `rows`.

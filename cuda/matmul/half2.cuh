@@ -1,7 +1,5 @@
 // Pairs of 16-bit floats in a register, and the matrix unit that multiplies them.
-#pragma once
-
-#include "words.cuh"
+#include "matmul/words.cuh"
 
 #ifndef BF16
 #error "BF16: 1 for bfloat16 activations, 0 for float16"
@@ -60,6 +58,9 @@ __device__ __forceinline__ float widen(u32 half) { return BF16 ? widen_bf16(half
 
 // Both halves the value, which a 16-bit float holds exactly.
 __device__ __forceinline__ u32 twice(float value) { return round_half(value) * 0x00010001u; }
+
+// An operand of the matrix unit with 1 everywhere.
+constexpr u32 ALL_ONES[4] = {ONES, ONES, ONES, ONES};
 
 // d += a · b: a is 16 rows of weights by 16 columns, b those 16 columns of 8 rows of activations.
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -7,15 +7,13 @@
 // slot i of step t is row g + 8·(i mod 2), column 32·(t div 2) + 8·(lane mod 4) + 4·(t mod 2) + 2·(i div 2 mod 2)
 // + i div 4. In a plane of width 1, 2 or 4, slot i of step t lies at bit 4·i + width·(t mod (4/width)) of word
 // t·width/4; in one of width 8, at byte i div 2 of word 2·t + i mod 2, words 0…3 of all lanes before words 4…7.
-#pragma once
-
-#include "half2.cuh"
+#include "matmul/half2.cuh"
 
 #if !defined(PLANES) || !defined(REST) || !defined(ZERO) || !defined(ASYMMETRIC) || !defined(SCALE) || !defined(GROUP)
 #error "PLANES: widths read; REST: bits not read; ZERO: twice the constant zero point; ASYMMETRIC; SCALE; GROUP"
 #endif
 
-constexpr int ROWS = 16, COLUMNS = 64, STEPS = 4;
+constexpr int ROWS = 16, COLUMNS = 64;
 constexpr int WIDTHS[] = {PLANES};
 constexpr int COUNT = sizeof(WIDTHS) / sizeof(int);
 
@@ -27,6 +25,20 @@ constexpr int bits_before(int count) {
 }
 
 constexpr int BITS = bits_before(COUNT);  // and the words a lane holds of a unit
+
+template <int V>
+struct Constant {
+  static constexpr int value = V;
+};
+
+// Calls `f` with the number of each plane, as a constant.
+template <int plane = 0, typename F>
+__device__ __forceinline__ void for_planes(F f) {
+  if constexpr (plane < COUNT) {
+    f(Constant<plane>{});
+    for_planes<plane + 1>(f);
+  }
+}
 
 // Groups: of 32·HALVES columns; 0 is the whole row. Scales change within a unit where HALVES is odd.
 constexpr int HALVES = GROUP / 32;
@@ -42,31 +54,40 @@ struct Matrix {
   const u8* zero_points;
   int tiles, units, groups;
 
-  // Where the words of a unit begin in plane `plane`.
-  __device__ __forceinline__ const u8* unit(int plane, int tile, int unit) const {
-    const u64 before = static_cast<u64>(tiles) * units * bits_before(plane);
-    return packed + (before + (static_cast<u64>(tile) * units + unit) * WIDTHS[plane]) * (4 * WARP);
+  // Where the units of a tile begin in plane `plane`.
+  __device__ __forceinline__ const u8* tile(int plane, int tile) const {
+    const u64 rows_before = static_cast<u64>(tiles) * bits_before(plane) + static_cast<u64>(tile) * WIDTHS[plane];
+    return packed + rows_before * units * (4 * WARP);
   }
 };
 
-// The words of a lane's part of a unit, plane after plane.
-__device__ __forceinline__ void load_unit(Words<BITS>& to, const Matrix& w, int tile, int unit, int lane) {
-#pragma unroll
-  for (int plane = 0; plane < COUNT; ++plane) {
-    const u8* from = w.unit(plane, tile, unit);
-    u32* words = to.word + bits_before(plane);
-    if (WIDTHS[plane] == 8) {
-      load_once<4>(words, from + 16 * lane);
-      load_once<4>(words + 4, from + 16 * (WARP + lane));
-    } else if (WIDTHS[plane] == 4) {
-      load_once<4>(words, from + 16 * lane);
-    } else if (WIDTHS[plane] == 2) {
-      load_once<2>(words, from + 8 * lane);
-    } else {
-      load_once<1>(words, from + 4 * lane);
-    }
-  }
+__device__ __forceinline__ Matrix matrix(const u8* packed, const void* scales, const u8* zero_points, int n, int k) {
+  return {packed, scales, zero_points, (n + ROWS - 1) / ROWS, (k + COLUMNS - 1) / COLUMNS,
+          GROUP ? (k + GROUP - 1) / (GROUP ? GROUP : 1) : 1};
 }
+
+// A lane's parts of the units of one tile.
+struct TileReader {
+  const u8* planes[COUNT];
+
+  __device__ __forceinline__ TileReader(const Matrix& w, int tile, int lane) {
+    for_planes([&](auto plane) {
+      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+      planes[p] = w.tile(p, tile) + lane * 4 * (width < 4 ? width : 4);
+    });
+  }
+
+  // Its words of a unit, plane after plane.
+  __device__ __forceinline__ void load(Words<BITS>& to, u32 unit) const {
+    for_planes([&](auto plane) {
+      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+      const u8* from = planes[p] + unit * (width * 4 * WARP);
+      u32* words = to.word + bits_before(p);
+      load_once<width < 4 ? width : 4>(words, from);
+      if constexpr (width == 8) load_once<4>(words + 4, from + 16 * WARP);
+    });
+  }
+};
 
 // Scales and zero points -----------------------------------------------------------------------------------
 
@@ -83,7 +104,7 @@ struct Group {
 };
 
 __device__ __forceinline__ void load_group(Group& to, const Matrix& w, int tile, int group, int lane) {
-  const u64 at = (static_cast<u64>(tile) * w.groups + group) * (ROWS / 2) + lane / 4;
+  const u32 at = (static_cast<u32>(tile) * w.groups + group) * (ROWS / 2) + lane / 4;
 #if SCALE == 2
   to.scales = __ldg(static_cast<const float2*>(w.scales) + at);
 #else
@@ -158,16 +179,16 @@ __device__ __forceinline__ u32 shift_right(u32 word, int by) { return by >= 0 ? 
 // of parity `odd`). What lies in a field above the code is undefined.
 __device__ __forceinline__ u32 gather(const Words<BITS>& unit, int step, int odd) {
   u32 codes = 0;
-#pragma unroll
-  for (int plane = 0; plane < COUNT; ++plane) {
-    const int width = WIDTHS[plane], below = BITS - bits_before(plane) - width;
-    const u32* words = unit.word + bits_before(plane);
+  for_planes([&](auto plane) {
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p], below = BITS - bits_before(p) - width;
+    constexpr int fields = width < 4 ? 4 / width : 1;  // of as many steps side by side
+    constexpr u32 field = ((1u << width) - 1) << below;
+    const u32* words = unit.word + bits_before(p);
     const u32 word = width == 8 ? words[2 * step + odd] : words[step * width / 4];
-    const int at = width == 8 ? 0 : 4 * odd + width * (step % (4 / width));
-    const u32 field = ((1u << width) - 1) << below;
+    const int at = width == 8 ? 0 : 4 * odd + width * (step % fields);
     const u32 moved = shift_right(word, at - below);
-    codes = plane == 0 ? moved : select(field * (NIBBLES ? 0x11111111u : 0x01010101u), moved, codes);
-  }
+    codes = p == 0 ? moved : select(field * (NIBBLES ? 0x11111111u : 0x01010101u), moved, codes);
+  });
   return codes;
 }
 

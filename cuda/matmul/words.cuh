@@ -1,6 +1,4 @@
 // Words of memory: types, loads that bypass L1, asynchronous copies to shared memory.
-#pragma once
-
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;

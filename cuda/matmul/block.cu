@@ -1,10 +1,7 @@
 // More rows of x: a block of 16·R_TILES·WARPS_R rows of W shares them through shared memory. Codes and activations
 // arrive in STAGES stages of 64·WARPS_K columns, each of WARPS_K warps takes 64 of them; the blocks of a cluster
 // share the columns too.
-#pragma once
-
-#include "float_sums.cuh"
-#include "output.cuh"
+#include "matmul/float_sums.cuh"
 
 #if !defined(N_TILES) || !defined(R_TILES) || !defined(WARPS_R) || !defined(WARPS_K) || !defined(STAGES) || !defined(BLOCKS)
 #error "N_TILES: rows of x by 8; R_TILES: tiles of W a warp; WARPS_R, WARPS_K; STAGES; BLOCKS: least on a multiprocessor"
@@ -32,17 +29,16 @@ __device__ __forceinline__ void fetch_stage(u32 stage, const u16* x, const Matri
     const u16* from = valid ? x + static_cast<u64>(m0 + row) * k + column : x;
     copy_async(stage + row * X_ROW + chunk * 16, from, valid);
   }
-#pragma unroll
-  for (int plane = 0; plane < COUNT; ++plane) {
-    constexpr int lanes = WARP / 4;  // chunks a word of all lanes
-    const int chunks = WIDTHS[plane] * lanes * WARPS_K;
+  for_planes([&](auto plane) {
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+    constexpr int unit_chunks = width * WARP / 4, chunks = unit_chunks * WARPS_K;  // of a tile
     for (int i = threadIdx.x; i < BLOCK_TILES * chunks; i += THREADS) {
-      const int tile = tile0 + i / chunks, unit = unit0 + i % chunks / (WIDTHS[plane] * lanes);
-      const bool valid = tile < w.tiles && unit < w.units;
-      const u8* from = valid ? w.unit(plane, tile, unit0) + i % chunks * 16 : w.packed;
-      copy_async(stage + plane_in_stage(plane) + i * 16, from, valid);
+      const int tile = tile0 + i / chunks, chunk = i % chunks;
+      const bool valid = tile < w.tiles && unit0 + chunk / unit_chunks < w.units;
+      const u8* from = valid ? w.tile(p, tile) + (unit0 * unit_chunks + chunk) * 16 : w.packed;
+      copy_async(stage + plane_in_stage(p) + i * 16, from, valid);
     }
-  }
+  });
 }
 
 __device__ __forceinline__ void read_shared(u32* to, u32 from) {
@@ -53,27 +49,30 @@ __device__ __forceinline__ void read_shared(u32* to, u32 from) {
 
 // A lane's words of a unit in a stage.
 __device__ __forceinline__ void read_unit(Words<BITS>& to, u32 stage, int tile, int unit, int lane) {
-#pragma unroll
-  for (int plane = 0; plane < COUNT; ++plane) {
-    const u32 from = stage + plane_in_stage(plane) + (tile * WARPS_K + unit) * WIDTHS[plane] * WARP * 4;
-    u32* words = to.word + bits_before(plane);
-    if (WIDTHS[plane] == 8) {
+  for_planes([&](auto plane) {
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+    const u32 from = stage + plane_in_stage(p) + (tile * WARPS_K + unit) * (width * WARP * 4);
+    u32* words = to.word + bits_before(p);
+    if constexpr (width == 8) {
       read_shared(words, from + 16 * lane);
       read_shared(words + 4, from + 16 * (WARP + lane));
-    } else if (WIDTHS[plane] == 4) {
+    } else if constexpr (width == 4) {
       read_shared(words, from + 16 * lane);
-    } else if (WIDTHS[plane] == 2) {
+    } else if constexpr (width == 2) {
       asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from + 8 * lane));
     } else {
       asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from + 4 * lane));
     }
-  }
+  });
 }
 
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: BLOCK_ROWS rows of W, SPLITS, blocks of BLOCK_COLS rows of x.
 // k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
-    matmul_block(const u16* x, Matrix w, Output out, int k) {
+    matmul_block(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias, int bias_f32, u16* y,
+              int m, int n, int k) {
+  const Matrix w = matrix(packed, scales, zero_points, n, k);
+  const Output out = {y, bias, bias_f32, m, n};
   extern __shared__ __align__(128) u8 memory[];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int warp_r = warp % WARPS_R, warp_k = warp / WARPS_R;
@@ -147,10 +146,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
         for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
           for (int r = 0; r < R_TILES; ++r) mma(acc[r].group[n], a[r][odd], b.word[2 * odd], b.word[2 * odd + 1]);
-          if constexpr (FRACTION) {
-            const u32 ones[4] = {ONES, ONES, ONES, ONES};
-            mma(acc[0].rows_of_x[n], ones, b.word[2 * odd], b.word[2 * odd + 1]);
-          }
+          if constexpr (FRACTION) mma(acc[0].rows_of_x[n], ALL_ONES, b.word[2 * odd], b.word[2 * odd + 1]);
         }
         watch(finite[n], b);
       }

@@ -1,21 +1,10 @@
 // Few rows of x: memory is the limit. Every warp streams its part of 16 rows of W through registers, DEPTH units
 // ahead of the one it multiplies; the warps of a block, and the blocks of a cluster, share the columns.
-#pragma once
+#include "matmul/float_sums.cuh"
 
-#include "float_sums.cuh"
-#include "output.cuh"
-
-#if !defined(N_TILES) || !defined(WARPS) || !defined(DEPTH) || !defined(BLOCKS)
-#error "N_TILES: rows of x by 8; WARPS; DEPTH: units in flight; BLOCKS: least on a multiprocessor"
+#if !defined(N_TILES) || !defined(WARPS) || !defined(DEPTH) || DEPTH % 2 || !defined(BLOCKS)
+#error "N_TILES: rows of x by 8; WARPS; DEPTH: units in flight, even; BLOCKS: least on a multiprocessor"
 #endif
-
-__device__ __forceinline__ Activations load_activations(const u16* x, int k, int half, int row, bool valid,
-                                                        int lane) {
-  const int column = 32 * half + 8 * (lane % 4);
-  uint4 words = make_uint4(0, 0, 0, 0);
-  if (valid && column < k) words = __ldg(reinterpret_cast<const uint4*>(x + static_cast<u64>(row) * k + column));
-  return {words.x, words.y, words.z, words.w};
-}
 
 // A unit on its way.
 struct Flight {
@@ -26,35 +15,45 @@ struct Flight {
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: tiles of 16 rows of W, SPLITS, blocks of 8·N_TILES rows of x.
 // k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
-    matmul_stream(const u16* x, Matrix w, Output out, int k) {
+    matmul_stream(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias, int bias_f32, u16* y,
+              int m, int n, int k) {
+  const Matrix w = matrix(packed, scales, zero_points, n, k);
+  const Output out = {y, bias, bias_f32, m, n};
   __shared__ float sums[WARPS * 8 * N_TILES * padded(ROWS)];
   const int lane = threadIdx.x % WARP, tile = blockIdx.x, m0 = blockIdx.z * 8 * N_TILES;
   // Warps side by side read units side by side.
   const int first = blockIdx.y * WARPS + threadIdx.x / WARP;
   constexpr int stride = WARPS * SPLITS;
 
+  const TileReader reader(w, tile, lane);
   Flight flights[DEPTH];
   auto fetch = [&](Flight& flight, int unit) {
     if (unit >= w.units) return;
-    load_unit(flight.codes, w, tile, unit, lane);
+    reader.load(flight.codes, unit);
 #pragma unroll
     for (int i = 0; i < FLUSHES; ++i) {
       load_group(flight.groups[i], w, tile, min(group_of(2 * unit + i), w.groups - 1), lane);
     }
   };
-  Activations next[N_TILES][2];
-  auto fetch_x = [&](int unit) {
+  // Activations come from nearer by: one unit ahead.
+  const u16* rows = x + static_cast<u64>(m0 + lane / 4) * k + lane % 4 * 8;
+  Activations near[2][N_TILES][2];
+  auto fetch_x = [&](Activations(&to)[N_TILES][2], int unit) {
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = m0 + 8 * n + lane / 4;
-        next[n][half] = load_activations(x, k, 2 * unit + half, row, row < out.m, lane);
+        const int column = unit * COLUMNS + 32 * half;
+        uint4 words = make_uint4(0, 0, 0, 0);
+        if (m0 + 8 * n + lane / 4 < out.m && column + lane % 4 * 8 < k) {
+          words = __ldg(reinterpret_cast<const uint4*>(rows + n * 8 * k + column));
+        }
+        to[n][half] = {words.x, words.y, words.z, words.w};
       }
   };
 #pragma unroll
   for (int slot = 0; slot < DEPTH; ++slot) fetch(flights[slot], first + slot * stride);
-  fetch_x(first);
+  fetch_x(near[0], first);
 
   Sums<N_TILES> acc;
   acc.clear();
@@ -64,16 +63,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
     for (int slot = 0; slot < DEPTH; ++slot) {
       const int unit = begin + slot * stride;
       if (unit >= w.units) break;
-      Activations now[N_TILES][2];
-#pragma unroll
-      for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          now[n][half] = next[n][half];
-        }
-      fetch_x(unit + stride);
-      const Flight flight = flights[slot];
-      fetch(flights[slot], unit + DEPTH * stride);
+      fetch_x(near[(slot + 1) % 2], unit + stride);
+      const Activations(&b)[N_TILES][2] = near[slot % 2];
+      Flight& flight = flights[slot];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Group& group = flight.groups[half * (FLUSHES - 1)];
@@ -84,20 +76,16 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
           decode(a, flight.codes, 2 * half + odd, offsets);
 #pragma unroll
           for (int n = 0; n < N_TILES; ++n) {
-            const u32* b = now[n][half].word + 2 * odd;
-            mma(acc.group[n], a, b[0], b[1]);
-            if constexpr (FRACTION) {
-              const u32 ones[4] = {ONES, ONES, ONES, ONES};
-              mma(acc.rows_of_x[n], ones, b[0], b[1]);
-            }
+            const u32* words = b[n][half].word + 2 * odd;
+            mma(acc.group[n], a, words[0], words[1]);
+            if constexpr (FRACTION) mma(acc.rows_of_x[n], ALL_ONES, words[0], words[1]);
           }
         }
-        if (half + 1 == 2 || FLUSHES == 2) acc.flush(group);
+        if (half == 1 || FLUSHES == 2) acc.flush(group);
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) watch(finite[n], b[n][half]);
       }
-#pragma unroll
-      for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) watch(finite[n], now[n][half]);
+      fetch(flight, unit + DEPTH * stride);
     }
   }
   spoil<N_TILES>(acc.total, finite);
