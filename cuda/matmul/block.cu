@@ -20,26 +20,56 @@ constexpr int plane_in_stage(int plane) {
   return X_BYTES + bits_before(plane) * BLOCK_TILES * WARPS_K * WARP * 4;
 }
 
-__device__ __forceinline__ void fetch_stage(u32 stage, const u16* x, const Matrix& w, int m, int k, int m0,
-                                            int tile0, int unit0) {
-  constexpr int x_chunks = STAGE_COLUMNS / 8;  // 16 bytes each, of a row
-  for (int i = threadIdx.x; i < BLOCK_COLS * x_chunks; i += THREADS) {
-    const int row = i / x_chunks, chunk = i % x_chunks, column = unit0 * COLUMNS + chunk * 8;
-    const bool valid = m0 + row < m && column < k;
-    const u16* from = valid ? x + static_cast<u64>(m0 + row) * k + column : x;
-    copy_async(stage + row * X_ROW + chunk * 16, from, valid);
-  }
-  for_planes([&](auto plane) {
-    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
-    constexpr int unit_chunks = width * WARP / 4, chunks = unit_chunks * WARPS_K;  // of a tile
-    for (int i = threadIdx.x; i < BLOCK_TILES * chunks; i += THREADS) {
-      const int tile = tile0 + i / chunks, chunk = i % chunks;
-      const bool valid = tile < w.tiles && unit0 + chunk / unit_chunks < w.units;
-      const u8* from = valid ? w.tile(p, tile) + (unit0 * unit_chunks + chunk) * 16 : w.packed;
-      copy_async(stage + plane_in_stage(p) + i * 16, from, valid);
+static_assert(THREADS % (STAGE_COLUMNS / 8) == 0, "a thread copies the same columns of every row");
+
+// Copies stage after stage. A thread has the same part of each: what it needs to know is worked out once. Rows of
+// x and tiles beyond the last are those of the last, their results go nowhere; columns beyond the last are 0 in x.
+struct Copier {
+  static constexpr int X_CHUNKS = STAGE_COLUMNS / 8, X_STEP = THREADS / X_CHUNKS;  // 16 bytes each, of a row
+  static constexpr int X_COPIES = (BLOCK_COLS + X_STEP - 1) / X_STEP;
+
+  const u8* rows[X_COPIES];
+  int column, k, units;
+  u32 x_to;
+  const Matrix& w;
+  int tile0;
+
+  __device__ __forceinline__ Copier(const u16* x, const Matrix& w, int m, int k, int m0, int tile0)
+      : k(k), units(w.units), w(w), tile0(tile0) {
+    column = threadIdx.x % X_CHUNKS * 8;
+    const int row = threadIdx.x / X_CHUNKS;
+    x_to = row * X_ROW + column * 2;
+#pragma unroll
+    for (int i = 0; i < X_COPIES; ++i) {
+      rows[i] = reinterpret_cast<const u8*>(x + static_cast<u64>(min(m0 + row + i * X_STEP, m - 1)) * k + column);
     }
-  });
-}
+  }
+
+  __device__ __forceinline__ void fetch(u32 stage, int number) const {
+    const int first = number * STAGE_COLUMNS;
+    const bool inside = first + column < k;
+#pragma unroll
+    for (int i = 0; i < X_COPIES; ++i) {
+      if (BLOCK_COLS % X_STEP && threadIdx.x / X_CHUNKS + i * X_STEP >= BLOCK_COLS) break;
+      copy_async(stage + x_to + i * X_STEP * X_ROW, rows[i] + static_cast<u32>(first * 2), inside);
+    }
+    for_planes([&](auto plane) {
+      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+      constexpr int unit_chunks = width * WARP / 4, chunks = unit_chunks * WARPS_K;  // of a tile
+      static_assert(THREADS % chunks == 0, "a thread copies the same part of every tile");
+      constexpr int step = THREADS / chunks, copies = (BLOCK_TILES + step - 1) / step;
+      const int chunk = threadIdx.x % chunks, tile = threadIdx.x / chunks;
+      const int unit = min(number * WARPS_K + chunk / unit_chunks, units - 1);
+      const u32 offset = (unit * unit_chunks + chunk % unit_chunks) * 16;
+#pragma unroll
+      for (int i = 0; i < copies; ++i) {
+        if (BLOCK_TILES % step && tile + i * step >= BLOCK_TILES) break;
+        const u8* from = w.tile(p, min(tile0 + tile + i * step, w.tiles - 1)) + offset;
+        copy_async(stage + plane_in_stage(p) + threadIdx.x * 16 + i * step * chunks * 16, from, true);
+      }
+    });
+  }
+};
 
 __device__ __forceinline__ void read_shared(u32* to, u32 from) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -69,30 +99,23 @@ __device__ __forceinline__ void read_unit(Words<BITS>& to, u32 stage, int tile, 
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: BLOCK_ROWS rows of W, SPLITS, blocks of BLOCK_COLS rows of x.
 // k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
-    matmul_block(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias, int bias_f32, u16* y,
-              int m, int n, int k) {
-  const Matrix w = matrix(packed, scales, zero_points, n, k);
-  const Output out = {y, bias, bias_f32, m, n};
+    matmul_block(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
+                 int bias_f32, u16* y, int m, int n, int k) {
   extern __shared__ __align__(128) u8 memory[];
+  const Matrix w = matrix(packed, scales, zero_points, n, k);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int warp_r = warp % WARPS_R, warp_k = warp / WARPS_R;
   const int tile0 = blockIdx.x * BLOCK_TILES, m0 = blockIdx.z * BLOCK_COLS;
   const int stages = (w.units + WARPS_K - 1) / WARPS_K;
   const int begin = stages * blockIdx.y / SPLITS, end = stages * (blockIdx.y + 1) / SPLITS;
   const u32 base = shared_address(memory);
+  const Copier copier(x, w, m, k, m0, tile0);
 
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (begin + stage < end) {
-      fetch_stage(base + stage * STAGE_BYTES, x, w, out.m, k, m0, tile0, (begin + stage) * WARPS_K);
-    }
+    if (begin + stage < end) copier.fetch(base + stage * STAGE_BYTES, begin + stage);
     copies_commit();
   }
-
-  Sums<N_TILES> acc[R_TILES];
-#pragma unroll
-  for (int r = 0; r < R_TILES; ++r) acc[r].clear();
-  u32 finite[N_TILES] = {};
   Group next[R_TILES][FLUSHES];
   auto fetch_groups = [&](int stage) {
     const int half = 2 * min(stage * WARPS_K + warp_k, w.units - 1);
@@ -101,18 +124,22 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int i = 0; i < FLUSHES; ++i) {
         const int tile = min(tile0 + warp_r * R_TILES + r, w.tiles - 1);
-        load_group(next[r][i], w, tile, min(group_of(half + i), w.groups - 1), lane);
+        load_group(next[r][i], w, static_cast<u32>(tile) * w.groups + min(group_of(half + i), w.groups - 1), lane);
       }
   };
   if (begin < end) fetch_groups(begin);
 
+  const Masks mask = masks(n >> 31);
+  float total[R_TILES][N_TILES][4] = {};
+  GroupSums sums[R_TILES][N_TILES] = {};
+  u32 here = base, ahead = base + (STAGES - 1) * STAGE_BYTES;
   for (int stage = begin; stage < end; ++stage) {
     copies_wait<STAGES - 2>();
     __syncthreads();
-    const int ahead = stage + STAGES - 1;
-    if (ahead < end) {
-      fetch_stage(base + (ahead - begin) % STAGES * STAGE_BYTES, x, w, out.m, k, m0, tile0, ahead * WARPS_K);
-    }
+    Words<BITS> codes[R_TILES];
+#pragma unroll
+    for (int r = 0; r < R_TILES; ++r) read_unit(codes[r], here, warp_r * R_TILES + r, warp_k, lane);
+    if (stage + STAGES - 1 < end) copier.fetch(ahead, stage + STAGES - 1);
     copies_commit();
     Group groups[R_TILES][FLUSHES];
 #pragma unroll
@@ -121,12 +148,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
       for (int i = 0; i < FLUSHES; ++i) groups[r][i] = next[r][i];
     if (stage + 1 < end) fetch_groups(stage + 1);
 
-    const u32 here = base + (stage - begin) % STAGES * STAGE_BYTES;
-    const int unit = stage * WARPS_K + warp_k;
-    Words<BITS> codes[R_TILES];
-#pragma unroll
-    for (int r = 0; r < R_TILES; ++r) read_unit(codes[r], here, warp_r * R_TILES + r, warp_k, lane);
     // Sums go on through the units of a group, and end with it.
+    const int unit = stage * WARPS_K + warp_k;
     const bool group_ends = stage + 1 == end || group_of(2 * unit + 1) != group_of(2 * (unit + WARPS_K));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -135,45 +158,40 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
       for (int r = 0; r < R_TILES; ++r) {
         const Offsets offsets = offsets_of(groups[r][half * (FLUSHES - 1)]);
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) decode(a[r][odd], codes[r], 2 * half + odd, offsets);
+        for (int odd = 0; odd < 2; ++odd) decode(a[r][odd], codes[r], 2 * half + odd, offsets, mask);
       }
       const u32 x_here = here + lane / 4 * X_ROW + warp_k * COLUMNS * 2 + half * 64 + lane % 4 * 16;
 #pragma unroll
-      for (int n = 0; n < N_TILES; ++n) {
+      for (int i = 0; i < N_TILES; ++i) {
         Activations b;
-        read_shared(b.word, x_here + n * 8 * X_ROW);
+        read_shared(b.word, x_here + i * 8 * X_ROW);
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
+        for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
-          for (int r = 0; r < R_TILES; ++r) mma(acc[r].group[n], a[r][odd], b.word[2 * odd], b.word[2 * odd + 1]);
-          if constexpr (FRACTION) mma(acc[0].rows_of_x[n], ALL_ONES, b.word[2 * odd], b.word[2 * odd + 1]);
-        }
-        watch(finite[n], b);
+          for (int r = 0; r < R_TILES; ++r) sums[r][i].add(a[r][odd], b.word[2 * odd], b.word[2 * odd + 1]);
       }
-      if ((FLUSHES == 2) || (half == 1 && group_ends)) {
-        if constexpr (FRACTION) {
+      if (FLUSHES == 2 || (half == 1 && group_ends)) {
 #pragma unroll
-          for (int r = 1; r < R_TILES; ++r)
+        for (int r = 0; r < R_TILES; ++r)
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) acc[r].rows_of_x[n][i] = acc[0].rows_of_x[n][i];
-        }
-#pragma unroll
-        for (int r = 0; r < R_TILES; ++r) acc[r].flush(groups[r][half * (FLUSHES - 1)]);
+          for (int i = 0; i < N_TILES; ++i) {
+            sums[r][i].scale(total[r][i], groups[r][half * (FLUSHES - 1)]);
+            sums[r][i] = {};
+          }
       }
     }
+    here = here + STAGE_BYTES == base + STAGES * STAGE_BYTES ? base : here + STAGE_BYTES;
+    ahead = ahead + STAGE_BYTES == base + STAGES * STAGE_BYTES ? base : ahead + STAGE_BYTES;
   }
   copies_wait<0>();
   __syncthreads();
 
-  float* sums = reinterpret_cast<float*>(memory);
-  float* slab = sums + warp_k * BLOCK_COLS * padded(BLOCK_ROWS);
+  float* slabs = reinterpret_cast<float*>(memory);
 #pragma unroll
   for (int r = 0; r < R_TILES; ++r) {
-    spoil<N_TILES>(acc[r].total, finite);
-    put<N_TILES, BLOCK_ROWS>(slab, acc[r].total, (warp_r * R_TILES + r) * ROWS, lane);
+    put<N_TILES, BLOCK_ROWS>(slabs + warp_k * BLOCK_COLS * padded(BLOCK_ROWS), total[r], (warp_r * R_TILES + r) * ROWS,
+                             lane);
   }
   __syncthreads();
-  store<BLOCK_ROWS, BLOCK_COLS, WARPS_K, THREADS>(sums, out, tile0 * ROWS, m0);
+  store<BLOCK_ROWS, BLOCK_COLS, WARPS_K, THREADS>(slabs, {y, bias, bias_f32, m, n}, tile0 * ROWS, m0);
 }

@@ -65,6 +65,8 @@ __device__ __forceinline__ void store(const float* sums, const Output& out, int 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (n + i >= out.n) break;
+      // NaN or ±Inf among the activations has reached every sum of its row.
+      if (!isfinite(total[i])) total[i] = __int_as_float(0x7fffffff);
       if (out.bias != nullptr) {
         total[i] += out.bias_f32 ? static_cast<const float*>(out.bias)[n + i]
                                  : widen(static_cast<const u16*>(out.bias)[n + i]);

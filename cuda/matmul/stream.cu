@@ -15,82 +15,104 @@ struct Flight {
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: tiles of 16 rows of W, SPLITS, blocks of 8·N_TILES rows of x.
 // k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
-    matmul_stream(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias, int bias_f32, u16* y,
-              int m, int n, int k) {
-  const Matrix w = matrix(packed, scales, zero_points, n, k);
-  const Output out = {y, bias, bias_f32, m, n};
+    matmul_stream(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
+                  int bias_f32, u16* y, int m, int n, int k) {
   __shared__ float sums[WARPS * 8 * N_TILES * padded(ROWS)];
+  const Matrix w = matrix(packed, scales, zero_points, n, k);
   const int lane = threadIdx.x % WARP, tile = blockIdx.x, m0 = blockIdx.z * 8 * N_TILES;
   // Warps side by side read units side by side.
   const int first = blockIdx.y * WARPS + threadIdx.x / WARP;
   constexpr int stride = WARPS * SPLITS;
 
-  const TileReader reader(w, tile, lane);
-  Flight flights[DEPTH];
-  auto fetch = [&](Flight& flight, int unit) {
-    if (unit >= w.units) return;
-    reader.load(flight.codes, unit);
+  // Where the lane's words of the unit to be fetched next lie, in every plane.
+  const u8* planes[COUNT];
+  for_planes([&](auto plane) {
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+    planes[p] = w.tile(p, tile) + first * (width * 4 * WARP) + lane * 4 * (width < 4 ? width : 4);
+  });
+  const u32 groups0 = static_cast<u32>(tile) * w.groups;
+  Flight flights[DEPTH] = {};
+  auto fetch = [&](Flight& flight, int unit, int slot) {
+    if (unit >= w.units) return;  // what is there is multiplied by 0
+    for_planes([&](auto plane) {
+      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+      const u8* from = planes[p] + slot * (stride * width * 4 * WARP);
+      u32* words = flight.codes.word + bits_before(p);
+      load_once<width < 4 ? width : 4>(words, from);
+      if constexpr (width == 8) load_once<4>(words + 4, from + 16 * WARP);
+    });
 #pragma unroll
     for (int i = 0; i < FLUSHES; ++i) {
-      load_group(flight.groups[i], w, tile, min(group_of(2 * unit + i), w.groups - 1), lane);
+      const int group = group_of(2 * unit + i);
+      load_group(flight.groups[i], w, groups0 + (FLUSHES > 1 ? min(group, w.groups - 1) : group), lane);
     }
   };
-  // Activations come from nearer by: one unit ahead.
-  const u16* rows = x + static_cast<u64>(m0 + lane / 4) * k + lane % 4 * 8;
-  Activations near[2][N_TILES][2];
-  auto fetch_x = [&](Activations(&to)[N_TILES][2], int unit) {
+
+  // Activations come from nearer by: one unit ahead. Beyond the last row they are those of the last, and their
+  // results go nowhere; beyond the last column they are 0.
+  const u16* rows[N_TILES];
 #pragma unroll
-    for (int n = 0; n < N_TILES; ++n)
+  for (int i = 0; i < N_TILES; ++i) {
+    rows[i] = x + static_cast<u64>(min(m0 + 8 * i + lane / 4, m - 1)) * k + first * COLUMNS + lane % 4 * 8;
+  }
+  Activations near[2][N_TILES][2];
+  auto fetch_x = [&](Activations(&to)[N_TILES][2], int begin, int slot, bool inside) {
+#pragma unroll
+    for (int i = 0; i < N_TILES; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = unit * COLUMNS + 32 * half;
+        const int column = slot * stride * COLUMNS + 32 * half;
         uint4 words = make_uint4(0, 0, 0, 0);
-        if (m0 + 8 * n + lane / 4 < out.m && column + lane % 4 * 8 < k) {
-          words = __ldg(reinterpret_cast<const uint4*>(rows + n * 8 * k + column));
+        if (inside || begin * COLUMNS + column + lane % 4 * 8 < k) {
+          words = __ldg(reinterpret_cast<const uint4*>(rows[i] + column));
         }
-        to[n][half] = {words.x, words.y, words.z, words.w};
+        to[i][half] = {words.x, words.y, words.z, words.w};
       }
   };
-#pragma unroll
-  for (int slot = 0; slot < DEPTH; ++slot) fetch(flights[slot], first + slot * stride);
-  fetch_x(near[0], first);
 
-  Sums<N_TILES> acc;
-  acc.clear();
-  u32 finite[N_TILES] = {};
-  for (int begin = first; begin < w.units; begin += DEPTH * stride) {
+  const Masks mask = masks(n >> 31);
+  float total[N_TILES][4] = {};
+  auto multiply = [&](const Flight& flight, const Activations(&b)[N_TILES][2]) {
+    GroupSums group[N_TILES] = {};
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const Group& values = flight.groups[step / 2 * (FLUSHES - 1)];
+      u32 a[4];
+      decode(a, flight.codes, step, offsets_of(values), mask);
+#pragma unroll
+      for (int i = 0; i < N_TILES; ++i) {
+        const u32* words = b[i][step / 2].word + step % 2 * 2;
+        group[i].add(a, words[0], words[1]);
+        if (step == 3 || (step == 1 && FLUSHES == 2)) {
+          group[i].scale(total[i], values);
+          group[i] = {};
+        }
+      }
+    }
+  };
+  auto turn = [&](int begin, bool inside) {
+    for_planes([&](auto plane) {
+      constexpr int p = decltype(plane)::value;
+      planes[p] += DEPTH * stride * WIDTHS[p] * 4 * WARP;
+    });
 #pragma unroll
     for (int slot = 0; slot < DEPTH; ++slot) {
-      const int unit = begin + slot * stride;
-      if (unit >= w.units) break;
-      fetch_x(near[(slot + 1) % 2], unit + stride);
-      const Activations(&b)[N_TILES][2] = near[slot % 2];
-      Flight& flight = flights[slot];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Group& group = flight.groups[half * (FLUSHES - 1)];
-        const Offsets offsets = offsets_of(group);
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          u32 a[4];
-          decode(a, flight.codes, 2 * half + odd, offsets);
-#pragma unroll
-          for (int n = 0; n < N_TILES; ++n) {
-            const u32* words = b[n][half].word + 2 * odd;
-            mma(acc.group[n], a, words[0], words[1]);
-            if constexpr (FRACTION) mma(acc.rows_of_x[n], ALL_ONES, words[0], words[1]);
-          }
-        }
-        if (half == 1 || FLUSHES == 2) acc.flush(group);
-#pragma unroll
-        for (int n = 0; n < N_TILES; ++n) watch(finite[n], b[n][half]);
-      }
-      fetch(flight, unit + DEPTH * stride);
+      fetch_x(near[(slot + 1) % 2], begin, slot + 1, inside && slot + 1 < DEPTH);
+      multiply(flights[slot], near[slot % 2]);
+      fetch(flights[slot], begin + (DEPTH + slot) * stride, slot);
     }
-  }
-  spoil<N_TILES>(acc.total, finite);
+#pragma unroll
+    for (int i = 0; i < N_TILES; ++i) rows[i] += DEPTH * stride * COLUMNS;
+  };
+#pragma unroll
+  for (int slot = 0; slot < DEPTH; ++slot) fetch(flights[slot], first + slot * stride, slot);
+  fetch_x(near[0], first, 0, false);
+  int begin = first;
+  for (; (begin + (DEPTH - 1) * stride + 1) * COLUMNS <= k; begin += DEPTH * stride) turn(begin, true);
+  if (begin < w.units) turn(begin, false);
+
   float* slab = sums + threadIdx.x / WARP * 8 * N_TILES * padded(ROWS);
-  put<N_TILES, ROWS>(slab, acc.total, 0, lane);
+  put<N_TILES, ROWS>(slab, total, 0, lane);
   __syncthreads();
-  store<ROWS, 8 * N_TILES, WARPS, WARPS * WARP>(sums, out, tile * ROWS, m0);
+  store<ROWS, 8 * N_TILES, WARPS, WARPS * WARP>(sums, {y, bias, bias_f32, m, n}, tile * ROWS, m0);
 }

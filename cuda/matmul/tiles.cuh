@@ -66,29 +66,6 @@ __device__ __forceinline__ Matrix matrix(const u8* packed, const void* scales, c
           GROUP ? (k + GROUP - 1) / (GROUP ? GROUP : 1) : 1};
 }
 
-// A lane's parts of the units of one tile.
-struct TileReader {
-  const u8* planes[COUNT];
-
-  __device__ __forceinline__ TileReader(const Matrix& w, int tile, int lane) {
-    for_planes([&](auto plane) {
-      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
-      planes[p] = w.tile(p, tile) + lane * 4 * (width < 4 ? width : 4);
-    });
-  }
-
-  // Its words of a unit, plane after plane.
-  __device__ __forceinline__ void load(Words<BITS>& to, u32 unit) const {
-    for_planes([&](auto plane) {
-      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
-      const u8* from = planes[p] + unit * (width * 4 * WARP);
-      u32* words = to.word + bits_before(p);
-      load_once<width < 4 ? width : 4>(words, from);
-      if constexpr (width == 8) load_once<4>(words + 4, from + 16 * WARP);
-    });
-  }
-};
-
 // Scales and zero points -----------------------------------------------------------------------------------
 
 // What a lane needs of a group: the scales of its two rows, and what to subtract from their codes.
@@ -103,8 +80,9 @@ struct Group {
 #endif
 };
 
-__device__ __forceinline__ void load_group(Group& to, const Matrix& w, int tile, int group, int lane) {
-  const u32 at = (static_cast<u32>(tile) * w.groups + group) * (ROWS / 2) + lane / 4;
+// `at`: tile · groups + group.
+__device__ __forceinline__ void load_group(Group& to, const Matrix& w, u32 at, int lane) {
+  at = at * (ROWS / 2) + lane / 4;
 #if SCALE == 2
   to.scales = __ldg(static_cast<const float2*>(w.scales) + at);
 #else
@@ -156,15 +134,29 @@ struct Offsets {
   u32 rows[2];
 };
 
+// Masks of the fields of a code in both halves of a word, in registers: an instruction takes one literal, MAGIC.
+struct Masks {
+  u32 low, high;  // of codes at bit 0, and of nibbles at bit 4 or the highest bit of a byte
+};
+
 constexpr bool NIBBLES = BITS <= 4;
+
+// Bytes in bfloat16 are read in two parts; an even constant zero point can be taken from both at once.
+constexpr bool FOLDED = !ASYMMETRIC && (ZERO - (1 << REST) + 1 >> (REST + 1)) % 2 == 0;
 constexpr u32 CODE = (1 << BITS) - 1;
+
+// `zero` is 0 in every launch, and the compiler does not know.
+__device__ __forceinline__ Masks masks(u32 zero) {
+  return {(BF16 && BITS == 8 ? 0x007f007fu : CODE * 0x00010001u) + zero,
+          (NIBBLES ? CODE * 0x00100010u : 0x00800080u) + zero};
+}
 
 __device__ __forceinline__ Offsets offsets_of(const Group& group) {
   Offsets offsets;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     // In float16, nibbles of odd slots are read in place, 16 times as large.
-    const float base = BF16 && BITS == 8 ? 0 : NIBBLES && !BF16 && row ? BASE / 16 : BASE;
+    const float base = BF16 && BITS == 8 ? (FOLDED ? 2 * BASE : 0) : NIBBLES && !BF16 && row ? BASE / 16 : BASE;
     offsets.rows[row] = twice(-(base + integer_zero(group, row)));
   }
   return offsets;
@@ -193,20 +185,21 @@ __device__ __forceinline__ u32 gather(const Words<BITS>& unit, int step, int odd
 }
 
 // The operand of step `step`: codes less the integer zero point, as exact floats.
-__device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int step, const Offsets& offsets) {
+__device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int step, const Offsets& offsets,
+                                       const Masks& masks) {
   if constexpr (NIBBLES) {
     const u32 codes = gather(unit, step, 0);
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const u32 offset = offsets.rows[pair % 2];
 #if BF16
-      a[pair] = add2(((codes >> (4 * pair)) & (CODE * 0x00010001u)) | MAGIC, offset);
+      a[pair] = add2(((codes >> (4 * pair)) & masks.low) | MAGIC, offset);
 #else
       const u32 word = codes >> (8 * (pair / 2));
       if (pair % 2) {
-        a[pair] = fma2((word & (CODE * 0x00100010u)) | MAGIC, 0x2c002c00, offset);  // 1/16
+        a[pair] = fma2((word & masks.high) | MAGIC, 0x2c002c00, offset);  // 1/16
       } else {
-        a[pair] = add2((word & (CODE * 0x00010001u)) | MAGIC, offset);
+        a[pair] = add2((word & masks.low) | MAGIC, offset);
       }
 #endif
     }
@@ -220,10 +213,14 @@ __device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int
         u32& pair = a[odd + 2 * high];
         if constexpr (BF16 && BITS == 8) {
           // Seven bits fit a mantissa; the eighth, read in the exponent, makes 128 of 256.
-          const u32 low = add2((word & 0x007f007fu) | MAGIC, offsets.rows[odd]);
-          pair = add2(low, add2((word & 0x00800080u) | MAGIC, 0xc380c380));  // −256
+          const u32 low = (word & masks.low) | MAGIC, high = (word & masks.high) | MAGIC;
+          if constexpr (FOLDED) {
+            pair = add2(low, add2(high, offsets.rows[odd]));
+          } else {
+            pair = add2(add2(low, offsets.rows[odd]), add2(high, 0xc380c380));  // −256
+          }
         } else {
-          pair = add2((word & (CODE * 0x00010001u)) | MAGIC, offsets.rows[odd]);
+          pair = add2((word & masks.low) | MAGIC, offsets.rows[odd]);
         }
       }
     }
