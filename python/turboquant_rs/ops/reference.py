@@ -398,13 +398,17 @@ def checked_input(x: Tensor, nan_zero: bool) -> Tensor:
     refused = ~(values.abs() <= DOMAIN).flatten()
     if refused.any():
         index = int(refused.int().argmax())
-        value = float(values.flatten()[index])
-        if value != value:
-            raise ValueError(f'x[{index}] is NaN; use nan="zero" to treat NaN as 0')
-        if abs(value) == float("inf"):
-            raise ValueError(f"x[{index}] is infinite; clamp the tensor to ±2^120 first")
-        raise ValueError(f"x[{index}] = {value:e} is outside the domain |x| <= 2^120; rescale the tensor")
+        raise refusal_of_value(index, float(values.flatten()[index]))
     return torch.where(values.abs() < SMALLEST_NORMAL, values * 0.0, values)
+
+
+def refusal_of_value(index: int, value: float) -> ValueError:
+    """The error of x[index], a value outside the domain."""
+    if value != value:
+        return ValueError(f'x[{index}] is NaN; use nan="zero" to treat NaN as 0')
+    if abs(value) == float("inf"):
+        return ValueError(f"x[{index}] is infinite; clamp the tensor to ±2^120 first")
+    return ValueError(f"x[{index}] = {value:e} is outside the domain |x| <= 2^120; rescale the tensor")
 
 
 def check_rounding(scheme: SchemeArgs, rounding: RoundingArgs, k: int) -> None:
@@ -459,10 +463,15 @@ def quantize(
 def _check_scales(scale: Tensor, dtype: torch.dtype) -> None:
     refused = ~scale.isfinite().flatten()
     if refused.any():
-        raise ValueError(
-            f"the scale of group {int(refused.int().argmax())} exceeds the largest finite "
-            f'{FLOAT_NAMES[dtype]} value; use scale_dtype="bf16", which has the range of f32'
-        )
+        raise refusal_of_scale(int(refused.int().argmax()), dtype)
+
+
+def refusal_of_scale(group: int, dtype: torch.dtype) -> ValueError:
+    """The error of the scale of a group that its dtype cannot hold."""
+    return ValueError(
+        f"the scale of group {group} exceeds the largest finite {FLOAT_NAMES[dtype]} value; use "
+        'scale_dtype="bf16", which has the range of f32'
+    )
 
 
 def fixed_zero_point(scheme: SchemeArgs) -> float:

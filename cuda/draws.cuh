@@ -1,0 +1,99 @@
+// The random bits of elements and blocks (docs/format.md, sections 4 and 5).
+//
+// TILED: the 32 units of a warp are 256 consecutive elements that begin a tile, so the warp generates its counters
+// once, a counter or two a lane, and shares the words through `tiles`. Otherwise every element asks for its own.
+
+static const int TILE = DRAW_BITS == 32 ? 64 : 128;
+static const int TILE_WORDS = 80;  // 64 words, and a gap that keeps two tiles in different banks
+static const int WARP_TILES = 256 / TILE;
+
+// R' = half + rho (R - half), rho in units of 2^-16.
+template <int WIDTH> __device__ inline u32 shrunk(u32 draw, u32 rho) {
+    const i64 half = 1ll << (WIDTH - 1);
+    return (u32)(half + (((i64)rho * ((i64)draw - half)) >> 16));
+}
+
+// The draw of element `index`, of its own counter.
+__device__ inline u32 element_draw(const Source &source, u64 index) {
+    int j = (int)(index % 64);
+    u32 word = word_of(philox(source, ELEMENT, index / TILE * 16 + j % 16), j / 16);
+    return DRAW_BITS == 32 ? word : index % 128 < 64 ? word & 0xffff : word >> 16;
+}
+
+__device__ inline u32 block_draw(const Source &source, u64 block) {
+    return word_of(philox(source, BLOCK, block / 4), (int)(block % 4));
+}
+
+// The own draws of the unit that begins at `index`; in a TILED kernel every lane of the warp asks at once, and
+// `tiles` is the warp's part of shared memory.
+__device__ inline void unit_draws(const Source &source, u64 index, u32 *tiles, u32 (&draws)[UNIT]) {
+#if TILED
+    const int lane = threadIdx.x % 32;
+    const u64 first = (index - UNIT * lane) / TILE * 16;
+    __syncwarp();
+#pragma unroll
+    for (int counter = lane; counter < 16 * WARP_TILES; counter += 32) {
+        uint4 words = philox(source, ELEMENT, first + counter);
+        u32 *to = tiles + counter / 16 * TILE_WORDS + counter % 16;
+        to[0] = words.x, to[16] = words.y, to[32] = words.z, to[48] = words.w;
+    }
+    __syncwarp();
+    const int tile = lane / (TILE / UNIT), place = lane % 8 * UNIT;
+    const uint4 *from = (const uint4 *)(tiles + tile * TILE_WORDS + place);
+    uint4 a = from[0], b = from[1];
+    u32 words[UNIT] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const bool upper = DRAW_BITS == 16 && lane % 16 >= 8;
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i)
+        draws[i] = DRAW_BITS == 32 ? words[i] : upper ? words[i] >> 16 : words[i] & 0xffff;
+#else
+#pragma unroll 1
+    for (int i = 0; i < UNIT; ++i) {
+        u64 own = MODE == ANTITHETIC ? (index + i) & ~1ull : index + i;
+        u32 draw = element_draw(source, own);
+#pragma unroll
+        for (int j = 0; j < UNIT; ++j)
+            if (i == j) draws[j] = draw;
+    }
+#endif
+}
+
+// A permutation of 0..7 by Fisher and Yates, the word as a fraction: three bits an entry, the first one lowest.
+__device__ inline u32 permutation(u32 word) {
+    u32 order = 076543210;
+#pragma unroll
+    for (int i = 7; i > 0; --i) {
+        u64 product = (u64)word * (i + 1);
+        int j = (int)(product >> 32);
+        word = (u32)product;
+        u32 change = ((order >> 3 * i) ^ (order >> 3 * j)) & 7;
+        order ^= change << 3 * i | change << 3 * j;
+    }
+    return order;
+}
+
+// The draws R of a unit of a group: `index` is the logical index of its first element, `stratum` the number of its
+// block of eight.
+__device__ inline void rounding_draws(
+    const Source &source, u64 index, u64 stratum, u32 rho, u32 *tiles, u32 (&draws)[UNIT]
+) {
+    unit_draws(source, index, tiles, draws);
+    if (MODE == ANTITHETIC) {
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) {
+            // A pair shares the draw of its even element, and the odd one takes the complement.
+            u32 even = TILED && i % 2 ? draws[i - 1] : draws[i];
+            draws[i] = (index + i) % 2 ? 0xffffffffu >> (32 - DRAW_BITS) ^ even : even;
+        }
+    }
+    if (MODE == STRATIFIED) {
+        u32 order = permutation(block_draw(source, stratum));
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i)
+            draws[i] = (order >> 3 * i & 7) << (DRAW_BITS - 3) | draws[i] >> 3;
+    }
+    if (SHRINK) {
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) draws[i] = shrunk<DRAW_BITS>(draws[i], rho);
+    }
+}

@@ -1,0 +1,100 @@
+"""Schemes and roundings as the macros and arguments of kernels: `scheme.cuh` says what they mean there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, packed_nbytes
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+RULES = {"extreme": 0, "mse": 1, "rms": 2}
+MODES = {"nearest": 0, "iid": 1, "antithetic": 2, "stratified": 3, "systematic": 4, "subtractive": 5}
+
+FULL_VARIANCE = 65536
+"""A variance of 1, in units of 2^-16."""
+
+ALIGNMENT = 16
+"""Bytes of the widest access."""
+
+
+def plane_macros(planes: Sequence[int]) -> dict[str, object]:
+    """PLANES."""
+    return {"PLANES": ",".join(map(str, planes))}
+
+
+def scheme_macros(scheme: SchemeArgs, preserve_variance: bool) -> dict[str, object]:
+    """BITS to ZERO_POINTS."""
+    stored = 2 if preserve_variance else 0 if scheme.symmetric else 1
+    return {
+        "BITS": scheme.bits,
+        "SYMMETRIC": scheme.symmetric,
+        "NESTED": scheme.nested,
+        "LEVELS": len(scheme.table),
+        "RULE": RULES[scheme.scale],
+        "SCALE": DTYPES[scheme.scale_dtype],
+        "ZERO_POINTS": stored,
+    }
+
+
+def variance_units(rounding: RoundingArgs) -> int:
+    """The variance that is kept, in units of 2^-16: to nearest even, of the f32."""
+    return int(torch.tensor(rounding.variance, dtype=torch.float32).mul(FULL_VARIANCE).round())
+
+
+def table_words(table: Sequence[int]) -> tuple[int, int]:
+    """The levels of a table, a byte each, as two words of 64 bits in two's complement."""
+    padded = bytes(table) + bytes(16 - len(table))
+    low, high = (int.from_bytes(part, "little", signed=True) for part in (padded[:8], padded[8:]))
+    return low, high
+
+
+def source_words(rounding: RoundingArgs) -> tuple[int, int, int, int]:
+    """Key, stream and step of the random bits, as words of 32 bits."""
+    return rounding.seed & 0xFFFFFFFF, rounding.seed >> 32 & 0xFFFFFFFF, rounding.stream, rounding.step
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all memory lies on multiples of the widest access."""
+    return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+
+
+def device_of(*tensors: Tensor) -> int:
+    """The index of the device that all tensors are on. Raises: ValueError if there is more than one."""
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"operands are on {device} and {tensor.device}; move them to one device with .to()")
+    return device.index or 0
+
+
+def check_length(name: str, tensor: Tensor, need: int, rows: int, k: int) -> None:
+    """Refuses memory of another size than a kernel would touch."""
+    if tensor.numel() != need:
+        raise ValueError(
+            f"{name} has {tensor.numel()} elements where rows={rows}, k={k} need {need}; allocate {need}"
+        )
+
+
+def check_holds(packed: Tensor, planes: Sequence[int], rows: int, k: int) -> None:
+    """Refuses a blob that ends before the planes that are read do; what lies behind them is left alone."""
+    need = packed_nbytes(rows, k, planes)
+    if packed.numel() < need:
+        check_length("packed", packed, need, rows, k)
+
+
+def check_written(out: Tensor, dtype: Any) -> None:
+    """Refuses outputs that a kernel cannot fill as they lie."""
+    if not out.is_contiguous():
+        raise ValueError(f"outputs are contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
+    if out.dtype != dtype:
+        raise TypeError(f"an output must be {dtype}, got {out.dtype}")
+
+
+def check_count(count: int, what: str) -> None:
+    """Kernels number what they share out by 32 bits."""
+    if count >= 2**32:
+        raise ValueError(f"{count} {what} are more than a CUDA kernel numbers (2^32); cut the tensor by rows")
