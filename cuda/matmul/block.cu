@@ -10,6 +10,15 @@
 constexpr int THREADS = WARPS_R * WARPS_K * WARP;
 constexpr int BLOCK_TILES = R_TILES * WARPS_R, BLOCK_ROWS = ROWS * BLOCK_TILES, BLOCK_COLS = 8 * N_TILES;
 constexpr int STAGE_COLUMNS = COLUMNS * WARPS_K;
+
+// A warp takes the RUN units of a group one after another, so that it scales its sums once for all of them.
+constexpr int RUN = HALVES == 4 || HALVES == 8 ? HALVES / 2 : 1;
+
+// The unit that warp `warp_k` finds in stage `stage`.
+__device__ __forceinline__ int unit_of(int stage, int warp_k) {
+  return (stage / RUN * WARPS_K + warp_k) * RUN + stage % RUN;
+}
+
 constexpr int X_ROW = STAGE_COLUMNS * 2 + 64;  // bytes; two rows side by side use all banks
 constexpr int X_BYTES = BLOCK_COLS * X_ROW;
 constexpr int UNIT_BYTES = BITS * WARP * 4;
@@ -41,17 +50,17 @@ struct Copier {
     x_to = row * X_ROW + column * 2;
 #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) {
-      rows[i] = reinterpret_cast<const u8*>(x + static_cast<u64>(min(m0 + row + i * X_STEP, m - 1)) * k + column);
+      rows[i] = reinterpret_cast<const u8*>(x + static_cast<u64>(min(m0 + row + i * X_STEP, m - 1)) * k);
     }
   }
 
   __device__ __forceinline__ void fetch(u32 stage, int number) const {
-    const int first = number * STAGE_COLUMNS;
-    const bool inside = first + column < k;
+    const int at = unit_of(number, column / COLUMNS) * COLUMNS + column % COLUMNS;
+    const bool inside = at < k;
 #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) {
       if (BLOCK_COLS % X_STEP && threadIdx.x / X_CHUNKS + i * X_STEP >= BLOCK_COLS) break;
-      copy_async(stage + x_to + i * X_STEP * X_ROW, rows[i] + static_cast<u32>(first * 2), inside);
+      copy_async(stage + x_to + i * X_STEP * X_ROW, rows[i] + static_cast<u32>(at * 2), inside);
     }
     for_planes([&](auto plane) {
       constexpr int p = decltype(plane)::value, width = WIDTHS[p];
@@ -59,7 +68,7 @@ struct Copier {
       static_assert(THREADS % chunks == 0, "a thread copies the same part of every tile");
       constexpr int step = THREADS / chunks, copies = (BLOCK_TILES + step - 1) / step;
       const int chunk = threadIdx.x % chunks, tile = threadIdx.x / chunks;
-      const int unit = min(number * WARPS_K + chunk / unit_chunks, units - 1);
+      const int unit = min(unit_of(number, chunk / unit_chunks), units - 1);
       const u32 offset = (unit * unit_chunks + chunk % unit_chunks) * 16;
 #pragma unroll
       for (int i = 0; i < copies; ++i) {
@@ -106,8 +115,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int warp_r = warp % WARPS_R, warp_k = warp / WARPS_R;
   const int tile0 = blockIdx.x * BLOCK_TILES, m0 = blockIdx.z * BLOCK_COLS;
-  const int stages = (w.units + WARPS_K - 1) / WARPS_K;
-  const int begin = stages * blockIdx.y / SPLITS, end = stages * (blockIdx.y + 1) / SPLITS;
+  const int runs = (w.units + WARPS_K * RUN - 1) / (WARPS_K * RUN);
+  const int begin = runs * blockIdx.y / SPLITS * RUN, end = runs * (blockIdx.y + 1) / SPLITS * RUN;
   const u32 base = shared_address(memory);
   const Copier copier(x, w, m, k, m0, tile0);
 
@@ -116,15 +125,17 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     if (begin + stage < end) copier.fetch(base + stage * STAGE_BYTES, begin + stage);
     copies_commit();
   }
+  // Tiles follow one another; those beyond the last are the last.
+  const int last = w.tiles - 1, tile = tile0 + warp_r * R_TILES;
+  const GroupReader groups_of_warp(w, min(tile, last), lane);
   Group next[R_TILES][FLUSHES];
   auto fetch_groups = [&](int stage) {
-    const int half = 2 * min(stage * WARPS_K + warp_k, w.units - 1);
+    const int half = 2 * min(unit_of(stage, warp_k), w.units - 1);
 #pragma unroll
     for (int r = 0; r < R_TILES; ++r)
 #pragma unroll
       for (int i = 0; i < FLUSHES; ++i) {
-        const int tile = min(tile0 + warp_r * R_TILES + r, w.tiles - 1);
-        load_group(next[r][i], w, static_cast<u32>(tile) * w.groups + min(group_of(half + i), w.groups - 1), lane);
+        groups_of_warp.load(next[r][i], (min(tile + r, last) - min(tile, last)) * w.groups + min(group_of(half + i), w.groups - 1));
       }
   };
   if (begin < end) fetch_groups(begin);
@@ -149,8 +160,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     if (stage + 1 < end) fetch_groups(stage + 1);
 
     // Sums go on through the units of a group, and end with it.
-    const int unit = stage * WARPS_K + warp_k;
-    const bool group_ends = stage + 1 == end || group_of(2 * unit + 1) != group_of(2 * (unit + WARPS_K));
+    const int unit = unit_of(stage, warp_k), following = unit_of(stage + 1, warp_k);
+    const bool group_ends = stage + 1 == end || group_of(2 * unit + 1) != group_of(2 * following);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       u32 a[R_TILES][2][4];

@@ -23,11 +23,12 @@ extern "C" __global__ void matmul_expand(const u8* packed, const void* scales, c
     load_once<width < 4 ? width : 4>(words, from);
     if constexpr (width == 8) load_once<4>(words + 4, from + 16 * WARP);
   });
+  const GroupReader groups(w, tile, lane);
   const Masks mask = masks(n >> 31);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Group group;
-    load_group(group, w, static_cast<u32>(tile) * w.groups + min(group_of(2 * unit + half), w.groups - 1), lane);
+    groups.load(group, min(group_of(2 * unit + half), w.groups - 1));
     const Offsets offsets = offsets_of(group);
     u32 a[2][4];
     decode(a[0], codes, 2 * half, offsets, mask);

@@ -30,7 +30,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
     constexpr int p = decltype(plane)::value, width = WIDTHS[p];
     planes[p] = w.tile(p, tile) + first * (width * 4 * WARP) + lane * 4 * (width < 4 ? width : 4);
   });
-  const u32 groups0 = static_cast<u32>(tile) * w.groups;
+  // Where a stride is a whole number of groups, they too lie at constant distances.
+  constexpr int span = FLUSHES == 1 && HALVES && 2 * stride % (HALVES ? HALVES : 1) == 0 ? 2 * stride / (HALVES ? HALVES : 1) : 0;
+  GroupReader groups(w, tile, lane);
+  if (span) groups.advance(group_of(2 * first));
   Flight flights[DEPTH] = {};
   auto fetch = [&](Flight& flight, int unit, int slot) {
     if (unit >= w.units) return;  // what is there is multiplied by 0
@@ -43,8 +46,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
     });
 #pragma unroll
     for (int i = 0; i < FLUSHES; ++i) {
-      const int group = group_of(2 * unit + i);
-      load_group(flight.groups[i], w, groups0 + (FLUSHES > 1 ? min(group, w.groups - 1) : group), lane);
+      const int group = span ? slot * span : group_of(2 * unit + i);
+      groups.load(flight.groups[i], FLUSHES > 1 ? min(group, w.groups - 1) : group);
     }
   };
 
@@ -95,6 +98,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
       constexpr int p = decltype(plane)::value;
       planes[p] += DEPTH * stride * WIDTHS[p] * 4 * WARP;
     });
+    if (span) groups.advance(DEPTH * span);
 #pragma unroll
     for (int slot = 0; slot < DEPTH; ++slot) {
       fetch_x(near[(slot + 1) % 2], begin, slot + 1, inside && slot + 1 < DEPTH);

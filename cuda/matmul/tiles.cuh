@@ -80,18 +80,36 @@ struct Group {
 #endif
 };
 
-// `at`: tile · groups + group.
-__device__ __forceinline__ void load_group(Group& to, const Matrix& w, u32 at, int lane) {
-  at = at * (ROWS / 2) + lane / 4;
+// Where a lane's part of the groups of a tile lies.
+struct GroupReader {
+  static constexpr int SCALE_BYTES = SCALE == 2 ? 8 : 4, STEP = ROWS / 2;
+
+  const u8* scales;
+  const u8* zero_points;
+
+  __device__ __forceinline__ GroupReader(const Matrix& w, int tile, int lane) {
+    const u64 first = static_cast<u64>(tile) * w.groups * STEP + lane / 4;
+    scales = static_cast<const u8*>(w.scales) + first * SCALE_BYTES;
+    zero_points = ASYMMETRIC ? w.zero_points + first * 2 : nullptr;
+  }
+
+  __device__ __forceinline__ void advance(u32 groups) {
+    scales += groups * (STEP * SCALE_BYTES);
+    if (ASYMMETRIC) zero_points += groups * (STEP * 2);
+  }
+
+  __device__ __forceinline__ void load(Group& to, u32 group) const {
+    const u8* from = scales + group * (STEP * SCALE_BYTES);
 #if SCALE == 2
-  to.scales = __ldg(static_cast<const float2*>(w.scales) + at);
+    to.scales = __ldg(reinterpret_cast<const float2*>(from));
 #else
-  to.scales = __ldg(static_cast<const u32*>(w.scales) + at);
+    to.scales = __ldg(reinterpret_cast<const u32*>(from));
 #endif
 #if ASYMMETRIC
-  to.zero_points = __ldg(reinterpret_cast<const u16*>(w.zero_points) + at);
+    to.zero_points = __ldg(reinterpret_cast<const u16*>(zero_points + group * (STEP * 2)));
 #endif
-}
+  }
+};
 
 // s·2^REST of row `row` (0: g, 1: g + 8).
 __device__ __forceinline__ float scale_of(const Group& group, int row) {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from turboquant_rs.ops import autograd, cpu, cuda, reference
 from turboquant_rs.ops.schema import OPS
+from turboquant_rs.ops.tiles import from_tiles, to_tiles
 
 pack_out: Callable[..., None] = OPS.pack_out.default
 unpack_out: Callable[..., None] = OPS.unpack_out.default
@@ -43,6 +44,7 @@ __all__ = [
     "dequantize",
     "from_panels",
     "from_panels_out",
+    "from_tiles",
     "matmul",
     "matmul_out",
     "pack",
@@ -53,6 +55,7 @@ __all__ = [
     "reference",
     "to_panels",
     "to_panels_out",
+    "to_tiles",
     "unpack",
     "unpack_codes",
     "unpack_codes_out",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS
+from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 
 def _end_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -52,6 +53,9 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             scheme, planes = ctx.args[:7], ctx.args[15]
             stored = OPS.from_panels.default(packed, scales, zero_points, *scheme, planes, *shape)
             packed, scales, zero_points = stored
+        elif ctx.layout == "tiles":
+            planes = prefix_of(*ctx.args[15:])
+            packed, scales, zero_points = from_tiles(packed, scales, zero_points, planes, *shape)
         weight = OPS.unpack.default(packed, scales, zero_points, *ctx.args, shape, grad.dtype)
         grad_x = grad @ weight
     if ctx.needs_input_grad[4]:

@@ -13,8 +13,9 @@ Two groups of arguments recur, always flat and always in this order:
 
 `planes` lists widths, most significant first, or is `[8]`: one byte a code, whatever the bits.
 
-A packed matrix is `layout` canonical, or panels: the order in which CPU kernels read it, for weights that are
-used again and again. `to_panels` and `from_panels` go from one to the other; nothing is lost. The scales and
+A packed matrix is `layout` canonical, or for weights that are used again and again the order in which kernels
+read it: panels on the CPU, tiles on CUDA (`ops.tiles`). `to_panels` and `from_panels`, `to_tiles` and
+`from_tiles` go from one to the other; nothing is lost. The scales and
 zero points of panels are `(rows, groups)` with rows padded to 16, in an order of their own.
 """
 

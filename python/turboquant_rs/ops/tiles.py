@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turboquant_rs.ops.schema import OPS
+from turboquant_rs.ops.schema import OPS, RoundingArgs, SchemeArgs
 
 TILE_ROWS, UNIT_COLUMNS = 16, 64
 """What rows and columns of tiles are padded to multiples of."""
@@ -38,10 +38,32 @@ _TO_SLOTS = (0, 3, 2, 5, 4, 6, 8, 7, 1)  # of (tile, half, row, unit, half, lane
 _TO_CODES = (0, 8, 2, 1, 4, 3, 5, 7, 6)
 
 
+def fits(scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
+    """Whether weights of such a scheme can be multiplied in tiles."""
+    return (
+        not scheme.table
+        and rounding.mode != "subtractive"
+        and not rounding.preserve_variance
+        and scheme.group_size % GROUP_COLUMNS == 0
+    )
+
+
 def tiles_nbytes(n: int, k: int, bits: int) -> int:
     """Bytes of `bits` bits a code of a matrix (n, k) in tiles."""
     tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
     return tiles * units * TILE_ROWS * UNIT_COLUMNS * bits // 8
+
+
+def prefix_of(planes: Sequence[int], read_bits: int) -> tuple[int, ...]:
+    """The planes of the top read_bits bits. Raises: ValueError for bits that end at no plane."""
+    bits = 0
+    for count, width in enumerate(planes):
+        if bits == read_bits:
+            return tuple(planes[:count])
+        bits += width
+    if bits != read_bits:
+        raise ValueError(f"cannot read {read_bits} bits of planes {list(planes)}")
+    return tuple(planes)
 
 
 def to_tiles(
@@ -64,7 +86,9 @@ def to_tiles(
         part = codes[first : first + rows]
         part = F.pad(part, (0, -k % UNIT_COLUMNS, 0, -part.shape[0] % TILE_ROWS)).int()
         count = part.shape[0] // TILE_ROWS
-        slots = part.view(count, *_AXES[:2], units, *_AXES[2:]).permute(_TO_SLOTS).reshape(count, units, 32, 4, 8)
+        slots = (
+            part.view(count, *_AXES[:2], units, *_AXES[2:]).permute(_TO_SLOTS).reshape(count, units, 32, 4, 8)
+        )
         below, start = bits, 0
         for width in planes:
             below -= width

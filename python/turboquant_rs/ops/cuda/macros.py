@@ -67,7 +67,9 @@ def device_of(*tensors: Tensor) -> int:
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
-            raise ValueError(f"operands are on {device} and {tensor.device}; move them to one device with .to()")
+            raise ValueError(
+                f"operands are on {device} and {tensor.device}; move them to one device with .to()"
+            )
     return device.index or 0
 
 

@@ -1,0 +1,233 @@
+"""Float products with weights in tiles (`ops.tiles`): `cuda/matmul/`, and how each is launched.
+
+    rows of x       kernel    what it is
+    1 … 16          stream    16 rows of W a block, codes through registers: memory is the limit
+    … 64 a block    block     many rows of W and of x a block, through shared memory
+    more            expand    the weight as 16-bit floats, once, for cuBLAS
+
+Codes enter the matrix unit as exact integers and sums are f32; the order of summation depends on the shapes and
+on nothing else, so results are the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turboquant_rs.ops import reference
+from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.macros import aligned, plane_macros
+from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
+from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, fits, prefix_of
+
+__all__ = ["Weight", "multiply", "takes"]
+
+COLUMNS = 8
+"""Rows of x that one instruction multiplies."""
+
+EXPAND_ROWS = 256
+"""Rows of x from which expanding the weight for cuBLAS costs less than reading it once for every 64."""
+
+ALIGNED_COLUMNS = 8
+"""Rows of x begin at multiples of 16 bytes where k is a multiple of this."""
+
+_SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class Weight(NamedTuple):
+    """A weight in tiles, as far as kernels are compiled for it."""
+
+    planes: tuple[int, ...]  # those that are read
+    rest: int  # bits that are not
+    zero: int  # twice the zero point of a symmetric scheme
+    asymmetric: bool
+    scale: int
+    group: int  # columns; 0: a row
+
+    @classmethod
+    def of(cls, scheme: SchemeArgs, planes: Sequence[int], read_bits: int) -> Weight:
+        """The weight of a scheme, read at `read_bits`."""
+        return cls(
+            prefix_of(planes, read_bits),
+            scheme.bits - read_bits,
+            int(2 * reference.fixed_zero_point(scheme)) if scheme.symmetric else 0,
+            not scheme.symmetric,
+            _SCALES[scheme.scale_dtype],
+            scheme.group_size,
+        )
+
+    @property
+    def bits(self) -> int:
+        """Bits that are read of each code."""
+        return sum(self.planes)
+
+    def macros(self, bf16: bool) -> dict[str, object]:
+        """What `tiles.cuh` asks for."""
+        return {
+            "BF16": bf16,
+            **plane_macros(self.planes),
+            "REST": self.rest,
+            "ZERO": self.zero,
+            "ASYMMETRIC": self.asymmetric,
+            "SCALE": self.scale,
+            "GROUP": self.group,
+        }
+
+
+class Launch(NamedTuple):
+    """A kernel, and the grid and block that cover a product."""
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    rows: int  # of x, a block
+
+    def __call__(self, device: int, m: int, args: tuple[int, ...]) -> None:
+        """Launches it for m rows of x."""
+        grid = (*self.grid, -(-m // self.rows))
+        self.kernel(device, grid, (self.threads, 1, 1), args, shared=self.shared)
+
+
+class Stream(NamedTuple):
+    """How `stream.cu` is shaped: macros of the same names."""
+
+    warps: int
+    depth: int
+    blocks: int
+
+
+class Block(NamedTuple):
+    """How `block.cu` is shaped: macros of the same names."""
+
+    r_tiles: int
+    warps_r: int
+    warps_k: int
+    stages: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps_r * self.warps_k
+
+    def shared(self, bits: int, columns: int) -> int:
+        """Bytes of shared memory: of the stages, or of the sums that they leave room for in the end."""
+        tiles, rows = self.r_tiles * self.warps_r, COLUMNS * columns
+        row = self.warps_k * UNIT_COLUMNS * 2 + 64
+        stage = rows * row + tiles * self.warps_k * bits * TILE_ROWS * UNIT_COLUMNS // 8
+        sums = self.warps_k * rows * (tiles * TILE_ROWS + 4) * 4
+        return max(self.stages * stage, sums)
+
+
+STREAM_COLUMNS = 2
+"""Eights of rows of x up to which codes are streamed; beyond, activations would take more than codes."""
+
+BLOCKS = {4: Block(2, 2, 4, 3, 2), 8: Block(2, 2, 2, 4, 2)}
+"""The shape for 4 and 8 eights of rows of x: the fastest of many on a Hopper GPU."""
+
+
+def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
+    """Whether a product of x with such a weight in tiles has a kernel here."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[-1] % ALIGNED_COLUMNS == 0
+        and x.numel() > 0
+        and fits(scheme, rounding)
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    bias: Tensor | None,
+    weight: Weight,
+    out: Tensor,
+) -> None:
+    """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds."""
+    (m, k), n = x.shape, out.shape[1]
+    bf16, device = x.dtype == torch.bfloat16, x.device.index or 0
+    stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
+    if m >= EXPAND_ROWS or not aligned(x):
+        values = torch.empty(n, k, dtype=x.dtype, device=x.device)
+        _expand(weight, bf16, n, k)(device, 1, (*stored, values.data_ptr(), n, k))
+        y = F.linear(x, values, None if bias is None else bias.to(x.dtype))
+        # A row that is not finite is NaN throughout; cuBLAS leaves infinities.
+        broken = ~x.isfinite().all(1, keepdim=True)
+        out.copy_(y.masked_fill_(broken, float("nan")))
+        return
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        bias = bias.float()
+    address, wide = (
+        (0, False) if bias is None else (bias.contiguous().data_ptr(), bias.dtype == torch.float32)
+    )
+    args = (x.data_ptr(), *stored, address, int(wide), out.data_ptr(), m, n, k)
+    _launch(weight, bf16, _columns(m), n, k, _processors(device))(device, m, args)
+
+
+def _columns(m: int) -> int:
+    """Rows of x that a block takes, in steps of what an instruction takes: 1, 2, 4 or 8."""
+    return min(8, 1 << (-(-m // COLUMNS) - 1).bit_length())
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _expand(weight: Weight, bf16: bool, n: int, k: int) -> Launch:
+    kernel = Kernel("matmul/expand.cu", "matmul_expand", weight.macros(bf16))
+    warps = -(-n // TILE_ROWS) * -(-k // UNIT_COLUMNS)
+    return Launch(kernel, (-(-warps // 8), 1), 256, 0, 1)
+
+
+@cache
+def _launch(weight: Weight, bf16: bool, columns: int, n: int, k: int, processors: int) -> Launch:
+    """The kernel and grid for `columns` times eight rows of x."""
+    tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
+    if columns <= STREAM_COLUMNS:
+        stream = _stream(weight, columns, tiles / processors)
+        splits = _splits(2 * tiles, processors * stream.blocks, units // (stream.warps * stream.depth))
+        kernel = _kernel(weight, bf16, columns, stream, splits)
+        return Launch(kernel, (tiles, splits), 32 * stream.warps, 0, COLUMNS * columns)
+    block = BLOCKS[columns]
+    blocks = -(-tiles // (block.r_tiles * block.warps_r))
+    splits = _splits(blocks, processors * block.blocks, units // (2 * block.warps_k * block.stages))
+    kernel = _kernel(weight, bf16, columns, block, splits)
+    return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns)
+
+
+def _stream(weight: Weight, columns: int, waves: float) -> Stream:
+    """Its shape: in the registers of a thread, codes in flight and activations share what 64K of them leave."""
+    if len(weight.planes) > 1 or columns > 1:
+        return Stream(8, 4 if weight.bits <= 4 else 2, 2)
+    if weight.bits == 8:
+        return Stream(16, 2, 2)
+    return Stream(8, 4, 3) if waves > 2 else Stream(16, 2, 2)
+
+
+def _splits(blocks: int, room: int, most: int) -> int:
+    """How many blocks share the columns: as many as fit at once, up to the 8 of a cluster."""
+    splits = 1
+    while splits < 8 and 2 * splits <= most and 2 * splits * blocks <= room:
+        splits *= 2
+    return splits
+
+
+@cache
+def _kernel(weight: Weight, bf16: bool, columns: int, shape: Stream | Block, splits: int) -> Kernel:
+    """One kernel for all sizes of a matrix. Clusters came with Hopper: elsewhere columns are not shared."""
+    name = type(shape).__name__.lower()
+    macros = {**weight.macros(bf16), "N_TILES": columns, "SPLITS": splits}
+    macros |= {key.upper(): value for key, value in shape._asdict().items()}
+    shared = shape.shared(weight.bits, columns) if isinstance(shape, Block) else 0
+    return Kernel(f"matmul/{name}.cu", f"matmul_{name}", macros, shared=shared)
