@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test check format bench bench-speed bench-linear bench-models bench-compare quality
-.PHONY: test-aarch64 wheel clean
+.PHONY: test-aarch64 gpu wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,12 @@ quality: setup ## what bits cost two real models (MODEL=, TEXT=, CALIBRATION=: a
 
 test-aarch64: ## the core's tests cross-built and run under qemu, with and without i8mm and dotprod
 	.ci/test-aarch64
+
+gpu: setup ## on a CUDA machine: every test that has a GPU part, compute-sanitizer, and the bench of the kernels
+	$(BIN)/pytest -k cuda
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/sanitized.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitized.py
+	$(BIN)/python benches/bench_cuda.py
 
 wheel: setup ## one wheel for CPython >= 3.10 in dist/
 	$(BIN)/maturin build --release --out dist

@@ -44,7 +44,7 @@ class Job:
     unpack: bool = False
 
 
-# The rivals: what one writes in PyTorch ---------------------------------------------------------------------
+# The rivals: what one writes in PyTorch -------------------------------------------------------------------
 
 
 def symmetric(x: Tensor, bits: int, group: int, stochastic: bool) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,8 @@ JOBS = (
     Job("int4 g128 asymmetric, iid", G128, IID, pack_rival(asymmetric, 4, 128, True)),
     Job("int4 g128 asymmetric, systematic", G128, Rounding.stochastic(1, mode="systematic")),
     Job("int4 g128 asymmetric, stratified", G128, Rounding.stochastic(1, mode="stratified")),
-    Job("int4 g128 symmetric, mean+var", Scheme(bits=4, group_size=128), Rounding.stochastic(1, preserve="mean+var")),
+    Job("int4 g128 symmetric, mean+var", Scheme(bits=4, group_size=128),
+        Rounding.stochastic(1, preserve="mean+var")),
     Job("int4 g64 mse", Scheme(bits=4, scale="mse"), NEAREST),
     Job("int3 g64", Scheme(bits=3), NEAREST),
     Job("int2 g64 asymmetric", Scheme(bits=2, group_size=64, symmetric=False), NEAREST,

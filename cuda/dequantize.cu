@@ -41,7 +41,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(
 ) {
     const Table table = {table_low, table_high};
     const Source source = {key0, key1, stream, step};
-    __shared__ __align__(16) u32 tiles[THREADS / 32][TILED ? WARP_TILES * TILE_WORDS : 4];
+    __shared__ __align__(16) u32 shared[THREADS / 32][WARP_WORDS];
+    u32 *tiles = shared[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) {
         const u64 unit = ((u64)blockIdx.x * UNITS + i) * THREADS + threadIdx.x;
@@ -57,14 +59,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(
         float dithers[UNIT];
         if (MODE == SUBTRACTIVE) {
             u32 draws[UNIT];
-            unit_draws(source, offset + index, tiles[threadIdx.x / 32], draws);
+            if (TILED) fill_tiles(source, offset + index - UNIT * lane, tiles);
+            unit_draws(source, offset + index, lane, tiles, draws);
 #pragma unroll
             for (int j = 0; j < UNIT; ++j) dithers[j] = dither(draws[j]);
         }
         if (unit >= units) continue;
 
         int codes[UNIT];
-        const Place at = {rows, k, row, column};
+        const Place at = {rows, k, row, column, unit};
         Planes<0>::load<READ>(packed, at, codes);
         float scale = 0.0f, zero = 0.0f, values[UNIT];
         if (ALIGNED) {

@@ -1,11 +1,13 @@
 // The random bits of elements and blocks (docs/format.md, sections 4 and 5).
 //
-// TILED: the 32 units of a warp are 256 consecutive elements that begin a tile, so the warp generates its counters
-// once, a counter or two a lane, and shares the words through `tiles`. Otherwise every element asks for its own.
+// TILED: the units of a warp are consecutive and begin a tile, so it generates the counters of DRAWN units at once, one
+// a lane after the other, and shares the words through its part of shared memory. Otherwise every element asks for
+// its own.
 
 static const int TILE = DRAW_BITS == 32 ? 64 : 128;
-static const int TILE_WORDS = 80;  // 64 words, and a gap that keeps two tiles in different banks
-static const int WARP_TILES = 256 / TILE;
+static const int WARP_TILES = TILED ? DRAWN * UNIT / TILE : 0;
+static const int TILE_WORDS = 68;  // 64 words, and a gap that keeps neighbours in different banks
+static const int WARP_WORDS = TILED ? WARP_TILES * TILE_WORDS : 4;
 
 // R' = half + rho (R - half), rho in units of 2^-16.
 template <int WIDTH> __device__ inline u32 shrunk(u32 draw, u32 rho) {
@@ -24,28 +26,32 @@ __device__ inline u32 block_draw(const Source &source, u64 block) {
     return word_of(philox(source, BLOCK, block / 4), (int)(block % 4));
 }
 
-// The own draws of the unit that begins at `index`; in a TILED kernel every lane of the warp asks at once, and
-// `tiles` is the warp's part of shared memory.
-__device__ inline void unit_draws(const Source &source, u64 index, u32 *tiles, u32 (&draws)[UNIT]) {
-#if TILED
-    const int lane = threadIdx.x % 32;
-    const u64 first = (index - UNIT * lane) / TILE * 16;
+// Fills the tiles of a warp, of which the first begins at element `first`.
+__device__ inline void fill_tiles(const Source &source, u64 first, u32 *tiles) {
     __syncwarp();
 #pragma unroll
-    for (int counter = lane; counter < 16 * WARP_TILES; counter += 32) {
-        uint4 words = philox(source, ELEMENT, first + counter);
+    for (int i = 0; i < WARP_TILES / 2; ++i) {
+        const int counter = i * 32 + threadIdx.x % 32;
+        uint4 words = philox(source, ELEMENT, first / TILE * 16 + counter);
         u32 *to = tiles + counter / 16 * TILE_WORDS + counter % 16;
         to[0] = words.x, to[16] = words.y, to[32] = words.z, to[48] = words.w;
     }
     __syncwarp();
-    const int tile = lane / (TILE / UNIT), place = lane % 8 * UNIT;
-    const uint4 *from = (const uint4 *)(tiles + tile * TILE_WORDS + place);
-    uint4 a = from[0], b = from[1];
-    u32 words[UNIT] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    const bool upper = DRAW_BITS == 16 && lane % 16 >= 8;
+}
+
+// The own draws of a unit: `index` is the logical index of its first element, `place` its number among the units of
+// the warp's tiles.
+__device__ inline void unit_draws(
+    const Source &source, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
+) {
+#if TILED
+    const uint4 *from = (const uint4 *)(tiles + place / (TILE / UNIT) * TILE_WORDS + place % 8 * UNIT);
+    const uint4 a = from[0], b = from[1];
+    const u32 words[UNIT] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    // The byte pair of a word that is the draw of an element of its half of the tile.
+    const u32 half = place % 16 < 8 ? 0x4410 : 0x4432;
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i)
-        draws[i] = DRAW_BITS == 32 ? words[i] : upper ? words[i] >> 16 : words[i] & 0xffff;
+    for (int i = 0; i < UNIT; ++i) draws[i] = DRAW_BITS == 32 ? words[i] : __byte_perm(words[i], 0, half);
 #else
 #pragma unroll 1
     for (int i = 0; i < UNIT; ++i) {
@@ -72,12 +78,11 @@ __device__ inline u32 permutation(u32 word) {
     return order;
 }
 
-// The draws R of a unit of a group: `index` is the logical index of its first element, `stratum` the number of its
-// block of eight.
+// The draws R of a unit of a group; `stratum` is the number of its block of eight, the others are as above.
 __device__ inline void rounding_draws(
-    const Source &source, u64 index, u64 stratum, u32 rho, u32 *tiles, u32 (&draws)[UNIT]
+    const Source &source, u64 index, int place, u64 stratum, u32 rho, const u32 *tiles, u32 (&draws)[UNIT]
 ) {
-    unit_draws(source, index, tiles, draws);
+    unit_draws(source, index, place, tiles, draws);
     if (MODE == ANTITHETIC) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {

@@ -79,7 +79,15 @@ __device__ inline float max_nan(float a, float b) {
 #endif
 }
 
-__device__ inline float min_nan(float a, float b) { return -max_nan(-a, -b); }
+__device__ inline float min_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+#else
+    return a != a || b != b ? a + b : fminf(a, b);
+#endif
+}
 
 // Units: eight consecutive elements, which fill whole bytes of every plane ---------------------------------------
 
@@ -100,6 +108,13 @@ template <int T> struct Unit {
     }
 
     void widen(float (&to)[UNIT]) const {
+        if (T == BF16) {
+            const u32 *pairs = (const u32 *)words;
+#pragma unroll
+            for (int i = 0; i < UNIT; ++i)
+                to[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) to[i] = Number<T>::widen(elements[i]);
     }

@@ -8,7 +8,7 @@
 // The place of a thread's unit.
 __device__ inline Place place_of(u64 unit, u64 rows, u64 k, u64 units_per_row) {
     const u64 row = ALIGNED ? 0 : (u32)unit / (u32)units_per_row;
-    return {rows, k, row, (unit - row * units_per_row) * UNIT};
+    return {rows, k, row, (unit - row * units_per_row) * UNIT, unit};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) pack_codes(

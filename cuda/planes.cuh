@@ -14,9 +14,10 @@ static constexpr int PLANE_BITS = Widths::before(Widths::count);
 // Bytes of a row of k codes in a plane.
 __device__ inline u64 row_bytes(u64 k, int width) { return (k * width + 7) / 8; }
 
-// Where a unit lies: whole planes of `rows` rows of `k` codes, its row and the index of its first code there.
+// Where a unit lies in planes of `rows` rows of `k` codes: its row and the index of its first code there; or, where
+// rows are whole units (ALIGNED), its number.
 struct Place {
-    u64 rows, k, row, column;
+    u64 rows, k, row, column, unit;
 };
 
 // The bytes of one unit in one plane, the first one lowest. ALIGNED: k is a multiple of 8 and the blob lies on a
@@ -49,7 +50,7 @@ template <int PLANE> __device__ inline u64 plane_offset(const Place &at, int &co
     constexpr int width = Widths::list[PLANE];
     if (ALIGNED) {
         count = width;
-        return at.rows * at.k / 8 * Widths::before(PLANE) + (at.row * at.k + at.column) / 8 * width;
+        return (PLANE ? at.rows * at.k / 8 * Widths::before(PLANE) : 0) + at.unit * width;
     }
     u64 start = 0;
 #pragma unroll

@@ -8,7 +8,8 @@
 // about nine an element.
 //
 // X: dtype of x. EXACT: the group size divides k, so groups follow each other without a break. ALIGNED: a multiple
-// of 8 divides k and group size, and all memory lies on multiples of 16 bytes. NAN_ZERO: NaN counts as 0.
+// of 8 divides k and group size, and all memory lies on multiples of 16 bytes. FULL: groups are as long as a team
+// can hold, all of them. NAN_ZERO: NaN counts as 0.
 
 #include "floats.cuh"
 #include "philox.cuh"
@@ -60,7 +61,8 @@ __device__ inline void load_unit(
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) values[i] = 0.0f;
     if (ALIGNED) {
-        if (first < group.length) {
+        // Of a group that fills its team, all units are there or none.
+        if (FULL ? group.length : first < group.length) {
             Unit<X> loaded;
             loaded.load(from);
             loaded.widen(values);
@@ -72,7 +74,7 @@ __device__ inline void load_unit(
     }
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) {
-        values[i] = flush(values[i]);
+        if (X != F16) values[i] = flush(values[i]);
         if (NAN_ZERO && values[i] != values[i]) values[i] = 0.0f;
     }
 }
@@ -140,11 +142,13 @@ __device__ inline Extremes extremes_of(Held &held) {
 
 // Reports the first element outside the domain.
 __device__ inline void report(Held &held, i64 *status) {
+    u64 least = ~0ull >> 1;
     held.each([&](u32 unit, const float (&x)[UNIT]) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i)
-            if (!(fabsf(x[i]) <= DOMAIN)) atomicMin(status, (i64)(held.group.begin + (u64)unit * UNIT + i));
+            if (!(fabsf(x[i]) <= DOMAIN)) least = min(least, held.group.begin + (u64)unit * UNIT + i);
     });
+    atomicMin(status, (i64)least);
 }
 
 // The multiple of the scale with the smallest squared error; a tie goes to the earlier.
@@ -235,41 +239,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack(
         if (ZERO_POINTS == FLOATS) ((float *)zero_points)[number] = stored.zero;
     }
 
-    __shared__ __align__(16) u32 tiles[WARPS][TILED ? WARP_TILES * TILE_WORDS : 4];
+    __shared__ __align__(16) u32 shared[WARPS][WARP_WORDS];
+    u32 *tiles = shared[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    // A small team has drawn for all its units before it begins, a larger one draws for each chunk.
+    if (TILED && TEAM < 32) fill_tiles(source, shape.offset + (number - lane / TEAM) * shape.size, tiles);
     const Divisor divisor(chosen.scale);
     const u64 block = first_block + number * blocks_per_group;
+    const u64 first_unit = group.begin / UNIT;
+    u32 carry = 0;
     held.each([&](u32 unit, const float (&x)[UNIT]) {
         int codes[UNIT];
         if constexpr (MODE == NEAREST) {
 #pragma unroll
             for (int i = 0; i < UNIT; ++i) codes[i] = nearest_code(x[i], divisor.high, chosen.zero, table);
+        } else if constexpr (MODE == SYSTEMATIC) {
+            // Where a chunk is at least a block, or begins one.
+            if (TEAM >= 8 || unit / TEAM * TEAM % 8 == 0)
+                carry = shrunk<24>(block_draw(source, block + unit / 8) >> 8, rho);
+            systematic_codes(x, divisor, chosen.zero, carry, codes);
         } else {
-            float floors[UNIT], fractions[UNIT];
-            int up[UNIT];
-#pragma unroll
-            for (int i = 0; i < UNIT; ++i) fractions[i] = fraction_of(divisor.quotient(x[i]), floors[i]);
-            if constexpr (MODE == SYSTEMATIC) {
-                systematic(fractions, shrunk<24>(block_draw(source, block + unit / UNIT) >> 8, rho), up);
-            } else {
-                u32 draws[UNIT];
-                u64 index = shape.offset + group.begin + (u64)unit * UNIT;
-                rounding_draws(source, index, block + unit, rho, tiles[threadIdx.x / 32], draws);
-#pragma unroll
-                for (int i = 0; i < UNIT; ++i) up[i] = rounds_up(fractions[i], draws[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < UNIT; ++i)
-                codes[i] = stochastic_code(x[i], chosen.scale, floors[i], chosen.zero, up[i]);
+            u32 draws[UNIT];
+            const u64 index = shape.offset + group.begin + (u64)unit * UNIT;
+            if (TILED && TEAM >= 32) fill_tiles(source, index - UNIT * lane, tiles);
+            const int place = TEAM < 32 ? lane / TEAM * (TEAM * VECTORS) + unit : lane;
+            rounding_draws(source, index, place, block + unit, rho, tiles, draws);
+            drawn_codes(x, divisor, chosen.zero, draws, codes);
         }
         const u32 from = unit * UNIT;
-        if (from < group.length) {
+        if (FULL ? group.length : from < group.length) {
             const int present = (int)min((u32)UNIT, group.length - from);
             if (!ALIGNED) {
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i)
                     if (i >= present) codes[i] = 0;
             }
-            const Place at = {shape.rows, shape.k, group.row, group.column + from};
+            const Place at = {shape.rows, shape.k, group.row, group.column + from, first_unit + unit};
             Planes<0>::store(packed, at, codes, present);
         }
     });

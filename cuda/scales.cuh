@@ -10,21 +10,27 @@ __device__ inline float round_scale(float scale) {
     return dropped(Number<SCALE>::widen(Number<SCALE>::narrow(scale)));
 }
 
-// Values of the dtype of scales in order: the one `steps` after a positive one.
+// The next larger value of the dtype of scales after one that is not negative, or `steps` of them.
 __device__ inline float neighbour(float scale, int steps) {
-    u32 bits = __float_as_uint(scale);
-    if (SCALE == F32) return __uint_as_float(bits + steps);
-    if (SCALE == BF16) return __uint_as_float(bits + (steps << 16));
-    return Number<F16>::widen((u16)(Number<F16>::narrow(scale) + steps));
+    if (SCALE == F16) return Number<F16>::widen((u16)(Number<F16>::narrow(scale) + steps));
+    return __uint_as_float(__float_as_uint(scale) + (SCALE == BF16 ? steps << 16 : steps));
 }
 
 // The smallest value s of the dtype with s * factor >= target, compared in f64, where the product is exact.
-__device__ inline float smallest_scale(double target, double factor) {
+__device__ inline float smallest_scale(double target, float factor) {
     if (!(target > 0.0)) return 0.0f;
-    float nearest = Number<SCALE>::widen(Number<SCALE>::narrow(__double2float_rn(__ddiv_rn(target, factor))));
-    // It is at most one step away.
-    float least = nearest > 0.0f ? neighbour(nearest, -1) : nearest;
-    for (int step = 0; step < 2 && !(least * factor >= target); ++step) least = neighbour(least, 1);
+    float least;
+    if (SCALE == F32) {
+        // At most one step away.
+        least = __double2float_rn(__ddiv_rn(target, (double)factor));
+        if (least > 0.0f) least = neighbour(least, -1);
+        if (!((double)least * factor >= target)) least = neighbour(least, 1);
+    } else {
+        // The quotient in f32 is so close that what it is rounded to is the value below it or the one above.
+        least = __fdiv_rn(__double2float_rn(target), factor);
+        least = Number<SCALE>::widen(Number<SCALE>::narrow(least));
+    }
+    if (!((double)least * factor >= target)) least = neighbour(least, 1);
     return dropped(least);
 }
 
@@ -40,10 +46,10 @@ __device__ inline Affine choose_by_extremes(float high, float low) {
     if (LEVELS) {
         chosen.scale = round_scale(__fdiv_rn(peak, 127.0f));
     } else if (NESTED) {
-        float scale = fmaxf(smallest_scale(peak, 128.0), smallest_scale(up ? -low : high, 119.0));
+        float scale = fmaxf(smallest_scale(peak, 128.0f), smallest_scale(up ? -low : high, 119.0f));
         chosen.scale = (up ? -scale : scale) + 0.0f;
     } else if (BITS == 1) {
-        chosen.scale = smallest_scale(2.0 * peak, 1.0);
+        chosen.scale = smallest_scale(2.0 * peak, 1.0f);
     } else if (SYMMETRIC) {
         if (MODE == NEAREST) chosen.scale = round_scale((up ? high : low) * (-1.0f / (1 << (BITS - 1))));
         else chosen.scale = smallest_scale(peak, (1 << (BITS - 1)) - 1);

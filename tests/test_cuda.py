@@ -35,7 +35,7 @@ def digest(p: tq.PackedTensor) -> str:
     return hashlib.sha256(b"".join(map(raw, parts))).hexdigest()
 
 
-# The same bits ------------------------------------------------------------------------------------------------
+# The same bits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +45,10 @@ def test_cpu_and_gpu_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
     scheme, mode = CASES[name]
     for shape in ((16, 512), (5, 1000), (3, 77)):
         x = normal(*shape).to(dtype)
-        there, here = tq.pack(x.cuda(), scheme=scheme, rounding=mode), tq.pack(x, scheme=scheme, rounding=mode)
+        there, here = (
+            tq.pack(x.cuda(), scheme=scheme, rounding=mode),
+            tq.pack(x, scheme=scheme, rounding=mode),
+        )
         assert digest(there) == digest(here), shape
         for target in (dtype, torch.float32):
             assert_identical(there.dequantize(dtype=target), here.dequantize(dtype=target), (shape, target))
@@ -92,7 +95,7 @@ def test_philox_gives_the_known_answers_through_its_draws() -> None:
     assert_identical(p.dequantize(), tq.pack(x, bits=8, group_size=None, rounding=way).dequantize())
 
 
-# Errors -------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -(2.0**121)])
@@ -119,7 +122,7 @@ def test_operands_on_two_devices_are_refused() -> None:
     p = tq.pack(normal(4, 64).cuda())
     with pytest.raises(ValueError, match="x is on cpu and p on cuda"):
         tq.matmul(normal(2, 64), p)
-    with pytest.raises(ValueError, match="out is .* on cpu"):
+    with pytest.raises(ValueError, match=r"out is .* on cpu"):
         tq.unpack(p, out=torch.empty(4, 64))
     scheme = Scheme()
     args = (*scheme.op_args(), *Rounding.nearest().op_args(), [4], 4)
@@ -139,7 +142,7 @@ def test_buffers_of_the_wrong_length_are_refused() -> None:
         ops.unpack_out(packed, scales, zero_points, *args, [4], 4, torch.empty(32, 4).cuda().t())
 
 
-# Streams and graphs -------------------------------------------------------------------------------------------
+# Streams and graphs ---------------------------------------------------------------------------------------
 
 
 def packed_in_turn(x: Tensor) -> tuple[tq.PackedTensor, Tensor]:
@@ -234,7 +237,7 @@ def test_the_current_device_is_left_as_it_was() -> None:
     assert digest(p) == digest(tq.pack(x))
 
 
-# Moving there and back ----------------------------------------------------------------------------------------
+# Moving there and back ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["4 nearest", "7 subtractive", "4 mean+var", "3 asymmetric iid"])
@@ -270,7 +273,7 @@ class Model(nn.Module):
 
 def quantize(model: nn.Module, activations: str) -> None:
     schemes = {"embed": 8, "linear": 4}
-    tq.quantize_(model, schemes, activations=activations, keep_if_slower=True, progress=False)
+    tq.quantize_(model, schemes, activations=activations, progress=False)
 
 
 def close(got: Tensor, expected: Tensor) -> None:

@@ -1,5 +1,6 @@
 // Few rows of x: memory is the limit. Every warp streams its part of 16 rows of W through registers, DEPTH units
-// ahead of the one it multiplies; the warps of a block, and the blocks of a cluster, share the columns.
+// ahead of the one it multiplies, and goes on to other rows without a pause; the warps of a block, and the blocks
+// of a cluster, share the columns.
 #include "matmul/float_sums.cuh"
 
 #if !defined(N_TILES) || !defined(WARPS) || !defined(DEPTH) || DEPTH % 2 || !defined(BLOCKS)
@@ -12,31 +13,52 @@ struct Flight {
   Group groups[FLUSHES];
 };
 
-// y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: tiles of 16 rows of W, SPLITS, blocks of 8·N_TILES rows of x.
-// k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
+// y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: any number of blocks, which share the tiles of 16 rows of W; SPLITS;
+// blocks of 8·N_TILES rows of x. k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
     matmul_stream(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
                   int bias_f32, u16* y, int m, int n, int k) {
-  __shared__ float sums[WARPS * 8 * N_TILES * padded(ROWS)];
+  __shared__ float sums[2][WARPS * 8 * N_TILES * padded(ROWS)];
   const Matrix w = matrix(packed, scales, zero_points, n, k);
-  const int lane = threadIdx.x % WARP, tile = blockIdx.x, m0 = blockIdx.z * 8 * N_TILES;
-  // Warps side by side read units side by side.
+  const int lane = threadIdx.x % WARP, m0 = blockIdx.z * 8 * N_TILES;
+  // Warps side by side read units side by side, DEPTH of them a turn.
   const int first = blockIdx.y * WARPS + threadIdx.x / WARP;
-  constexpr int stride = WARPS * SPLITS;
-
-  // Where the lane's words of the unit to be fetched next lie, in every plane.
-  const u8* planes[COUNT];
-  for_planes([&](auto plane) {
-    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
-    planes[p] = w.tile(p, tile) + first * (width * 4 * WARP) + lane * 4 * (width < 4 ? width : 4);
-  });
+  constexpr int stride = WARPS * SPLITS, turn = DEPTH * stride;
   // Where a stride is a whole number of groups, they too lie at constant distances.
-  constexpr int span = FLUSHES == 1 && HALVES && 2 * stride % (HALVES ? HALVES : 1) == 0 ? 2 * stride / (HALVES ? HALVES : 1) : 0;
-  GroupReader groups(w, tile, lane);
-  if (span) groups.advance(group_of(2 * first));
+  constexpr int span = FLUSHES == 1 && HALVES && 2 * stride % (HALVES ? HALVES : 1) == 0
+                           ? 2 * stride / (HALVES ? HALVES : 1)
+                           : 0;
+
+  // Codes on their way: those of the next turn, which may be that of the next tile.
   Flight flights[DEPTH] = {};
-  auto fetch = [&](Flight& flight, int unit, int slot) {
-    if (unit >= w.units) return;  // what is there is multiplied by 0
+  const u8* planes[COUNT];
+  GroupReader groups(w, 0, lane);
+  int fetch_tile = blockIdx.x, fetch_begin = first;
+  auto begin_tile = [&] {
+    for_planes([&](auto plane) {
+      constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+      planes[p] = w.tile(p, fetch_tile) + first * (width * 4 * WARP) + lane * 4 * (width < 4 ? width : 4);
+    });
+    groups = GroupReader(w, fetch_tile, lane);
+    if (span) groups.advance(group_of(2 * first));
+  };
+  auto next_turn = [&] {
+    fetch_begin += turn;
+    if (fetch_begin < w.units) {
+      for_planes([&](auto plane) {
+        constexpr int p = decltype(plane)::value;
+        planes[p] += turn * WIDTHS[p] * 4 * WARP;
+      });
+      if (span) groups.advance(DEPTH * span);
+    } else {
+      fetch_begin = first;
+      fetch_tile += gridDim.x;
+      begin_tile();
+    }
+  };
+  auto fetch = [&](Flight& flight, int slot) {
+    const int unit = fetch_begin + slot * stride;
+    if (unit >= w.units || fetch_tile >= w.tiles) return;  // what is there is multiplied by 0
     for_planes([&](auto plane) {
       constexpr int p = decltype(plane)::value, width = WIDTHS[p];
       const u8* from = planes[p] + slot * (stride * width * 4 * WARP);
@@ -74,7 +96,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
   };
 
   const Masks mask = masks(n >> 31);
-  float total[N_TILES][4] = {};
+  float total[N_TILES][4];
   auto multiply = [&](const Flight& flight, const Activations(&b)[N_TILES][2]) {
     GroupSums group[N_TILES] = {};
 #pragma unroll
@@ -93,30 +115,40 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
       }
     }
   };
-  auto turn = [&](int begin, bool inside) {
-    for_planes([&](auto plane) {
-      constexpr int p = decltype(plane)::value;
-      planes[p] += DEPTH * stride * WIDTHS[p] * 4 * WARP;
-    });
-    if (span) groups.advance(DEPTH * span);
+  auto take = [&](int begin, bool inside) {
+    next_turn();
+    const bool last = begin + turn >= w.units;
 #pragma unroll
     for (int slot = 0; slot < DEPTH; ++slot) {
-      fetch_x(near[(slot + 1) % 2], begin, slot + 1, inside && slot + 1 < DEPTH);
+      if (slot + 1 < DEPTH) {
+        fetch_x(near[(slot + 1) % 2], begin, slot + 1, inside);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N_TILES; ++i) rows[i] += (last ? first - begin : turn) * COLUMNS;
+        fetch_x(near[0], last ? first : begin + turn, 0, false);
+      }
       multiply(flights[slot], near[slot % 2]);
-      fetch(flights[slot], begin + (DEPTH + slot) * stride, slot);
+      fetch(flights[slot], slot);
     }
-#pragma unroll
-    for (int i = 0; i < N_TILES; ++i) rows[i] += DEPTH * stride * COLUMNS;
   };
-#pragma unroll
-  for (int slot = 0; slot < DEPTH; ++slot) fetch(flights[slot], first + slot * stride, slot);
-  fetch_x(near[0], first, 0, false);
-  int begin = first;
-  for (; (begin + (DEPTH - 1) * stride + 1) * COLUMNS <= k; begin += DEPTH * stride) turn(begin, true);
-  if (begin < w.units) turn(begin, false);
 
-  float* slab = sums + threadIdx.x / WARP * 8 * N_TILES * padded(ROWS);
-  put<N_TILES, ROWS>(slab, total, 0, lane);
-  __syncthreads();
-  store<ROWS, 8 * N_TILES, WARPS, WARPS * WARP>(sums, {y, bias, bias_f32, m, n}, tile * ROWS, m0);
+  begin_tile();
+#pragma unroll
+  for (int slot = 0; slot < DEPTH; ++slot) fetch(flights[slot], slot);
+  fetch_x(near[0], first, 0, false);
+  int buffer = 0;
+  for (int tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
+#pragma unroll
+    for (int i = 0; i < N_TILES; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total[i][j] = 0.0f;
+    int begin = first;
+    for (; (begin + turn - stride + 1) * COLUMNS <= k; begin += turn) take(begin, true);
+    if (begin < w.units) take(begin, false);
+
+    put<N_TILES, ROWS>(sums[buffer] + threadIdx.x / WARP * 8 * N_TILES * padded(ROWS), total, 0, lane);
+    __syncthreads();  // the other buffer may still be read
+    store<ROWS, 8 * N_TILES, WARPS, WARPS * WARP>(sums[buffer], {y, bias, bias_f32, m, n}, tile * ROWS, m0);
+    buffer ^= 1;
+  }
 }

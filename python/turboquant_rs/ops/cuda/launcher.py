@@ -175,7 +175,7 @@ def compile_for(arch: str, source: str, options: Sequence[str]) -> bytes:
     try:
         nvrtc.compileProgram(program, options)
         # CuPy cuts off the last byte, as if a cubin were a string.
-        cubin = nvrtc.getCUBIN(program) + b"\0"
+        cubin = bytes(nvrtc.getCUBIN(program)) + b"\0"
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         raise RuntimeError(f"NVRTC refused a kernel for {arch} with {options}:\n{log}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +51,10 @@ def table_words(table: Sequence[int]) -> tuple[int, int]:
     return low, high
 
 
-def source_words(rounding: RoundingArgs) -> tuple[int, int, int, int]:
-    """Key, stream and step of the random bits, as words of 32 bits."""
-    return rounding.seed & 0xFFFFFFFF, rounding.seed >> 32 & 0xFFFFFFFF, rounding.stream, rounding.step
+def source_words(source: Sequence[int]) -> tuple[int, int, int, int]:
+    """Key, stream and step of the random bits of (seed, step, stream), as words of 32 bits."""
+    seed, step, stream = source
+    return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream, step
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -64,17 +64,17 @@ def aligned(*tensors: Tensor) -> bool:
 
 def device_of(*tensors: Tensor) -> int:
     """The index of the device that all tensors are on. Raises: ValueError if there is more than one."""
-    device = tensors[0].device
+    device = tensors[0].get_device()
     for tensor in tensors:
-        if tensor.device != device:
+        if tensor.get_device() != device:
             raise ValueError(
-                f"operands are on {device} and {tensor.device}; move them to one device with .to()"
+                f"operands are on {tensors[0].device} and {tensor.device}; move them to one device with .to()"
             )
-    return device.index or 0
+    return device
 
 
 def check_length(name: str, tensor: Tensor, need: int, rows: int, k: int) -> None:
-    """Refuses memory of another size than a kernel would touch."""
+    """Refuses memory of another length than a kernel would touch."""
     if tensor.numel() != need:
         raise ValueError(
             f"{name} has {tensor.numel()} elements where rows={rows}, k={k} need {need}; allocate {need}"
@@ -88,12 +88,19 @@ def check_holds(packed: Tensor, planes: Sequence[int], rows: int, k: int) -> Non
         check_length("packed", packed, need, rows, k)
 
 
-def check_written(out: Tensor, dtype: Any) -> None:
+def check_written(*outputs: Tensor) -> None:
     """Refuses outputs that a kernel cannot fill as they lie."""
-    if not out.is_contiguous():
-        raise ValueError(f"outputs are contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
-    if out.dtype != dtype:
-        raise TypeError(f"an output must be {dtype}, got {out.dtype}")
+    for out in outputs:
+        if not out.is_contiguous():
+            raise ValueError(
+                f"outputs are contiguous, got strides {out.stride()} for shape {tuple(out.shape)}"
+            )
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuses memory of another kind than a kernel would take it for."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
 def check_count(count: int, what: str) -> None:

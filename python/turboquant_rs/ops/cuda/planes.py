@@ -12,6 +12,7 @@ from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.cuda.macros import (
     aligned,
     check_count,
+    check_dtype,
     check_holds,
     check_length,
     check_written,
@@ -54,7 +55,8 @@ def _run(entry: str, codes: Tensor, packed: Tensor, planes: Sequence[int], read:
 
 def pack_codes_out(codes: Tensor, planes: Sequence[int], packed: Tensor) -> None:
     """Pack codes u8 `(..., k)` into planes."""
-    check_written(packed, torch.uint8)
+    check_written(packed)
+    check_dtype("packed", packed, torch.uint8)
     rows, k = rows_and_k(codes.shape)
     check_length("packed", packed, packed_nbytes(rows, k, planes), rows, k)
     _run("pack_codes", codes.contiguous(), packed, planes, len(planes))
@@ -62,7 +64,8 @@ def pack_codes_out(codes: Tensor, planes: Sequence[int], packed: Tensor) -> None
 
 def unpack_codes_out(packed: Tensor, planes: Sequence[int], read_bits: int, codes: Tensor) -> None:
     """Unpack the top read_bits bits of each code into codes u8 `(..., k)`."""
-    check_written(codes, torch.uint8)
+    check_written(codes)
+    check_dtype("codes", codes, torch.uint8)
     read = planes_read(planes, read_bits)
     check_holds(packed, planes[:read], *rows_and_k(codes.shape))
     _run("unpack_codes", codes, packed.contiguous(), planes, read)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +14,12 @@ from torch import Tensor
 from turboquant_rs.ops.cuda import planes as plane_kernels
 from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.cuda.macros import (
-    ALIGNMENT,
     DTYPES,
     FULL_VARIANCE,
     MODES,
     aligned,
     check_count,
-    check_holds,
+    check_dtype,
     check_length,
     check_written,
     device_of,
@@ -38,7 +37,6 @@ from turboquant_rs.ops.schema import (
     groups_per_row,
     packed_nbytes,
     rows_and_k,
-    split_args,
 )
 from turboquant_rs.scheme import zero_point_dtype
 
@@ -68,12 +66,15 @@ class Team(NamedTuple):
 
     @classmethod
     def of(cls, group: int) -> Team:
-        """For groups of that many elements: part of a warp, a warp, a block, or one that reads again."""
+        """For groups of that many elements: part of a warp, a warp, a block, or one that reads again.
+
+        The fewer threads share a group, the less often what is done once a group is done; but two side by
+        side read the 32 bytes that memory gives at a time.
+        """
         units = -(-group // UNIT)
-        if units <= WARP * HELD:
-            size = min(_power_of_2(units), WARP)
+        size = max(_power_of_2(-(-units // HELD)), min(units, 2))
+        if size <= WARP:
             return cls(size, -(-units // size), THREADS, False)
-        size = _power_of_2(-(-units // HELD))
         if size <= MOST_THREADS:
             return cls(size, -(-units // size), size, False)
         return cls(MOST_THREADS, 1, MOST_THREADS, True)
@@ -109,19 +110,20 @@ def pack_macros(
     group = group_length(k, scheme.group_size)
     team = Team.of(group)
     exact = k % group == 0
-    if team.size < WARP:
-        in_order = exact and group == team.size * UNIT
-    else:
-        in_order = k % TILE == 0 and group % TILE == 0
+    full = exact and not team.long and group == team.size * team.units * UNIT
+    in_order = full if team.size < WARP else k % TILE == 0 and group % TILE == 0
+    whole = whole and k % UNIT == 0 and (group % UNIT == 0 or group == k)
     return {
         **scheme_macros(scheme, rounding.preserve_variance),
         **plane_macros(planes),
         **draw_macros(rounding, in_order),
+        "DRAWN": WARP * team.units if team.size < WARP else WARP,
         "X": DTYPES[dtype],
         "NAN_ZERO": nan_zero,
         "PRESERVE": rounding.preserve_variance,
         "EXACT": exact,
-        "ALIGNED": whole and k % UNIT == 0 and (group % UNIT == 0 or group == k),
+        "ALIGNED": whole,
+        "FULL": whole and full,
         "TEAM": team.size,
         "VECTORS": team.units,
         "LONG": team.long,
@@ -130,7 +132,7 @@ def pack_macros(
 
 
 def draw_macros(rounding: RoundingArgs, in_order: bool) -> dict[str, object]:
-    """MODE to TILED; `in_order`: the units of a warp are consecutive, and begin a tile where the tensor does."""
+    """MODE to TILED; `in_order`: a warp has consecutive units, which begin a tile where the tensor does."""
     return {
         "MODE": MODES[rounding.mode],
         "DRAW_BITS": rounding.draw_bits,
@@ -158,6 +160,7 @@ def unpack_macros(
         **scheme_macros(scheme, rounding.preserve_variance),
         **plane_macros(planes),
         **draw_macros(rounding, whole),
+        "DRAWN": WARP,
         "X": DTYPES[dtype],
         "READ": plane_kernels.planes_read(planes, 8 if bytes_ else read_bits),
         "REST": scheme.bits - read_bits,
@@ -190,7 +193,7 @@ def _status(device: int) -> Tensor:
     return places[device]
 
 
-def _raise_refused(status: Tensor, x: Tensor, scheme: SchemeArgs) -> None:
+def _raise_refused(status: Tensor, x: Tensor, scale_dtype: torch.dtype) -> None:
     """Waits for the kernel. Raises: ValueError for the first element or scale that it refused."""
     element, group = status.tolist()
     if element == group == NOTHING_REFUSED:
@@ -198,7 +201,133 @@ def _raise_refused(status: Tensor, x: Tensor, scheme: SchemeArgs) -> None:
     status.fill_(NOTHING_REFUSED)
     if element != NOTHING_REFUSED:
         raise refusal_of_value(element, float(x.view(-1)[element]))
-    raise refusal_of_scale(group, scheme.scale_dtype)
+    raise refusal_of_scale(group, scale_dtype)
+
+
+# Plans ----------------------------------------------------------------------------------------------------
+# What a call needs besides its pointers and its random bits is worked out once.
+
+
+class Memory(NamedTuple):
+    """What the memory of a packed tensor has to be."""
+
+    rows: int
+    k: int
+    packed: int
+    groups: int
+    scale_dtype: torch.dtype
+    zero_points: int
+    zero_point_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, scheme: SchemeArgs, rounding: RoundingArgs, planes: Sequence[int], rows: int, k: int
+    ) -> Memory:
+        groups = rows * groups_per_row(k, scheme.group_size)
+        dtype = zero_point_dtype(scheme.symmetric, rounding.preserve_variance)
+        zero_points = 0 if dtype is None else groups
+        bytes_ = packed_nbytes(rows, k, planes)
+        return cls(rows, k, bytes_, groups, scheme.scale_dtype, zero_points, dtype or torch.uint8)
+
+    def check_groups(self, scales: Tensor, zero_points: Tensor) -> None:
+        """Refuses scales and zero points of other lengths or dtypes."""
+        check_length("scales", scales, self.groups, self.rows, self.k)
+        check_length("zero_points", zero_points, self.zero_points, self.rows, self.k)
+        check_dtype("scales", scales, self.scale_dtype)
+        check_dtype("zero_points", zero_points, self.zero_point_dtype)
+
+
+class Launch(NamedTuple):
+    """A kernel, its geometry, and its arguments up to the random source and from there on."""
+
+    kernel: Kernel
+    grid: tuple[int]
+    block: tuple[int]
+    shape: tuple[Any, ...]
+    tail: tuple[Any, ...]
+
+
+class Plan(NamedTuple):
+    """How a tensor is packed, or unpacked."""
+
+    memory: Memory
+    launch: Launch | None
+    """None where there is nothing to do."""
+    codes_first: bool = False
+    """Whether bytes of a plane hold elements of two groups, so that codes are written before planes are."""
+
+
+def _named(key: Sequence[Any]) -> tuple[SchemeArgs, RoundingArgs]:
+    """The scheme and rounding of a plan, which depends on no seed, step or stream."""
+    rounding, draw_bits, variance, preserve_variance, offset = key[7:12]
+    return SchemeArgs(*key[:7]), RoundingArgs(
+        rounding, 0, 0, 0, draw_bits, variance, preserve_variance, offset
+    )
+
+
+def _key(args: Sequence[Any]) -> tuple[Any, ...]:
+    """SCHEME and ROUNDING without seed, step and stream, to look a plan up by."""
+    return (*args[:4], tuple(args[4]), *args[5:8], *args[11:15])
+
+
+@lru_cache(maxsize=4096)
+def pack_plan(
+    dtype: torch.dtype, planes: tuple[int, ...], nan_zero: bool, rows: int, k: int, whole: bool, *key: Any
+) -> Plan:
+    """How x `(rows, k)` is packed; `whole`: all memory lies on multiples of the widest access."""
+    scheme, rounding = _named(key)
+    if dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}; convert it first")
+    check_rounding(scheme, rounding, k)
+    check_planes(scheme, planes)
+    memory = Memory.of(scheme, rounding, planes, rows, k)
+    if rows * k == 0:
+        return Plan(memory, None)
+    size, per_row = group_length(k, scheme.group_size), groups_per_row(k, scheme.group_size)
+    codes_first = size % UNIT != 0 and size < k and planes != (8,)
+    check_count(max(memory.groups, k), "groups or elements of a row")
+    macros = pack_macros(dtype, scheme, rounding, (8,) if codes_first else planes, nan_zero, k, whole)
+    team, blocks = Team.of(size), -(-(scheme.group_size or k) // (64 if rounding.mode == "systematic" else 8))
+    launch = Launch(
+        pack_kernel(tuple(macros.items())),
+        (-(-memory.groups // (team.threads // team.size)),),
+        (team.threads,),
+        (
+            *(rows, k, size, per_row, memory.groups, rounding.offset),
+            *table_words(scheme.table),
+            np.float32(LLOYD_MAX.get(scheme.bits, 0.0) / 127),
+        ),
+        (variance_units(rounding), rounding.offset // k * per_row * blocks, blocks),
+    )
+    return Plan(memory, launch, codes_first)
+
+
+@lru_cache(maxsize=4096)
+def unpack_plan(
+    dtype: torch.dtype, planes: tuple[int, ...], read_bits: int, rows: int, k: int, whole: bool, *key: Any
+) -> Plan:
+    """How a tensor `(rows, k)` of a dtype is unpacked; `whole` as for `pack_plan`."""
+    scheme, rounding = _named(key)
+    check_readable(scheme, rounding, planes, read_bits)
+    if dtype not in DTYPES:
+        raise TypeError(f"out must be float32, bfloat16, float16 or float64, got {dtype}")
+    read = plane_kernels.planes_read(planes, 8 if planes == (8,) else read_bits)
+    memory = Memory.of(scheme, rounding, planes[:read], rows, k)
+    if rows * k == 0:
+        return Plan(memory, None)
+    units_per_row = -(-k // UNIT)
+    units = rows * units_per_row
+    check_count(max(units, k), "units of eight elements or elements of a row")
+    macros = unpack_macros(dtype, scheme, rounding, planes, read_bits, k, whole)
+    size, per_row = group_length(k, scheme.group_size), groups_per_row(k, scheme.group_size)
+    launch = Launch(
+        unpack_kernel(tuple(macros.items())),
+        (-(-units // (THREADS * (UNPACK_UNITS if macros["ALIGNED"] else 1))),),
+        (THREADS,),
+        (rows, k, size, per_row, units_per_row, units, rounding.offset, *table_words(scheme.table)),
+        (),
+    )
+    return Plan(memory, launch)
 
 
 # The operators --------------------------------------------------------------------------------------------
@@ -206,100 +335,51 @@ def _raise_refused(status: Tensor, x: Tensor, scheme: SchemeArgs) -> None:
 
 def pack_out(x: Tensor, *args: Any) -> None:
     """Quantize x `(..., k)` and pack the codes; fills packed, scales and zero_points."""
-    scheme, rounding, (planes, nan_zero, packed, scales, zero_points) = split_args(args)
+    planes, nan_zero, packed, scales, zero_points = args[15:]
     rows, k = rows_and_k(x.shape)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it first")
-    check_rounding(scheme, rounding, k)
-    check_planes(scheme, planes)
-    stored = (packed, scales, zero_points)
-    check_stored(stored, scheme, rounding, planes, rows, k)
-    check_written(packed, torch.uint8)
-    check_written(scales, scheme.scale_dtype)
-    check_written(zero_points, zero_point_dtype(scheme.symmetric, rounding.preserve_variance) or torch.uint8)
-    device = device_of(x, *stored)
-    if x.numel() == 0:
+    x = x.contiguous()
+    whole = aligned(x, packed)
+    plan = pack_plan(x.dtype, tuple(planes), nan_zero, rows, k, whole, *_key(args))
+    check_length("packed", packed, plan.memory.packed, rows, k)
+    plan.memory.check_groups(scales, zero_points)
+    check_written(packed, scales, zero_points)
+    check_dtype("packed", packed, torch.uint8)
+    device = device_of(x, packed, scales, zero_points)
+    launch = plan.launch
+    if launch is None:
         return
-    x = x.detach().contiguous()
-    group = group_length(k, scheme.group_size)
-    if group % UNIT and group < k and list(planes) != BYTE_CODES:
-        # Bytes of a plane hold elements of two groups: codes first, then planes.
-        codes = torch.empty(rows, k, dtype=torch.uint8, device=x.device)
-        _launch_pack(device, x, rows, k, scheme, rounding, BYTE_CODES, nan_zero, (codes, scales, zero_points))
-        plane_kernels.pack_codes_out(codes, planes, packed)
-    else:
-        _launch_pack(device, x, rows, k, scheme, rounding, planes, nan_zero, stored)
-
-
-def _launch_pack(
-    device: int,
-    x: Tensor,
-    rows: int,
-    k: int,
-    scheme: SchemeArgs,
-    rounding: RoundingArgs,
-    planes: Sequence[int],
-    nan_zero: bool,
-    stored: Sequence[Tensor],
-) -> None:
-    macros = pack_macros(x.dtype, scheme, rounding, planes, nan_zero, k, aligned(x, stored[0]))
-    per_row = groups_per_row(k, scheme.group_size)
-    groups = rows * per_row
-    check_count(max(groups, k), "groups or elements of a row")
-    blocks = -(-(scheme.group_size or k) // (64 if rounding.mode == "systematic" else 8))
-    capturing = torch.cuda.is_current_stream_capturing()
-    status = None if capturing else _status(device)
-    size = group_length(k, scheme.group_size)
-    arguments = (
-        x.data_ptr(),
-        *(part.data_ptr() for part in stored),
+    codes = torch.empty(rows, k, dtype=torch.uint8, device=x.device) if plan.codes_first else packed
+    status = None if torch.cuda.is_current_stream_capturing() else _status(device)
+    pointers = (
+        *(part.data_ptr() for part in (x, codes, scales, zero_points)),
         0 if status is None else status.data_ptr(),
-        *(rows, k, size, per_row, groups, rounding.offset),
-        *table_words(scheme.table),
-        np.float32(LLOYD_MAX.get(scheme.bits, 0.0) / 127),
-        *source_words(rounding),
-        variance_units(rounding),
-        rounding.offset // k * per_row * blocks,
-        blocks,
     )
-    teams = int(macros["THREADS"]) // int(macros["TEAM"])  # type: ignore[call-overload]
-    grid = -(-groups // teams)
-    pack_kernel(tuple(macros.items()))(device, (grid,), (macros["THREADS"],), arguments)  # type: ignore[arg-type]
+    arguments = (*pointers, *launch.shape, *source_words(args[8:11]), *launch.tail)
+    launch.kernel(device, launch.grid, launch.block, arguments)
+    if plan.codes_first:
+        plane_kernels.pack_codes_out(codes, planes, packed)
     if status is not None:
-        _raise_refused(status, x, scheme)
+        _raise_refused(status, x, args[6])
 
 
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
     """Dequantize the top read_bits bits into out `(..., k)`, rounded to its dtype."""
-    scheme, rounding, (planes, read_bits, out) = split_args(args)
+    planes, read_bits, out = args[15:]
     rows, k = rows_and_k(out.shape)
-    check_readable(scheme, rounding, planes, read_bits)
-    stored = (packed, scales, zero_points)
-    read = plane_kernels.planes_read(planes, 8 if list(planes) == BYTE_CODES else read_bits)
-    check_holds(packed, planes[:read], rows, k)
-    check_groups(scales, zero_points, scheme, rounding, rows, k)
-    if out.dtype not in DTYPES:
-        raise TypeError(f"out must be float32, bfloat16, float16 or float64, got {out.dtype}")
-    check_written(out, out.dtype)
-    device = device_of(out, *stored)
-    if out.numel() == 0:
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    whole = aligned(packed, out)
+    plan = unpack_plan(out.dtype, tuple(planes), read_bits, rows, k, whole, *_key(args))
+    if packed.numel() < plan.memory.packed:  # planes behind those that are read are left alone
+        check_length("packed", packed, plan.memory.packed, rows, k)
+    plan.memory.check_groups(scales, zero_points)
+    check_written(out)
+    device = device_of(out, packed, scales, zero_points)
+    launch = plan.launch
+    if launch is None:
         return
-    packed, scales, zero_points = (part.detach().contiguous() for part in stored)
-    macros = unpack_macros(out.dtype, scheme, rounding, planes, read_bits, k, aligned(packed, out))
-    per_block = THREADS * int(macros["UNITS"])  # type: ignore[call-overload]
-    units_per_row = -(-k // UNIT)
-    units = rows * units_per_row
-    check_count(max(units, k), "units of eight elements or elements of a row")
-    arguments = (
-        *(part.data_ptr() for part in (packed, scales, zero_points)),
-        out.data_ptr(),
-        *(rows, k, group_length(k, scheme.group_size), groups_per_row(k, scheme.group_size)),
-        *(units_per_row, units, rounding.offset),
-        *table_words(scheme.table),
-        *source_words(rounding),
-    )
-    grid = -(-units // per_block)
-    unpack_kernel(tuple(macros.items()))(device, (grid,), (THREADS,), arguments)
+    pointers = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), out.data_ptr())
+    arguments = (*pointers, *launch.shape, *source_words(args[8:11]), *launch.tail)
+    launch.kernel(device, launch.grid, launch.block, arguments)
 
 
 # Checks ---------------------------------------------------------------------------------------------------
@@ -319,31 +399,3 @@ def check_readable(scheme: SchemeArgs, rounding: RoundingArgs, planes: Sequence[
             f"level tables, subtractive dither and unpacked codes are read with all their bits, got "
             f"read_bits={read_bits}; use {scheme.bits}"
         )
-
-
-def check_stored(
-    stored: Sequence[Tensor],
-    scheme: SchemeArgs,
-    rounding: RoundingArgs,
-    planes: Sequence[int],
-    rows: int,
-    k: int,
-) -> None:
-    """Refuses memory of other lengths than the shape implies."""
-    packed, scales, zero_points = stored
-    check_length("packed", packed, packed_nbytes(rows, k, planes), rows, k)
-    check_groups(scales, zero_points, scheme, rounding, rows, k)
-
-
-def check_groups(
-    scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, rounding: RoundingArgs, rows: int, k: int
-) -> None:
-    """Refuses scales and zero points of other lengths or dtypes than the scheme implies."""
-    groups = rows * groups_per_row(k, scheme.group_size)
-    check_length("scales", scales, groups, rows, k)
-    if scales.dtype != scheme.scale_dtype:
-        raise TypeError(f"scales must be {scheme.scale_dtype}, got {scales.dtype}")
-    dtype = zero_point_dtype(scheme.symmetric, rounding.preserve_variance)
-    check_length("zero_points", zero_points, 0 if dtype is None else groups, rows, k)
-    if dtype is not None and zero_points.dtype != dtype:
-        raise TypeError(f"zero_points must be {dtype}, got {zero_points.dtype}")

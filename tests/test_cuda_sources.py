@@ -1,0 +1,119 @@
+"""Every kernel compiles for every architecture, and what is cached is what would be compiled. Needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from turboquant_rs import Rounding, Scheme
+from turboquant_rs.errors import BackendUnavailable
+from turboquant_rs.ops.cuda import launcher, planes, quantize
+from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100")
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> None:
+    try:
+        launcher.compile_for("sm_90a", "", ())
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+def stochastic(**fields: object) -> Rounding:
+    return Rounding.stochastic(0, **fields)
+
+
+# Between them: each way to choose a scale and to round, each dtype, groups of every kind of team, whole and broken
+# units, drawn by tiles and one by one.
+PACKED = (
+    (BF16, Scheme(group_size=128), Rounding.nearest(), 4096, True),
+    (F32, Scheme(bits=4, group_size=128, symmetric=False), stochastic(), 4096, True),
+    (F64, Scheme(bits=3, group_size=12), stochastic(mode="systematic"), 1000, False),
+    (F16, Scheme(bits=7, group_size=None), stochastic(mode="stratified", draw_bits=32), 1500, True),
+    (BF16, Scheme(bits=1, group_size=8), Rounding.nearest(), 64, False),
+    (F32, Scheme(bits=3, levels="lloyd", scale="mse", group_size=16), Rounding.nearest(), 4096, True),
+    (F32, Scheme.nested(planes=(2, 1, 1, 1, 1, 2), group_size=16), Rounding.nearest(), 4096, True),
+    (F16, Scheme(group_size=8, scale_dtype="f32"), stochastic(preserve="mean+var", variance=0.5), 100, False),
+    (BF16, Scheme(bits=5, group_size=None, scale_dtype="f16"), stochastic(mode="subtractive"), 10**6, True),
+    (BF16, Scheme(levels="lloyd", group_size=16), Rounding.nearest(), 64, True),
+    (BF16, Scheme(bits=2, group_size=8), stochastic(mode="antithetic"), 64, True),
+)
+
+
+def kernels() -> Iterator[Kernel]:
+    for dtype, scheme, rounding, k, whole in PACKED:
+        args = SchemeArgs(*scheme.op_args()), RoundingArgs(*rounding.op_args())
+        macros = quantize.pack_macros(dtype, *args, scheme.widths, False, k, whole)
+        yield quantize.pack_kernel(tuple(macros.items()))
+        macros = quantize.unpack_macros(dtype, *args, scheme.widths, scheme.bits, k, whole)
+        yield quantize.unpack_kernel(tuple(macros.items()))
+    for whole in (True, False):
+        yield planes.kernel("pack_codes", (4, 2, 1), 3, whole)
+        yield planes.kernel("unpack_codes", (4, 2, 1), 2, whole)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles(arch: str) -> None:
+    for kernel in kernels():
+        assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
+
+
+def test_every_source_is_one_of_a_kernel_or_part_of_one() -> None:
+    folder = launcher.source_folder()
+    spliced = "".join(launcher.splice(name) for name in {kernel.source for kernel in kernels()})
+    files = {path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
+    assert files == {name for name in files if f'#line 1 "{name}"' in spliced}
+
+
+def test_a_header_is_spliced_once_and_lines_keep_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURBOQUANT_CUDA_DIR", str(tmp_path))
+    (tmp_path / "a.cu").write_text('#include "b.cuh"\n#include "c.cuh"\n#include <d>\nlast\n')
+    (tmp_path / "b.cuh").write_text('#include "c.cuh"\nb\n')
+    (tmp_path / "c.cuh").write_text("c\n")
+    lines = launcher.splice("a.cu").splitlines()
+    text = [line for line in lines if line]
+    assert text == [
+        '#line 1 "a.cu"', '#line 1 "b.cuh"', '#line 1 "c.cuh"', "c", '#line 2 "b.cuh"', "b", '#line 2 "a.cu"',
+        "#include <d>", "last",
+    ]  # fmt: skip
+    assert lines[lines.index('#line 2 "a.cu"') + 1 :] == ["", "#include <d>", "last"]  # lines 2, 3 and 4
+    with pytest.raises(FileNotFoundError, match="TURBOQUANT_CUDA_DIR"):
+        launcher.splice("e.cu")
+
+
+def test_what_is_cached_is_never_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another text, option or architecture is another file; a damaged file is compiled again."""
+    monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path))
+    source = 'extern "C" __global__ void f(int *x) { *x = N; }'
+    first = launcher.compile_for("sm_90a", source, ("-DN=1",))
+    (file,) = tmp_path.iterdir()
+    assert launcher.compile_for("sm_90a", source, ("-DN=1",)) == first
+    launcher.compile_for("sm_90a", source, ("-DN=2",))
+    launcher.compile_for("sm_80", source, ("-DN=1",))
+    launcher.compile_for("sm_90a", source + " ", ("-DN=1",))
+    assert len(list(tmp_path.iterdir())) == 4
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert launcher.compile_for("sm_90a", source, ("-DN=1",)) == first
+    assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    assert launcher.compile_for("sm_90a", 'extern "C" __global__ void f() {}', ())
+
+
+def test_a_source_that_does_not_compile_gives_the_words_of_the_compiler() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)refused a kernel for sm_90a.*identifier \"what\" is undefined"):
+        launcher.compile_for("sm_90a", 'extern "C" __global__ void f() { what; }', ())
