@@ -147,6 +147,19 @@ def test_the_product_is_that_with_the_dequantized_weight(
 
 
 @cuda
+def test_blocks_go_on_from_tile_to_tile() -> None:
+    """More tiles than blocks that fit at once, and no whole number of them."""
+    scheme, n, k = Scheme(bits=4, group_size=64), 20005, 264
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    stored = ops.pack(normal(n, k).cuda(), *arguments, False)
+    weight = ops.unpack(*stored, *arguments, 4, (n, k), torch.float32)
+    tiles = ops.to_tiles(*stored, scheme.widths, k)
+    for m in (1, 11, 30):
+        x = normal(m, k, seed=m).half().cuda()
+        assert_close(ops.matmul(x, *tiles, None, *arguments, 4, "float", "tiles", n), x, weight, None)
+
+
+@cuda
 @pytest.mark.parametrize("m", [4, 20, 40, 300])
 def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_does(m: int) -> None:
     scheme, k = Scheme(bits=4, group_size=64), 520
@@ -170,10 +183,10 @@ def test_a_layer_keeps_its_weight_in_tiles() -> None:
     x, packed = torch.randn(3, 5, 512, dtype=torch.bfloat16, device="cuda"), layer.weight_packed.clone()
     for bits in (8, 4):
         layer.read_bits = bits
-        weight = layer.weight.float()
+        weight = layer.packed.dequantize(dtype=torch.float32)
         got = layer(x)
         assert layer._panels is not None
-        assert_close(got.view(15, 100), x.view(15, 512), weight, layer.bias.detach())
+        assert_close(got.detach().view(15, 100), x.view(15, 512), weight, layer.bias.detach())
         y = layer(x.requires_grad_())
         y.sum().backward()
         torch.testing.assert_close(x.grad.float(), weight.sum(0).expand(3, 5, 512), rtol=0.02, atol=0.02)

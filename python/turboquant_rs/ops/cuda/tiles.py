@@ -128,8 +128,11 @@ class Block(NamedTuple):
 STREAM_COLUMNS = 2
 """Eights of rows of x up to which codes are streamed; beyond, activations would take more than codes."""
 
-BLOCKS = {4: Block(2, 2, 4, 3, 2), 8: Block(2, 2, 2, 4, 2)}
+BLOCKS = {4: Block(2, 2, 4, 3, 2), 8: Block(2, 2, 2, 3, 2)}
 """The shape for 4 and 8 eights of rows of x: the fastest of many on a Hopper GPU."""
+
+FEW_ROWS = Block(2, 2, 4, 3, 1)
+"""The shape where W has too few rows for two blocks a multiprocessor."""
 
 
 def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
@@ -196,29 +199,34 @@ def _launch(weight: Weight, bf16: bool, columns: int, n: int, k: int, processors
     tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
     if columns <= STREAM_COLUMNS:
         stream = _stream(weight, columns, tiles / processors)
-        splits = _splits(2 * tiles, processors * stream.blocks, units // (stream.warps * stream.depth))
+        splits = _splits(2 * tiles, processors, stream.blocks, units // (stream.warps * stream.depth))
         kernel = _kernel(weight, bf16, columns, stream, splits)
-        return Launch(kernel, (tiles, splits), 32 * stream.warps, 0, COLUMNS * columns)
-    block = BLOCKS[columns]
+        blocks = min(tiles, max(1, processors * stream.blocks // splits))
+        return Launch(kernel, (blocks, splits), 32 * stream.warps, 0, COLUMNS * columns)
+    block = BLOCKS[columns] if tiles > 2 * processors or columns < 8 else FEW_ROWS
     blocks = -(-tiles // (block.r_tiles * block.warps_r))
-    splits = _splits(blocks, processors * block.blocks, units // (2 * block.warps_k * block.stages))
+    splits = _splits(blocks, processors, block.blocks, units // (2 * block.warps_k * block.stages))
     kernel = _kernel(weight, bf16, columns, block, splits)
     return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns)
 
 
 def _stream(weight: Weight, columns: int, waves: float) -> Stream:
-    """Its shape: in the registers of a thread, codes in flight and activations share what 64K of them leave."""
-    if len(weight.planes) > 1 or columns > 1:
-        return Stream(8, 4 if weight.bits <= 4 else 2, 2)
-    if weight.bits == 8:
-        return Stream(16, 2, 2)
-    return Stream(8, 4, 3) if waves > 2 else Stream(16, 2, 2)
+    """Its shape, the fastest of many on a Hopper GPU; a thread's registers hold the codes on their way."""
+    if columns > 1:
+        return Stream(8, 2, 2)
+    if weight.bits > 4:
+        return Stream(8, 2, 4 if len(weight.planes) == 1 else 2)
+    return Stream(8, 4, 3 if waves > 4 and len(weight.planes) == 1 else 2)
 
 
-def _splits(blocks: int, room: int, most: int) -> int:
-    """How many blocks share the columns: as many as fit at once, up to the 8 of a cluster."""
+def _splits(blocks: int, processors: int, resident: int, most: int) -> int:
+    """How many blocks share the columns, up to the 8 of a cluster: while all are resident at once. Clusters of
+    more than two are worth it only where multiprocessors would be idle."""
     splits = 1
-    while splits < 8 and 2 * splits <= most and 2 * splits * blocks <= room:
+    while splits < 8 and 2 * splits <= most:
+        room = processors * resident if splits == 1 else processors
+        if 2 * splits * blocks > room:
+            break
         splits *= 2
     return splits
 
