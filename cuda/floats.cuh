@@ -89,6 +89,23 @@ __device__ inline float min_nan(float a, float b) {
 #endif
 }
 
+// The larger and the smaller of two pairs of a dtype of 16 bits, element by element; NaN where an operand is.
+#if __CUDA_ARCH__ >= 800
+template <int T> u32 max_nan2(u32 a, u32 b) {
+    u32 y;
+    if (T == BF16) asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    else asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+template <int T> u32 min_nan2(u32 a, u32 b) {
+    u32 y;
+    if (T == BF16) asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    else asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+#endif
+
 // Units: eight consecutive elements, which fill whole bytes of every plane ---------------------------------------
 
 static const int UNIT = 8;
@@ -105,6 +122,11 @@ template <int T> struct Unit {
     void load(const Bits *x) {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) words[i] = __ldg((const uint4 *)x + i);
+    }
+
+    void clear() {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) words[i] = make_uint4(0, 0, 0, 0);
     }
 
     void widen(float (&to)[UNIT]) const {

@@ -22,6 +22,9 @@
 
 static const float DOMAIN = 0x1p120f;
 
+// Whether the extremes of a group are found before it is widened: X is 1 or 2, BF16 or F16.
+#define IN_PAIRS (!LONG && !NAN_ZERO && (X == 1 || X == 2) && __CUDA_ARCH__ >= 800)
+
 // The shape of x: rows of k elements in groups of `size`, and the logical index of its first element.
 struct Shape {
     u64 rows, k, size, groups_per_row, groups, offset;
@@ -52,26 +55,25 @@ __device__ inline Group group_of(const Shape &shape, u64 number) {
     return group;
 }
 
-// Unit `unit` of a group as f32, subnormals as zeros; 0 where the group has ended.
-__device__ inline void load_unit(
-    const Number<X>::Bits *x, const Group &group, u32 unit, float (&values)[UNIT]
-) {
+// Unit `unit` of a group as memory holds it; zeros where the group has ended.
+__device__ inline void load_unit(const Number<X>::Bits *x, const Group &group, u32 unit, Unit<X> &loaded) {
     const u32 first = unit * UNIT;
     const Number<X>::Bits *from = x + group.begin + first;
-#pragma unroll
-    for (int i = 0; i < UNIT; ++i) values[i] = 0.0f;
     if (ALIGNED) {
         // Of a group that fills its team, all units are there or none.
-        if (FULL ? group.length : first < group.length) {
-            Unit<X> loaded;
-            loaded.load(from);
-            loaded.widen(values);
-        }
+        if (FULL ? group.length : first < group.length) loaded.load(from);
+        else loaded.clear();
     } else {
+        loaded.clear();
 #pragma unroll
         for (int i = 0; i < UNIT; ++i)
-            if (first + i < group.length) values[i] = Number<X>::widen(from[i]);
+            if (first + i < group.length) loaded.elements[i] = from[i];
     }
+}
+
+// As f32, subnormals as zeros.
+__device__ inline void widen_unit(const Unit<X> &loaded, float (&values)[UNIT]) {
+    loaded.widen(values);
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) {
         if (X != F16) values[i] = flush(values[i]);
@@ -85,14 +87,24 @@ struct Held {
     const Group &group;
     u32 chunks;
 #if !LONG
+    Unit<X> loaded[VECTORS];
     float values[VECTORS][UNIT];
 #endif
 
+    // Asks memory for it.
     __device__ Held(const Number<X>::Bits *x, const Group &group, const Shape &shape) : x(x), group(group) {
         chunks = (u32)((shape.size + TEAM * UNIT - 1) / (TEAM * UNIT));
 #if !LONG
 #pragma unroll
-        for (int i = 0; i < VECTORS; ++i) load_unit(x, group, unit(i), values[i]);
+        for (int i = 0; i < VECTORS; ++i) load_unit(x, group, unit(i), loaded[i]);
+#endif
+    }
+
+    // Waits for it.
+    __device__ void arrive() {
+#if !LONG
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) widen_unit(loaded[i], values[i]);
 #endif
     }
 
@@ -102,9 +114,11 @@ struct Held {
     template <class Pass> __device__ void each(Pass pass) {
 #if LONG
         for (u32 i = 0; i < chunks; ++i) {
-            float loaded[UNIT];
+            Unit<X> loaded;
+            float values[UNIT];
             load_unit(x, group, unit(i), loaded);
-            pass(unit(i), loaded);
+            widen_unit(loaded, values);
+            pass(unit(i), values);
         }
 #else
 #pragma unroll
@@ -130,6 +144,22 @@ struct Held {
 
 __device__ inline Extremes extremes_of(Held &held) {
     Extremes own = {0.0f, 0.0f};
+#if IN_PAIRS
+    // Two at a time, as memory holds them.
+    u32 high = 0, low = 0;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const u32 *pairs = (const u32 *)held.loaded[i].words;
+#pragma unroll
+        for (int j = 0; j < UNIT / 2; ++j) {
+            high = max_nan2<X>(high, pairs[j]);
+            low = min_nan2<X>(low, pairs[j]);
+        }
+    }
+    own.high = flush(max_nan(Number<X>::widen((u16)high), Number<X>::widen((u16)(high >> 16))));
+    own.low = flush(min_nan(Number<X>::widen((u16)low), Number<X>::widen((u16)(low >> 16))));
+    return team_extremes(own);
+#endif
     held.each([&](u32, const float (&x)[UNIT]) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
@@ -210,6 +240,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack(
     const Group group = group_of(shape, number);
     Held held(x, group, shape);
 
+    __shared__ __align__(16) u32 shared[WARPS][WARP_WORDS];
+    u32 *tiles = shared[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    // While memory is on its way, a small team draws for all its units; a larger one will, chunk by chunk.
+    if (TILED && TEAM < 32) fill_tiles(source, shape.offset + (number - lane / TEAM) * shape.size, tiles);
+    held.arrive();
+
     const Extremes extremes = extremes_of(held);
     const bool refused = !(extremes.high <= DOMAIN && extremes.low >= -DOMAIN);
     if (refused && status) report(held, status);
@@ -239,11 +276,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack(
         if (ZERO_POINTS == FLOATS) ((float *)zero_points)[number] = stored.zero;
     }
 
-    __shared__ __align__(16) u32 shared[WARPS][WARP_WORDS];
-    u32 *tiles = shared[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
-    // A small team has drawn for all its units before it begins, a larger one draws for each chunk.
-    if (TILED && TEAM < 32) fill_tiles(source, shape.offset + (number - lane / TEAM) * shape.size, tiles);
     const Divisor divisor(chosen.scale);
     const u64 block = first_block + number * blocks_per_group;
     const u64 first_unit = group.begin / UNIT;

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, and what is cached is what would be compiled. Needs no GPU."""
+"""Every kernel compiles for every architecture, and what is cached is never stale. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def stochastic(**fields: object) -> Rounding:
     return Rounding.stochastic(0, **fields)
 
 
-# Between them: each way to choose a scale and to round, each dtype, groups of every kind of team, whole and broken
-# units, drawn by tiles and one by one.
+# Between them: each way to choose a scale and to round, each dtype, groups of every kind of team, whole and
+# broken units, drawn by tiles and one by one.
 PACKED = (
     (BF16, Scheme(group_size=128), Rounding.nearest(), 4096, True),
     (F32, Scheme(bits=4, group_size=128, symmetric=False), stochastic(), 4096, True),
@@ -115,5 +115,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
 
 
 def test_a_source_that_does_not_compile_gives_the_words_of_the_compiler() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)refused a kernel for sm_90a.*identifier \"what\" is undefined"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)refused a kernel for sm_90a.*identifier \"what\" is undefined"
+    ):
         launcher.compile_for("sm_90a", 'extern "C" __global__ void f() { what; }', ())

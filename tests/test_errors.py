@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import turboquant_rs as tq
+from turboquant_rs.ops.cuda import launcher
 
 X = torch.linspace(-1.0, 1.0, 4 * 70).view(4, 70)
 
@@ -337,6 +339,16 @@ def test_a_dtype_is_no_device():
         TypeError, r"keeps its codes, got dtype torch.float16; use dequantize\(dtype=torch.float16\)"
     ):
         tq.pack(X).to(torch.float16)
+
+
+# What is not installed ------------------------------------------------------------------------------------
+
+
+def test_a_cuda_tensor_without_cupy_names_the_extra(monkeypatch):
+    for name in ("cupy", "cupy.cuda"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with refused(tq.BackendUnavailable, r"CuPy is not installed .* pip install 'turboquant-rs\[cuda1[23]\]'"):
+        launcher._cupy.__wrapped__()
 
 
 # The hierarchy --------------------------------------------------------------------------------------------

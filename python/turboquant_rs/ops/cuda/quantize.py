@@ -137,7 +137,7 @@ def draw_macros(rounding: RoundingArgs, in_order: bool) -> dict[str, object]:
         "MODE": MODES[rounding.mode],
         "DRAW_BITS": rounding.draw_bits,
         "SHRINK": variance_units(rounding) != FULL_VARIANCE,
-        "TILED": rounding.mode != "nearest" and in_order and rounding.offset % TILE == 0,
+        "TILED": rounding.mode not in ("nearest", "systematic") and in_order and rounding.offset % TILE == 0,
     }
 
 
