@@ -2,15 +2,16 @@
 
     python benches/cuda_matmul.py [--quick] [--results FILE]
 
-Every contender is captured in a CUDA graph that goes round as many weights as fill the L2 cache three times; the
-figure is the median over replays, divided by the calls in a graph. Weights and activations are random. The read
-floor is the fastest of several kernels that only read as many bytes as the packed weight has: what a product with
-one row of x cannot beat.
+Every contender is captured in a CUDA graph that goes round as many weights as fill the L2 cache three times;
+the figure is the median over replays, divided by the calls in a graph. Weights and activations are random.
+The read floor is the fastest of several kernels that only read as many bytes as the packed weight has: what a
+product with one row of x cannot beat.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -85,13 +86,13 @@ def seconds(calls: list[Call], rounds: int = ROUNDS) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = [start.elapsed_time(stop) for start, stop in zip(events[1:], events[2:], strict=False)]
+    times = [start.elapsed_time(stop) for start, stop in itertools.pairwise(events[1:])]
     return statistics.median(times) / 1e3 / len(calls)
 
 
 @cache
 def read_kernel(unroll: int) -> Any:
-    import cupy
+    import cupy  # noqa: TID251 - a kernel of this bench alone
 
     return cupy.RawKernel(f"#define UNROLL {unroll}\n{READ}", "read")
 

@@ -75,10 +75,9 @@ def to_tiles(
         packed: u8, canonical, all of `planes`.
         scales, zero_points: (n, groups); zero_points may be empty.
 
-    Returns: packed u8 of `tiles_nbytes`; scales and zero points (n padded to 16, groups), in an order of theirs.
+    Returns: packed u8 of `tiles_nbytes`; scales and zero points (n padded to 16, groups), in their order.
     """
-    n, bits = scales.shape[0], sum(planes)
-    tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
+    n, bits, units = scales.shape[0], sum(planes), -(-k // UNIT_COLUMNS)
     blob = packed.new_empty(tiles_nbytes(n, k, bits))
     codes = OPS.unpack_codes(packed, list(planes), bits, (n, k))
     rows = max(1, _CHUNK // max(1, units * UNIT_COLUMNS * TILE_ROWS)) * TILE_ROWS
@@ -133,20 +132,23 @@ def _places(width: int, device: torch.device) -> Tensor:
 
 def _to_words(fields: Tensor, width: int) -> Tensor:
     """Fields (tiles, units, 32 lanes, 4 steps, 8 slots) as words, in their order in memory."""
-    places = _places(width, fields.device)
+    places, shape = _places(width, fields.device), fields.shape[:3]
     if width == 8:
-        words = (fields.unflatten(4, (4, 2)) << places).sum(4, dtype=torch.int32)
-        return words.unflatten(3, (2, 2)).transpose(2, 3)
-    return (fields.unflatten(3, (width, 4 // width)) << places).sum((4, 5), dtype=torch.int32)
+        halves = (fields.view(*shape, 2, 2, 4, 2) << places).sum(5, dtype=torch.int32)
+        return halves.transpose(2, 3)
+    words: Tensor = (fields.view(*shape, width, 4 // width, 8) << places).sum((4, 5), dtype=torch.int32)
+    return words
 
 
 def _from_words(words: Tensor, width: int) -> Tensor:
     """The inverse of `_to_words`, of words (tiles, units, 32·width)."""
-    places, mask = _places(width, words.device), 2**width - 1
+    places, shape = _places(width, words.device), words.shape[:2]
     if width == 8:
-        lanes = words.unflatten(2, (2, 32, 2, 2)).transpose(2, 3).flatten(3, 4)
-        return ((lanes[..., None, :] >> places) & mask).flatten(4)
-    return ((words.unflatten(2, (32, width))[..., None, None] >> places) & mask).flatten(3, 4)
+        lanes = words.view(*shape, 2, 32, 2, 2).transpose(2, 3)
+        fields = lanes[..., None, :] >> places
+    else:
+        fields = words.view(*shape, 32, width, 1, 1) >> places
+    return (fields & 2**width - 1).reshape(*shape, 32, 4, 8)
 
 
 def _tile_order(values: Tensor) -> Tensor:

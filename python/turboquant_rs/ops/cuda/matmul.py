@@ -1,7 +1,7 @@
 """x · Wᵀ on packed W.
 
-Float activations, weight in tiles: kernels that read the codes (`tiles`). Otherwise the weight is dequantized to
-the dtype of x and multiplied by cuBLAS, which sums in f32.
+Float activations, weight in tiles: kernels that read the codes (`tiles`). Otherwise the weight is dequantized
+to the dtype of x and multiplied by cuBLAS, which sums in f32.
 Integer activations: as the specification, in exact f64 products.
 """
 
@@ -30,9 +30,9 @@ def matmul_out(
     if layout == "tiles":
         if activations == "float" and tiles.takes(x, scheme, rounding):
             check_written(out)
-            weight = tiles.Weight.of(scheme, planes, read_bits)
+            kind = tiles.Weight.of(scheme, planes, read_bits)
             rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-            tiles.multiply(rows, packed, scales, zero_points, bias, weight, out.view(-1, n))
+            tiles.multiply(rows, packed, scales, zero_points, bias, kind, out.view(-1, n))
             return
         read = prefix_of(planes, read_bits)
         packed, scales, zero_points = from_tiles(packed, scales, zero_points, read, n, x.shape[-1])

@@ -16,7 +16,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant_rs.ops import reference
@@ -30,7 +29,7 @@ __all__ = ["Weight", "multiply", "takes"]
 COLUMNS = 8
 """Rows of x that one instruction multiplies."""
 
-EXPAND_ROWS = 256
+EXPAND_ROWS = 129
 """Rows of x from which expanding the weight for cuBLAS costs less than reading it once for every 64."""
 
 ALIGNED_COLUMNS = 8
@@ -159,21 +158,32 @@ def multiply(
     (m, k), n = x.shape, out.shape[1]
     bf16, device = x.dtype == torch.bfloat16, x.device.index or 0
     stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
-    if m >= EXPAND_ROWS or not aligned(x):
+    if not aligned(x):
+        x = x.clone()
+    if m >= EXPAND_ROWS:
         values = torch.empty(n, k, dtype=x.dtype, device=x.device)
-        _expand(weight, bf16, n, k)(device, 1, (*stored, values.data_ptr(), n, k))
-        y = F.linear(x, values, None if bias is None else bias.to(x.dtype))
+        expand(weight, bf16, n, k)(device, 1, (*stored, values.data_ptr(), n, k))
+        if bias is None:
+            torch.mm(x, values.T, out=out)
+        else:
+            torch.addmm(bias.detach().to(x.dtype), x, values.T, out=out)
         # A row that is not finite is NaN throughout; cuBLAS leaves infinities.
-        broken = ~x.isfinite().all(1, keepdim=True)
-        out.copy_(y.masked_fill_(broken, float("nan")))
+        spoil(bf16)(device, (m, 1, 1), (256, 1, 1), (x.data_ptr(), out.data_ptr(), n, k))
         return
-    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-        bias = bias.float()
-    address, wide = (
-        (0, False) if bias is None else (bias.contiguous().data_ptr(), bias.dtype == torch.float32)
-    )
+    address, wide = 0, False
+    if bias is not None:
+        bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
+        address, wide = bias.data_ptr(), bias.dtype == torch.float32
     args = (x.data_ptr(), *stored, address, int(wide), out.data_ptr(), m, n, k)
-    _launch(weight, bf16, _columns(m), n, k, _processors(device))(device, m, args)
+    launch(weight, bf16, _columns(m), n, k, _limits(device))(device, m, args)
+
+
+class Limits(NamedTuple):
+    """What shapes depend on of a device."""
+
+    processors: int
+    shared: int  # bytes a block may have
+    clusters: bool
 
 
 def _columns(m: int) -> int:
@@ -182,30 +192,40 @@ def _columns(m: int) -> int:
 
 
 @cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _limits(device: int) -> Limits:
+    found = torch.cuda.get_device_properties(device)
+    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
 
 
 @cache
-def _expand(weight: Weight, bf16: bool, n: int, k: int) -> Launch:
-    kernel = Kernel("matmul/expand.cu", "matmul_expand", weight.macros(bf16))
+def expand(weight: Weight, bf16: bool, n: int, k: int) -> Launch:
+    """The kernel and grid that make plain rows of a weight."""
+    kernel = Kernel("matmul_expand.cu", "matmul_expand", weight.macros(bf16))
     warps = -(-n // TILE_ROWS) * -(-k // UNIT_COLUMNS)
     return Launch(kernel, (-(-warps // 8), 1), 256, 0, 1)
 
 
 @cache
-def _launch(weight: Weight, bf16: bool, columns: int, n: int, k: int, processors: int) -> Launch:
+def spoil(bf16: bool) -> Kernel:
+    """The kernel that marks results of rows that are not finite."""
+    return Kernel("matmul_spoil.cu", "matmul_spoil", {"BF16": bf16})
+
+
+@cache
+def launch(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
     """The kernel and grid for `columns` times eight rows of x."""
     tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
     if columns <= STREAM_COLUMNS:
-        stream = _stream(weight, columns, tiles / processors)
-        splits = _splits(2 * tiles, processors, stream.blocks, units // (stream.warps * stream.depth))
+        stream = _stream(weight, columns, tiles / limits.processors)
+        splits = _splits(2 * tiles, stream.blocks, units // (stream.warps * stream.depth), limits)
         kernel = _kernel(weight, bf16, columns, stream, splits)
-        blocks = min(tiles, max(1, processors * stream.blocks // splits))
+        blocks = min(tiles, max(1, limits.processors * stream.blocks // splits))
         return Launch(kernel, (blocks, splits), 32 * stream.warps, 0, COLUMNS * columns)
-    block = BLOCKS[columns] if tiles > 2 * processors or columns < 8 else FEW_ROWS
+    block = BLOCKS[columns] if tiles > 2 * limits.processors or columns < 8 else FEW_ROWS
+    while block.stages > 2 and block.shared(weight.bits, columns) > limits.shared:
+        block = block._replace(stages=block.stages - 1)
     blocks = -(-tiles // (block.r_tiles * block.warps_r))
-    splits = _splits(blocks, processors, block.blocks, units // (2 * block.warps_k * block.stages))
+    splits = _splits(blocks, block.blocks, units // (2 * block.warps_k * block.stages), limits)
     kernel = _kernel(weight, bf16, columns, block, splits)
     return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns)
 
@@ -219,13 +239,12 @@ def _stream(weight: Weight, columns: int, waves: float) -> Stream:
     return Stream(8, 4, 3 if waves > 4 and len(weight.planes) == 1 else 2)
 
 
-def _splits(blocks: int, processors: int, resident: int, most: int) -> int:
-    """How many blocks share the columns, up to the 8 of a cluster: while all are resident at once. Clusters of
-    more than two are worth it only where multiprocessors would be idle."""
+def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
+    """How many blocks, a cluster, share the columns: while all are resident at once. More than two are worth it
+    only where multiprocessors would be idle. Clusters came with Hopper."""
     splits = 1
-    while splits < 8 and 2 * splits <= most:
-        room = processors * resident if splits == 1 else processors
-        if 2 * splits * blocks > room:
+    while limits.clusters and splits < 8 and 2 * splits <= most:
+        if 2 * splits * blocks > limits.processors * (resident if splits == 1 else 1):
             break
         splits *= 2
     return splits
@@ -233,9 +252,9 @@ def _splits(blocks: int, processors: int, resident: int, most: int) -> int:
 
 @cache
 def _kernel(weight: Weight, bf16: bool, columns: int, shape: Stream | Block, splits: int) -> Kernel:
-    """One kernel for all sizes of a matrix. Clusters came with Hopper: elsewhere columns are not shared."""
+    """One kernel for all sizes of a matrix."""
     name = type(shape).__name__.lower()
     macros = {**weight.macros(bf16), "N_TILES": columns, "SPLITS": splits}
     macros |= {key.upper(): value for key, value in shape._asdict().items()}
     shared = shape.shared(weight.bits, columns) if isinstance(shape, Block) else 0
-    return Kernel(f"matmul/{name}.cu", f"matmul_{name}", macros, shared=shared)
+    return Kernel(f"matmul_{name}.cu", f"matmul_{name}", macros, shared=shared)

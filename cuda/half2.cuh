@@ -1,5 +1,5 @@
 // Pairs of 16-bit floats in a register, and the matrix unit that multiplies them.
-#include "matmul/words.cuh"
+#include "words.cuh"
 
 #ifndef BF16
 #error "BF16: 1 for bfloat16 activations, 0 for float16"

@@ -1,5 +1,5 @@
 // A matrix in tiles as plain rows of 16-bit floats, for products with so many rows of x that cuBLAS wins.
-#include "matmul/tiles.cuh"
+#include "tiles.cuh"
 
 // s · (code − zero point), rounded once in float32 and once more to 16 bits: the bits of `unpack`.
 __device__ __forceinline__ u32 scaled(u32 codes, float scale, float fraction) {

@@ -1,7 +1,7 @@
 // More rows of x: a block of 16·R_TILES·WARPS_R rows of W shares them through shared memory. Codes and activations
 // arrive in STAGES stages of 64·WARPS_K columns, each of WARPS_K warps takes 64 of them; the blocks of a cluster
 // share the columns too.
-#include "matmul/float_sums.cuh"
+#include "sums.cuh"
 
 #if !defined(N_TILES) || !defined(R_TILES) || !defined(WARPS_R) || !defined(WARPS_K) || !defined(STAGES) || !defined(BLOCKS)
 #error "N_TILES: rows of x by 8; R_TILES: tiles of W a warp; WARPS_R, WARPS_K; STAGES; BLOCKS: least on a multiprocessor"

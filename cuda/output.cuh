@@ -1,5 +1,5 @@
 // Sums of warps and of blocks to results: added in one order, whatever the timing.
-#include "matmul/half2.cuh"
+#include "half2.cuh"
 
 #ifndef SPLITS
 #error "SPLITS: blocks, of one cluster, that share the columns"

@@ -1,6 +1,6 @@
 // The sums of one warp: 16 rows of W by 8 rows of x at a time, in float32, scaled group by group.
-#include "matmul/output.cuh"
-#include "matmul/tiles.cuh"
+#include "output.cuh"
+#include "tiles.cuh"
 
 // The activations of half a unit (32 columns), for 8 rows: two operands of the matrix unit.
 struct Activations {

@@ -1,7 +1,7 @@
 // Few rows of x: memory is the limit. Every warp streams its part of 16 rows of W through registers, DEPTH units
 // ahead of the one it multiplies, and goes on to other rows without a pause; the warps of a block, and the blocks
 // of a cluster, share the columns.
-#include "matmul/float_sums.cuh"
+#include "sums.cuh"
 
 #if !defined(N_TILES) || !defined(WARPS) || !defined(DEPTH) || DEPTH % 2 || !defined(BLOCKS)
 #error "N_TILES: rows of x by 8; WARPS; DEPTH: units in flight, even; BLOCKS: least on a multiprocessor"

@@ -7,7 +7,7 @@
 // slot i of step t is row g + 8·(i mod 2), column 32·(t div 2) + 8·(lane mod 4) + 4·(t mod 2) + 2·(i div 2 mod 2)
 // + i div 4. In a plane of width 1, 2 or 4, slot i of step t lies at bit 4·i + width·(t mod (4/width)) of word
 // t·width/4; in one of width 8, at byte i div 2 of word 2·t + i mod 2, words 0…3 of all lanes before words 4…7.
-#include "matmul/half2.cuh"
+#include "half2.cuh"
 
 #if !defined(PLANES) || !defined(REST) || !defined(ZERO) || !defined(ASYMMETRIC) || !defined(SCALE) || !defined(GROUP)
 #error "PLANES: widths read; REST: bits not read; ZERO: twice the constant zero point; ASYMMETRIC; SCALE; GROUP"
