@@ -60,7 +60,7 @@ def kernels() -> Iterator[Kernel]:
         yield planes.kernel("unpack_codes", (4, 2, 1), 2, whole)
 
 
-# Between them: widths, prefixes, zero points and scales of every kind, groups of whole and of half units, a row.
+# Between them: widths, prefixes, zero points and scales of every kind, groups of whole and of half units.
 TILES = (
     (Scheme(bits=4, group_size=128), 4),
     (Scheme(bits=8, group_size=32, symmetric=False, scale_dtype="f16"), 8),

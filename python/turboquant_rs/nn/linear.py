@@ -35,9 +35,9 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     activations: "int8" quantizes each row of x group by group and multiplies in integers, bit-identical on
         every CPU; "float" widens the codes and accumulates in f32.
-    The first forward brings the packed weight to the order the kernels read (`arrange`), on CUDA for
-    activations="float", in place of the canonical bytes; whatever asks for those (`weight_packed`, state_dict, `.to`) gets them
-    back.
+    The first forward brings the packed weight to the order the kernels read (`arrange`; on CUDA for
+    activations="float"), in place of the canonical bytes; whatever asks for those (`weight_packed`,
+    state_dict, `.to`) gets them back.
 
     Raises `ValueError` for activations="int8" over codes that only the float path decodes (rounding
         "subtractive" or preserve="mean+var").

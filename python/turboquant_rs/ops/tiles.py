@@ -1,15 +1,17 @@
-"""Tiles: a packed matrix in the order in which the GPU's matrix unit takes it. Plain torch, on any device.
+"""Tiles: a packed matrix in the order in which the GPU's matrix unit takes it. Plain torch, any device.
 
-    packed       plane ▸ tile of 16 rows ▸ unit of 64 columns ▸ lane ▸ words      (`width` words of 32 bits a lane)
-    scales       tile ▸ group ▸ row mod 8 ▸ row div 8                             (and zero points)
+    packed       plane ▸ tile of 16 rows ▸ unit of 64 columns ▸ lane ▸ words  (`width` words of 32 bits)
+    scales       tile ▸ group ▸ row mod 8 ▸ row div 8                         (and zero points)
 
-A warp multiplies a tile by a unit in four steps. Lane l holds eight codes of each, its slots: slot i of step t
-is row l div 4 + 8·(i mod 2), column 32·(t div 2) + 8·(l mod 4) + 4·(t mod 2) + 2·(i div 2 mod 2) + i div 4. So a
-lane's activations are 16 consecutive bytes of a row of x, and its codes lie where the instruction wants them.
+A warp multiplies a tile by a unit in four steps. Lane l holds eight codes of each, its slots: slot i of
+step t is row l div 4 + 8·(i mod 2), column
+32·(t div 2) + 8·(l mod 4) + 4·(t mod 2) + 2·(i div 2 mod 2) + i div 4. So a lane's activations are 16
+consecutive bytes of a row of x, and its codes lie where the instruction wants them.
 
-In a plane of width 1, 2 or 4, slot i of step t lies at bit 4·i + width·(t mod (4 / width)) of word t·width div 4;
-in a plane of width 8, it is byte i div 2 of word 2·t + i mod 2, and words 0 to 3 of all lanes come before words 4
-to 7. Planes follow one another, so a prefix of the bits is a prefix of the bytes; nothing is lost.
+In a plane of width 1, 2 or 4, slot i of step t lies at bit 4·i + width·(t mod (4 / width)) of word
+t·width div 4; in a plane of width 8, it is byte i div 2 of word 2·t + i mod 2, and words 0 to 3 of all lanes
+come before words 4 to 7. Planes follow one another, so a prefix of the bits is a prefix of the bytes;
+nothing is lost.
 """
 
 from __future__ import annotations
@@ -148,7 +150,8 @@ def _from_words(words: Tensor, width: int) -> Tensor:
         fields = lanes[..., None, :] >> places
     else:
         fields = words.view(*shape, 32, width, 1, 1) >> places
-    return (fields & 2**width - 1).reshape(*shape, 32, 4, 8)
+    codes: Tensor = (fields & 2**width - 1).reshape(*shape, 32, 4, 8)
+    return codes
 
 
 def _tile_order(values: Tensor) -> Tensor:

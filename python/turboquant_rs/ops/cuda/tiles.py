@@ -5,8 +5,8 @@
     … 64 a block    block     many rows of W and of x a block, through shared memory
     more            expand    the weight as 16-bit floats, once, for cuBLAS
 
-Codes enter the matrix unit as exact integers and sums are f32; the order of summation depends on the shapes and
-on nothing else, so results are the same bits every time.
+Codes enter the matrix unit as exact integers and sums are f32; the order of summation depends on the shapes
+and on nothing else, so results are the same bits every time.
 """
 
 from __future__ import annotations
@@ -240,8 +240,8 @@ def _stream(weight: Weight, columns: int, waves: float) -> Stream:
 
 
 def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
-    """How many blocks, a cluster, share the columns: while all are resident at once. More than two are worth it
-    only where multiprocessors would be idle. Clusters came with Hopper."""
+    """How many blocks, a cluster, share the columns: while all are resident at once. More than two are worth
+    it only where multiprocessors would be idle. Clusters came with Hopper."""
     splits = 1
     while limits.clusters and splits < 8 and 2 * splits <= most:
         if 2 * splits * blocks > limits.processors * (resident if splits == 1 else 1):
