@@ -76,7 +76,7 @@ def test_latency_is_measured_here_and_now():
     assert (
         set(loose.widths) == {8} or loose.predicted_kl <= tq.allocate(found, tq.Budget(bits=8.3)).predicted_kl
     )
-    with pytest.raises(ValueError, match=r"1e-06 ms at 3 rows is infeasible.*layers take 0\.0"):
+    with pytest.raises(ValueError, match=r"1e-06 ms at 3 rows is infeasible.*layers take \d+\.\d+ to"):
         tq.allocate(found, tq.Budget(latency_ms=1e-6, batch=3))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from turboquant_rs import Rounding, Scheme
 from turboquant_rs.errors import BackendUnavailable
-from turboquant_rs.ops.cuda import launcher, planes, quantize
+from turboquant_rs.ops.cuda import launcher, planes, quantize, tiles
 from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
 
@@ -60,15 +60,45 @@ def kernels() -> Iterator[Kernel]:
         yield planes.kernel("unpack_codes", (4, 2, 1), 2, whole)
 
 
+# Between them: widths, prefixes, zero points and scales of every kind, groups of whole and of half units.
+TILES = (
+    (Scheme(bits=4, group_size=128), 4),
+    (Scheme(bits=8, group_size=32, symmetric=False, scale_dtype="f16"), 8),
+    (Scheme(bits=3, group_size=None, scale_dtype="f32"), 3),
+    (Scheme(bits=1, group_size=96), 1),
+    (Scheme(bits=7, group_size=64), 7),
+    (Scheme.nested(planes=(2, 1, 1, 1, 1, 2)), 8),
+    (Scheme.nested(planes=(4, 4)), 4),
+    (Scheme(bits=6, group_size=64, symmetric=False), 4),
+)
+
+
+def tile_kernels(clusters: bool) -> Iterator[Kernel]:
+    """Of few rows, which share columns in clusters, and of many."""
+    limits = tiles.Limits(132, 99 * 1024, clusters)
+    for at, (scheme, bits) in enumerate(TILES):
+        weight = tiles.Weight.of(SchemeArgs(*scheme.op_args()), scheme.widths, bits)
+        columns, n, bf16 = 1 << at % 4, 256 if at % 2 else 40000, at % 3 > 0
+        yield tiles.launch(weight, bf16, columns, n, 8192, limits).kernel
+        if at < 2:
+            yield tiles.expand(weight, bf16, 256, 256).kernel
+    yield from (tiles.spoil(bf16) for bf16 in (True, False))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles(arch: str) -> None:
     for kernel in kernels():
+        assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
+    if arch == "sm_75":  # the matrix unit takes 16 columns of bfloat16 from sm_80 on
+        return
+    for kernel in tile_kernels(arch in ("sm_90a", "sm_100")):
         assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
 
 
 def test_every_source_is_one_of_a_kernel_or_part_of_one() -> None:
     folder = launcher.source_folder()
-    spliced = "".join(launcher.splice(name) for name in {kernel.source for kernel in kernels()})
+    every = (*kernels(), *tile_kernels(True))
+    spliced = "".join(launcher.splice(name) for name in {kernel.source for kernel in every})
     files = {path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
     assert files == {name for name in files if f'#line 1 "{name}"' in spliced}
 

@@ -1,8 +1,9 @@
-"""Panels: a packed matrix in the order in which the CPU's kernels read it."""
+"""Panels: a packed matrix in the order in which the kernels of its device read it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from turboquant_rs.scheme import Rounding, Scheme
 class Panels:
     """The same codes, scales and zero points as a `PackedTensor` (n, k), bit for bit, in another order.
 
-    packed: u8; scales, zero_points: (n padded to 16, groups); see `ops.reference.to_panels`.
-    bits: how many bits of each code are stored. Rows are padded to 16 and columns to 32.
+    packed: u8; scales, zero_points: (n padded to 16, groups); see `ops.reference.to_panels`, and for CUDA
+        `ops.tiles`, which takes float activations.
+    bits: how many bits of each code are stored.
     """
 
     packed: Tensor
@@ -32,29 +34,43 @@ class Panels:
         default_factory=dict, init=False, repr=False
     )
 
+    @cached_property
+    def layout(self) -> str:
+        """What the operators call this order."""
+        return "tiles" if self.packed.device.type == "cuda" else "panels"
+
     @staticmethod
     def fits(packed: PackedTensor) -> bool:
-        """Whether `packed` can be brought to panels: a matrix on the CPU, codes that go by value alone."""
-        return (
-            packed.ndim == 2
-            and packed.device.type == "cpu"
-            and packed.rounding.mode != "subtractive"
-            and packed.numel() > 0
-        )
+        """Whether `packed` can be brought to panels: a matrix, codes that go by value alone, and on CUDA a
+        scheme that fits the matrix unit."""
+        if packed.ndim != 2 or packed.numel() == 0 or packed.rounding.mode == "subtractive":
+            return False
+        if packed.device.type == "cuda":
+            scheme, rounding, _ = ops.schema.split_args(
+                (*packed.scheme.op_args(), *packed.rounding.op_args())
+            )
+            return ops.tiles.fits(scheme, rounding)
+        return packed.device.type == "cpu"
 
     @classmethod
     def of(cls, packed: PackedTensor) -> Panels:
         """The panels of a matrix for which `fits` holds; a copy."""
         n, k = packed.shape
         widths = packed.scheme.stored_widths(packed.bits)
-        panels = ops.to_panels(*packed._stored, *packed.scheme.op_args(), widths, k)
+        if packed.device.type == "cuda":
+            panels = ops.to_tiles(*packed._stored, widths, k)
+        else:
+            panels = ops.to_panels(*packed._stored, *packed.scheme.op_args(), widths, k)
         return cls(*panels, (n, k), packed.scheme, packed.rounding, packed.bits)
 
     def to_packed(self, dtype: torch.dtype, bits: int | None = None) -> PackedTensor:
         """The canonical matrix of that dtype again, a copy, or the prefix of `bits` of it."""
         widths = self.scheme.stored_widths(self.bits)
         stored = (self.packed, self.scales, self.zero_points)
-        packed, scales, zeros = ops.from_panels(*stored, *self.scheme.op_args(), widths, *self.shape)
+        if self.layout == "tiles":
+            packed, scales, zeros = ops.from_tiles(*stored, widths, *self.shape)
+        else:
+            packed, scales, zeros = ops.from_panels(*stored, *self.scheme.op_args(), widths, *self.shape)
         zero_points = zeros if zeros.numel() else None
         shape = torch.Size(self.shape)
         whole = PackedTensor(packed, scales, zero_points, shape, dtype, self.scheme, self.rounding, self.bits)
@@ -62,7 +78,7 @@ class Panels:
 
     def matmul(self, x: Tensor, bias: Tensor | None, *, activations: str, bits: int) -> Tensor:
         """`tq.matmul` with this matrix, read at `bits`, of x as autocast wants it."""
-        if not torch.compiler.is_compiling():
+        if self.layout == "panels" and not torch.compiler.is_compiling():
             product = self._products.get((activations, bits, False)) or self._product(activations, bits)
             found = product(x, bias)
             if found is not None:
@@ -104,4 +120,4 @@ class Panels:
         # Planes follow one another, each as long as it is wide.
         packed = self.packed if bits == self.bits else self.packed[: self.packed.numel() // self.bits * bits]
         arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths, bits)
-        return (packed, self.scales, self.zero_points), (*arguments, activations, "panels", self.shape[0])
+        return (packed, self.scales, self.zero_points), (*arguments, activations, self.layout, self.shape[0])

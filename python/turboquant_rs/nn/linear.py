@@ -36,9 +36,9 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     activations: "int8" quantizes each row of x group by group and multiplies in integers, bit-identical on
         every CPU; "float" widens the codes and accumulates in f32.
-    On the CPU the first forward brings the packed weight to panels, the order the kernels read (`arrange`),
-    in place of the canonical bytes; whatever asks for those (`weight_packed`, state_dict, `.to`) gets them
-    back.
+    The first forward brings the packed weight to the order the kernels read (`arrange`; on CUDA for
+    activations="float"), in place of the canonical bytes; whatever asks for those (`weight_packed`,
+    state_dict, `.to`) gets them back.
 
     Raises `ValueError` for activations="int8" over codes that only the float path decodes (rounding
         "subtractive" or preserve="mean+var").
@@ -208,7 +208,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     # Panels
 
     def arrange(self) -> None:
-        """Brings the packed weight to panels, unless it is there, is not on the CPU, or somebody shares it.
+        """Brings the packed weight to panels, unless it is there, has no such order, or somebody shares it.
 
         Nothing else changes: values, state_dict and pickles are the same. Every forward does it; before
         torch.compile it is worth a call, as compiled code does not.
@@ -246,8 +246,10 @@ class QuantLinear(PackedWeight, nn.Linear):
     def _owns_packed(self) -> bool:
         """Whether nobody else holds the packed bytes: a tied layer, a variable, a file that is mapped."""
         packed: Any = self._buffers["weight_packed"]
-        if packed is None or packed.device.type != "cpu":
+        if packed is None or packed.device.type not in ("cpu", "cuda"):
             return False
+        if packed.device.type == "cuda" and self.activations != "float":
+            return False  # integers have no kernel in that order
         users = torch._C._storage_Use_Count(packed.untyped_storage()._cdata)
         # Held here: by the buffers, the variable and the call; its storage by the tensor and the question.
         return sys.getrefcount(packed) <= 3 and users <= 2

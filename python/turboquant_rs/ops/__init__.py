@@ -18,6 +18,7 @@ from torch import Tensor
 
 from turboquant_rs.ops import autograd, cpu, cuda, reference
 from turboquant_rs.ops.schema import OPS
+from turboquant_rs.ops.tiles import from_tiles, to_tiles
 
 pack_out: Callable[..., None] = OPS.pack_out.default
 encode_out: Callable[..., None] = OPS.encode_out.default
@@ -59,6 +60,7 @@ __all__ = [
     "fake_quantize_out",
     "from_panels",
     "from_panels_out",
+    "from_tiles",
     "inject_noise",
     "inject_noise_out",
     "matmul",
@@ -73,6 +75,7 @@ __all__ = [
     "reference",
     "to_panels",
     "to_panels_out",
+    "to_tiles",
     "unpack",
     "unpack_codes",
     "unpack_codes_out",

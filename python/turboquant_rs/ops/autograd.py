@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS
+from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 
 def _end_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -49,6 +50,8 @@ def _weight(ctx: Any, stored: tuple[Tensor, ...], read_bits: int, dtype: torch.d
     shape, scheme, planes = (ctx.n, ctx.x_shape[-1]), ctx.args[:7], ctx.args[15]
     if ctx.layout == "panels":
         stored = OPS.from_panels.default(*stored, *scheme, planes, *shape)
+    elif ctx.layout == "tiles":
+        stored = from_tiles(*stored, prefix_of(planes, read_bits), *shape)
     weight: Tensor = OPS.unpack.default(*stored, *ctx.args[:16], read_bits, shape, dtype)
     return weight
 

@@ -33,6 +33,7 @@ from turboquant_rs.ops.schema import (
     rows_and_k,
     split_args,
 )
+from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 MSE_MULTIPLES = (64 / 64, 63 / 64, 62 / 64, 66 / 64, 60 / 64, 68 / 64, 56 / 64, 52 / 64, 47 / 64)
 """Candidate scales of "mse", as multiples of the extreme scale. Chosen by measurement on Gaussian groups of
@@ -944,6 +945,9 @@ def matmul_out(
     k = x.shape[-1]
     if layout == "panels":
         packed, scales, zero_points = from_panels(packed, scales, zero_points, scheme, planes, n, k)
+    elif layout == "tiles":
+        read = prefix_of(planes, read_bits)
+        packed, scales, zero_points = from_tiles(packed, scales, zero_points, read, n, k)
     prefix = _read(packed, scheme, rounding, planes, read_bits, n, k)
     rows = _to_f32(x).reshape(rows_and_k(x.shape))
     broken = ~rows.isfinite().all(1, keepdim=True)

@@ -20,8 +20,9 @@ own.
 `matmul_refined` is a matmul with int8 activations whose rows of x read `refined_bits` where their size, that
 of the row's scales, is above `threshold`, else `read_bits`; it returns y and which rows of x were refined.
 
-A packed matrix is `layout` canonical, or panels: the order in which CPU kernels read it, for weights that are
-used again and again. `to_panels` and `from_panels` go from one to the other; nothing is lost. The scales and
+A packed matrix is `layout` canonical, or for weights that are used again and again the order in which kernels
+read it: panels on the CPU, tiles on CUDA (`ops.tiles`). `to_panels` and `from_panels`, `to_tiles` and
+`from_tiles` go from one to the other; nothing is lost. The scales and
 zero points of panels are `(rows, groups)` with rows padded to 16, in an order of their own.
 """
 

@@ -47,12 +47,15 @@ _SYSTEM_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]+<", re.MULTILINE)
 
 
 def source_folder() -> Path:
-    """Where the sources are: `TURBOQUANT_CUDA_DIR`, the installed package, or the checkout around it."""
+    """Where the sources are: `TURBOQUANT_CUDA_DIR`, the checkout around the package, or the package.
+
+    The checkout goes first, as its package may hold the copies of an older build.
+    """
     if override := os.environ.get("TURBOQUANT_CUDA_DIR"):
         return Path(override)
     package = Path(__file__).parent.parent.parent
-    installed = package / "cuda"
-    return installed if installed.is_dir() else package.parent.parent / "cuda"
+    checkout = package.parent.parent
+    return (checkout if (checkout / "Cargo.toml").is_file() else package) / "cuda"
 
 
 def splice(name: str) -> str:

@@ -1,6 +1,7 @@
 """x · Wᵀ on packed W.
 
-Float activations: the weight is dequantized to the dtype of x and multiplied by cuBLAS, which sums in f32.
+Float activations, weight in tiles: kernels that read the codes (`tiles`). Otherwise the weight is dequantized
+to the dtype of x and multiplied by cuBLAS, which sums in f32.
 Integer activations: as the specification, in exact f64 products.
 """
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 
 from turboquant_rs.ops import reference
+from turboquant_rs.ops.cuda import tiles
+from turboquant_rs.ops.cuda.macros import check_written
 from turboquant_rs.ops.cuda.quantize import unpack_out
 from turboquant_rs.ops.schema import SchemeArgs, split_args
+from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 _TENSOR_CORES = (torch.bfloat16, torch.float16)
 
@@ -22,7 +26,17 @@ def matmul_out(
     x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, bias: Tensor | None, *args: Any
 ) -> None:
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
-    _scheme, _rounding, (planes, read_bits, activations, layout, n, out) = split_args(args)
+    scheme, rounding, (planes, read_bits, activations, layout, n, out) = split_args(args)
+    if layout == "tiles":
+        if activations == "float" and tiles.takes(x, scheme, rounding):
+            check_written(out)
+            kind = tiles.Weight.of(scheme, planes, read_bits)
+            rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+            tiles.multiply(rows, packed, scales, zero_points, bias, kind, out.view(-1, n))
+            return
+        read = prefix_of(planes, read_bits)
+        packed, scales, zero_points = from_tiles(packed, scales, zero_points, read, n, x.shape[-1])
+        args = (*args[:18], "canonical", n, out)
     if activations != "float":
         reference.matmul_out(x, packed, scales, zero_points, bias, *args)
         return

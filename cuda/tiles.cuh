@@ -1,0 +1,246 @@
+// A packed matrix as the matrix unit takes it, and its codes as operands.
+//
+//   packed       plane ▸ tile of 16 rows ▸ unit of 64 columns ▸ lane ▸ words      (`width` words a lane)
+//   scales       tile ▸ group ▸ row mod 8 ▸ row div 8                             (and zero points)
+//
+// A lane holds two rows, g and g + 8 (g = lane div 4), of 16 columns; four nibbles-wide "steps" of eight slots:
+// slot i of step t is row g + 8·(i mod 2), column 32·(t div 2) + 8·(lane mod 4) + 4·(t mod 2) + 2·(i div 2 mod 2)
+// + i div 4. In a plane of width 1, 2 or 4, slot i of step t lies at bit 4·i + width·(t mod (4/width)) of word
+// t·width/4; in one of width 8, at byte i div 2 of word 2·t + i mod 2, words 0…3 of all lanes before words 4…7.
+#include "half2.cuh"
+
+#if !defined(PLANES) || !defined(REST) || !defined(ZERO) || !defined(ASYMMETRIC) || !defined(SCALE) || !defined(GROUP)
+#error "PLANES: widths read; REST: bits not read; ZERO: twice the constant zero point; ASYMMETRIC; SCALE; GROUP"
+#endif
+
+constexpr int ROWS = 16, COLUMNS = 64;
+constexpr int WIDTHS[] = {PLANES};
+constexpr int COUNT = sizeof(WIDTHS) / sizeof(int);
+
+// Bits of the planes before plane `count`.
+constexpr int bits_before(int count) {
+  int bits = 0;
+  for (int plane = 0; plane < count; ++plane) bits += WIDTHS[plane];
+  return bits;
+}
+
+constexpr int BITS = bits_before(COUNT);  // and the words a lane holds of a unit
+
+template <int V>
+struct Constant {
+  static constexpr int value = V;
+};
+
+// Calls `f` with the number of each plane, as a constant.
+template <int plane = 0, typename F>
+__device__ __forceinline__ void for_planes(F f) {
+  if constexpr (plane < COUNT) {
+    f(Constant<plane>{});
+    for_planes<plane + 1>(f);
+  }
+}
+
+// Groups: of 32·HALVES columns; 0 is the whole row. Scales change within a unit where HALVES is odd.
+constexpr int HALVES = GROUP / 32;
+static_assert(GROUP % 32 == 0, "groups of a multiple of 32 columns");
+constexpr int FLUSHES = HALVES % 2 ? 2 : 1;
+
+// What group the half `half` (32 columns) of a row belongs to.
+__device__ __forceinline__ int group_of(int half) { return HALVES ? half / (HALVES ? HALVES : 1) : 0; }
+
+struct Matrix {
+  const u8* packed;
+  const void* scales;
+  const u8* zero_points;
+  int tiles, units, groups;
+
+  // Where the units of a tile begin in plane `plane`.
+  __device__ __forceinline__ const u8* tile(int plane, int tile) const {
+    const u64 rows_before = static_cast<u64>(tiles) * bits_before(plane) + static_cast<u64>(tile) * WIDTHS[plane];
+    return packed + rows_before * units * (4 * WARP);
+  }
+};
+
+__device__ __forceinline__ Matrix matrix(const u8* packed, const void* scales, const u8* zero_points, int n, int k) {
+  return {packed, scales, zero_points, (n + ROWS - 1) / ROWS, (k + COLUMNS - 1) / COLUMNS,
+          GROUP ? (k + GROUP - 1) / (GROUP ? GROUP : 1) : 1};
+}
+
+// Scales and zero points -----------------------------------------------------------------------------------
+
+// What a lane needs of a group: the scales of its two rows, and what to subtract from their codes.
+struct Group {
+#if SCALE == 2
+  float2 scales;
+#else
+  u32 scales;
+#endif
+#if ASYMMETRIC
+  u16 zero_points;
+#endif
+};
+
+// Where a lane's part of the groups of a tile lies.
+struct GroupReader {
+  static constexpr int SCALE_BYTES = SCALE == 2 ? 8 : 4, STEP = ROWS / 2;
+
+  const u8* scales;
+  const u8* zero_points;
+
+  __device__ __forceinline__ GroupReader(const Matrix& w, int tile, int lane) {
+    const u64 first = static_cast<u64>(tile) * w.groups * STEP + lane / 4;
+    scales = static_cast<const u8*>(w.scales) + first * SCALE_BYTES;
+    zero_points = ASYMMETRIC ? w.zero_points + first * 2 : nullptr;
+  }
+
+  __device__ __forceinline__ void advance(u32 groups) {
+    scales += groups * (STEP * SCALE_BYTES);
+    if (ASYMMETRIC) zero_points += groups * (STEP * 2);
+  }
+
+  __device__ __forceinline__ void load(Group& to, u32 group) const {
+    const u8* from = scales + group * (STEP * SCALE_BYTES);
+#if SCALE == 2
+    to.scales = __ldg(reinterpret_cast<const float2*>(from));
+#else
+    to.scales = __ldg(reinterpret_cast<const u32*>(from));
+#endif
+#if ASYMMETRIC
+    to.zero_points = __ldg(reinterpret_cast<const u16*>(zero_points + group * (STEP * 2)));
+#endif
+  }
+};
+
+// s·2^REST of row `row` (0: g, 1: g + 8).
+__device__ __forceinline__ float scale_of(const Group& group, int row) {
+  constexpr float step = 1 << REST;
+#if SCALE == 2
+  return (row ? group.scales.y : group.scales.x) * step;
+#elif SCALE == 1
+  return widen_f16(row ? group.scales >> 16 : group.scales & 0xffff) * step;
+#else
+  return __uint_as_float(row ? group.scales & 0xffff0000u : group.scales << 16) * step;
+#endif
+}
+
+// The zero point of the codes read, (z − (2^REST − 1)/2) / 2^REST, is integer + fraction; the integer is taken
+// from every code, exactly, and the fraction, where there is one, from the sums.
+constexpr int UNITS_OF_ZERO = 2 << REST;
+constexpr bool FRACTION = ASYMMETRIC ? REST > 0 : (ZERO - (1 << REST) + 1) % UNITS_OF_ZERO != 0;
+
+__device__ __forceinline__ int doubled_zero(const Group& group, int row) {
+#if ASYMMETRIC
+  const int zero = 2 * (row ? group.zero_points >> 8 : group.zero_points & 0xff);
+#else
+  constexpr int zero = ZERO;
+#endif
+  return zero - (1 << REST) + 1;
+}
+
+__device__ __forceinline__ int integer_zero(const Group& group, int row) {
+  return doubled_zero(group, row) >> (REST + 1);
+}
+
+__device__ __forceinline__ float fraction_of_zero(const Group& group, int row) {
+  return (doubled_zero(group, row) & (UNITS_OF_ZERO - 1)) * (1.0f / UNITS_OF_ZERO);
+}
+
+// Codes to operands ----------------------------------------------------------------------------------------
+
+// What is added to the codes of each row once they are floats.
+struct Offsets {
+  u32 rows[2];
+};
+
+// Masks of the fields of a code in both halves of a word, in registers: an instruction takes one literal, MAGIC.
+struct Masks {
+  u32 low, high;  // of codes at bit 0, and of nibbles at bit 4 or the highest bit of a byte
+};
+
+constexpr bool NIBBLES = BITS <= 4;
+
+// Bytes in bfloat16 are read in two parts; an even constant zero point can be taken from both at once.
+constexpr bool FOLDED = !ASYMMETRIC && (ZERO - (1 << REST) + 1 >> (REST + 1)) % 2 == 0;
+constexpr u32 CODE = (1 << BITS) - 1;
+
+// `zero` is 0 in every launch, and the compiler does not know.
+__device__ __forceinline__ Masks masks(u32 zero) {
+  return {(BF16 && BITS == 8 ? 0x007f007fu : CODE * 0x00010001u) + zero,
+          (NIBBLES ? CODE * 0x00100010u : 0x00800080u) + zero};
+}
+
+__device__ __forceinline__ Offsets offsets_of(const Group& group) {
+  Offsets offsets;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    // In float16, nibbles of odd slots are read in place, 16 times as large.
+    const float base = BF16 && BITS == 8 ? (FOLDED ? 2 * BASE : 0) : NIBBLES && !BF16 && row ? BASE / 16 : BASE;
+    offsets.rows[row] = twice(-(base + integer_zero(group, row)));
+  }
+  return offsets;
+}
+
+// (a where the mask is set, else b)
+__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+
+__device__ __forceinline__ u32 shift_right(u32 word, int by) { return by >= 0 ? word >> by : word << -by; }
+
+// The codes of step `step` side by side, in fields of 4 bits where they fit (all eight slots), else of 8 (slots
+// of parity `odd`). What lies in a field above the code is undefined.
+__device__ __forceinline__ u32 gather(const Words<BITS>& unit, int step, int odd) {
+  u32 codes = 0;
+  for_planes([&](auto plane) {
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p], below = BITS - bits_before(p) - width;
+    constexpr int fields = width < 4 ? 4 / width : 1;  // of as many steps side by side
+    constexpr u32 field = ((1u << width) - 1) << below;
+    const u32* words = unit.word + bits_before(p);
+    const u32 word = width == 8 ? words[2 * step + odd] : words[step * width / 4];
+    const int at = width == 8 ? 0 : 4 * odd + width * (step % fields);
+    const u32 moved = shift_right(word, at - below);
+    codes = p == 0 ? moved : select(field * (NIBBLES ? 0x11111111u : 0x01010101u), moved, codes);
+  });
+  return codes;
+}
+
+// The operand of step `step`: codes less the integer zero point, as exact floats.
+__device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int step, const Offsets& offsets,
+                                       const Masks& masks) {
+  if constexpr (NIBBLES) {
+    const u32 codes = gather(unit, step, 0);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const u32 offset = offsets.rows[pair % 2];
+#if BF16
+      a[pair] = add2(((codes >> (4 * pair)) & masks.low) | MAGIC, offset);
+#else
+      const u32 word = codes >> (8 * (pair / 2));
+      if (pair % 2) {
+        a[pair] = fma2((word & masks.high) | MAGIC, 0x2c002c00, offset);  // 1/16
+      } else {
+        a[pair] = add2((word & masks.low) | MAGIC, offset);
+      }
+#endif
+    }
+  } else {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const u32 codes = gather(unit, step, odd);
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        const u32 word = codes >> (8 * high);
+        u32& pair = a[odd + 2 * high];
+        if constexpr (BF16 && BITS == 8) {
+          // Seven bits fit a mantissa; the eighth, read in the exponent, makes 128 of 256.
+          const u32 low = (word & masks.low) | MAGIC, high = (word & masks.high) | MAGIC;
+          if constexpr (FOLDED) {
+            pair = add2(low, add2(high, offsets.rows[odd]));
+          } else {
+            pair = add2(add2(low, offsets.rows[odd]), add2(high, 0xc380c380));  // −256
+          }
+        } else {
+          pair = add2((word & masks.low) | MAGIC, offsets.rows[odd]);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,157 @@
+"""Products of float activations with weights in tiles, on a GPU: exact codes, sums in f32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends import assert_identical
+from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.nn import QuantLinear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+NEAREST = Rounding.nearest()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def schemes() -> list[tuple[Scheme, int]]:
+    """Kinds of weights that kernels are compiled for, with the bits read of them."""
+    return [
+        *((Scheme(bits=bits, group_size=64), bits) for bits in range(1, 9)),
+        *((Scheme(bits=bits, group_size=32, symmetric=False, scale_dtype="f16"), bits) for bits in (2, 4, 8)),
+        *((Scheme(bits=4, group_size=size, scale_dtype="f32"), 4) for size in (96, 128, 256, None)),
+        (Scheme(bits=6, group_size=64, symmetric=False), 4),
+        (Scheme(bits=3, group_size=64), 2),
+        *((Scheme.nested(group_size=128, planes=(4, 1, 1, 2)), bits) for bits in (4, 5, 6, 8)),
+        *((Scheme.nested(group_size=64, planes=(2, 1, 1, 1, 1, 2)), bits) for bits in (2, 3, 4, 8)),
+    ]
+
+
+def product(x: Tensor, tiles: tuple[Tensor, ...], scheme: Scheme, bits: int, bias: Tensor | None) -> Tensor:
+    args = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths, bits, "float", "tiles", N)
+    y: Tensor = ops.matmul(x, *tiles, bias, *args)
+    return y
+
+
+N = 200
+"""Rows of W: no multiple of a tile, let alone of a block."""
+
+
+def assert_close(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Within the worst error of summing k products in f32 in any order, 2·k·ε·Σ|x·w|, and of one rounding."""
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact = exact + bias.double()
+    epsilon = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-11
+    bound = 2 * x.shape[-1] * 2.0**-24 * size + epsilon * exact.abs() + 1e-6
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+HALVES = (torch.bfloat16, torch.float16)
+CASES = [(scheme, bits, HALVES[at % 2]) for at, (scheme, bits) in enumerate(schemes())]
+CASES += [(Scheme(bits=bits, group_size=64), bits, HALVES[1 - (bits - 1) % 2]) for bits in (3, 4, 6, 8)]
+
+
+@pytest.mark.parametrize(("scheme", "bits", "dtype"), CASES)
+def test_the_product_is_that_with_the_dequantized_weight(
+    scheme: Scheme, bits: int, dtype: torch.dtype
+) -> None:
+    """Rows of x for every kernel, at and beside what a block takes; columns that end within a unit, and so
+    many that blocks share them."""
+    for k in (8, 520, 4096) if scheme.bits == 4 else (8, 520):
+        stored = tuple(
+            part.cuda()
+            for part in ops.pack(normal(N, k), *scheme.op_args(), *NEAREST.op_args(), scheme.widths, False)
+        )
+        weight = ops.unpack(
+            *stored, *scheme.op_args(), *NEAREST.op_args(), scheme.widths, bits, (N, k), torch.float32
+        )
+        tiles = ops.to_tiles(*stored, scheme.widths, k)
+        for m in (1, 2, 8, 9, 17, 33, 64, 67, 128, 129):
+            x = normal(m, k, seed=m).to(dtype).cuda()
+            bias = (None, normal(N).to(dtype).cuda(), normal(N).cuda())[m % 3]
+            got = product(x, tiles, scheme, bits, bias)
+            if m <= 128:
+                assert_close(got, x, weight, bias)
+            else:  # cuBLAS with the weight in the dtype of x
+                assert_close(got, x, weight.to(dtype), bias if bias is None else bias.to(dtype))
+            assert_identical(product(x, tiles, scheme, bits, bias), got, "again")
+
+
+def test_blocks_go_on_from_tile_to_tile() -> None:
+    """More tiles than blocks that fit at once, and no whole number of them."""
+    scheme, n, k = Scheme(bits=4, group_size=64), 20005, 264
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    stored = ops.pack(normal(n, k).cuda(), *arguments, False)
+    weight = ops.unpack(*stored, *arguments, 4, (n, k), torch.float32)
+    tiles = ops.to_tiles(*stored, scheme.widths, k)
+    for m in (1, 11, 30):
+        x = normal(m, k, seed=m).half().cuda()
+        assert_close(ops.matmul(x, *tiles, None, *arguments, 4, "float", "tiles", n), x, weight, None)
+
+
+@pytest.mark.parametrize("m", [4, 20, 40, 200])
+def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_does(m: int) -> None:
+    scheme, k = Scheme(bits=4, group_size=64), 520
+    stored = ops.pack(normal(N, k).cuda(), *scheme.op_args(), *NEAREST.op_args(), scheme.widths, False)
+    tiles = ops.to_tiles(*stored, scheme.widths, k)
+    x = normal(m, k).to(torch.bfloat16).cuda()
+    clean = product(x, tiles, scheme, 4, None)
+    x[1, k - 1], x[3, 0] = torch.nan, torch.inf
+    got = product(x, tiles, scheme, 4, None)
+    finite = torch.ones(m, dtype=torch.bool)
+    finite[[1, 3]] = False
+    assert got[~finite].isnan().all()
+    assert_identical(got[finite], clean[finite])
+
+
+def test_a_layer_keeps_its_weight_in_tiles() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(512, 100, dtype=torch.bfloat16, device="cuda")
+    layer = QuantLinear.from_float(linear, Scheme.nested(group_size=64), activations="float")
+    x, packed = torch.randn(3, 5, 512, dtype=torch.bfloat16, device="cuda"), layer.weight_packed.clone()
+    for bits in (8, 4):
+        layer.read_bits = bits
+        weight = layer.packed.dequantize(dtype=torch.float32)
+        got = layer(x)
+        assert layer._panels is not None
+        assert_close(got.detach().view(15, 100), x.view(15, 512), weight, layer.bias.detach())
+        y = layer(x.requires_grad_())
+        y.sum().backward()
+        torch.testing.assert_close(x.grad.float(), weight.sum(0).expand(3, 5, 512), rtol=0.02, atol=0.02)
+        x = x.detach()
+    assert_identical(layer.weight_packed, packed)
+
+
+def test_activations_off_the_grid_of_the_widest_access() -> None:
+    scheme, k = Scheme(bits=4, group_size=64), 512
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    tiles = ops.to_tiles(*ops.pack(normal(N, k).cuda(), *arguments, False), scheme.widths, k)
+    x = normal(5 * k + 1).half().cuda()[1:].view(5, k)
+    for bias in (None, normal(N).cuda()[::2].repeat(2)[:N], normal(2 * N).cuda()[::2]):
+        expected = product(x.clone(), tiles, scheme, 4, None if bias is None else bias.contiguous())
+        assert_identical(product(x, tiles, scheme, 4, bias), expected)
+
+
+def test_products_in_a_graph_and_on_another_stream() -> None:
+    scheme, k = Scheme(bits=4, group_size=128), 1024
+    stored = ops.pack(normal(N, k).cuda(), *scheme.op_args(), *NEAREST.op_args(), scheme.widths, False)
+    tiles = ops.to_tiles(*stored, scheme.widths, k)
+    for m in (1, 16, 64):
+        x = normal(m, k).half().cuda()
+        expected, graph = product(x, tiles, scheme, 4, None), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = product(x, tiles, scheme, 4, None)
+        graph.replay()
+        assert_identical(got, expected)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            there = product(x, tiles, scheme, 4, None)
+        stream.synchronize()
+        assert_identical(there, expected)

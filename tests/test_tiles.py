@@ -1,0 +1,74 @@
+"""Tiles: a packed matrix in the order of the GPU's matrix unit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends import assert_identical
+from turboquant_rs import ops
+from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, prefix_of, tiles_nbytes
+
+PLANES = ((1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,), (4, 4), (4, 1, 1, 2), (2, 1, 1, 1, 1, 2))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+# The order ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planes", PLANES)
+def test_tiles_go_back(planes: tuple[int, ...]) -> None:
+    for n, k in ((1, 1), (16, 64), (17, 65), (40, 200)):
+        codes = torch.randint(0, 2 ** sum(planes), (n, k), generator=generator(n), dtype=torch.int32).byte()
+        zeros = torch.randint(0, 255, (n, 3), generator=generator(k)).byte()
+        stored = (ops.pack_codes(codes, list(planes)), normal(n, 3), zeros)
+        tiles = ops.to_tiles(*stored, planes, k)
+        assert tiles[0].numel() == tiles_nbytes(n, k, sum(planes))
+        assert_identical(ops.from_tiles(*tiles, planes, n, k), stored, (planes, n, k))
+
+
+@pytest.mark.parametrize("planes", PLANES)
+def test_every_code_is_where_the_formula_says(planes: tuple[int, ...]) -> None:
+    n, k = 21, 130
+    codes = torch.randint(0, 2 ** sum(planes), (n, k), generator=generator(1), dtype=torch.int32).byte()
+    scales = normal(n, 2)
+    tiles, tile_scales, _ = ops.to_tiles(ops.pack_codes(codes, list(planes)), scales, scales[:0], planes, k)
+    units, below = -(-k // UNIT_COLUMNS), sum(planes)
+    for width in planes:
+        below -= width
+        plane, tiles = tiles[: tiles_nbytes(n, k, width)], tiles[tiles_nbytes(n, k, width) :]
+        words = plane.view(torch.int32).view(-1, units, 32 * width)
+        for step in range(4):
+            for slot in range(8):
+                for lane in (0, 1, 6, 31):
+                    row = lane // 4 + 8 * (slot % 2)
+                    column = 32 * (step // 2) + 8 * (lane % 4) + 4 * (step % 2)
+                    column += 2 * (slot // 2 % 2) + slot // 4
+                    if width == 8:
+                        word, at = 2 * step + slot % 2, 8 * (slot // 2)
+                        word = word // 4 * 128 + lane * 4 + word % 4
+                    else:
+                        word, at = lane * width + step * width // 4, 4 * slot + width * (step % (4 // width))
+                    field = int(words[0, 1, word]) >> at & (2**width - 1)
+                    code = int(codes[row, UNIT_COLUMNS + column])
+                    assert field == code >> below & (2**width - 1), (width, step, slot, lane)
+    flat = tile_scales.flatten()
+    for row, group in ((0, 0), (9, 1), (20, 1)):
+        tile, inside = divmod(row, TILE_ROWS)
+        at = (tile * 2 + group) * TILE_ROWS + inside % 8 * 2 + inside // 8
+        assert flat[at] == scales[row, group]
+
+
+def test_a_prefix_of_the_planes() -> None:
+    assert prefix_of([4, 1, 1, 2], 5) == (4, 1)
+    assert prefix_of([8], 8) == (8,)
+    with pytest.raises(ValueError, match="cannot read 7 bits"):
+        prefix_of([4, 1, 1, 2], 7)
