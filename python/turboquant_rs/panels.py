@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ class Panels:
 
     packed: u8; scales, zero_points: (n padded to 16, groups); see `ops.reference.to_panels`, and for CUDA
         `ops.tiles`, which takes float activations.
-    bits: how many bits of each code are stored.
+    bits: how many bits of each code are stored. layout: what the operators call this order.
     """
 
     packed: Tensor
@@ -30,14 +29,13 @@ class Panels:
     scheme: Scheme
     rounding: Rounding
     bits: int
+    layout: str = field(init=False, repr=False)
     _products: dict[tuple[str, int, bool], ops.cpu.Product] = field(
         default_factory=dict, init=False, repr=False
     )
 
-    @cached_property
-    def layout(self) -> str:
-        """What the operators call this order."""
-        return "tiles" if self.packed.device.type == "cuda" else "panels"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", "tiles" if self.packed.device.type == "cuda" else "panels")
 
     @staticmethod
     def fits(packed: PackedTensor) -> bool:

@@ -51,7 +51,8 @@ def _weight(ctx: Any, stored: tuple[Tensor, ...], read_bits: int, dtype: torch.d
     if ctx.layout == "panels":
         stored = OPS.from_panels.default(*stored, *scheme, planes, *shape)
     elif ctx.layout == "tiles":
-        stored = from_tiles(*stored, prefix_of(planes, read_bits), *shape)
+        packed, scales, zero_points = stored
+        stored = from_tiles(packed, scales, zero_points, prefix_of(planes, read_bits), *shape)
     weight: Tensor = OPS.unpack.default(*stored, *ctx.args[:16], read_bits, shape, dtype)
     return weight
 
