@@ -23,6 +23,10 @@ HOW = {
     "quality": "make quality",
     "linear": "make bench-linear",
     "models": "make bench-models",
+    "precision": "make quality",
+    "control": "make quality",
+    "cuda": "make gpu",
+    "cuda_matmul": "make gpu",
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -191,7 +195,71 @@ def end_to_end(section: str, unit: str, figures: dict[str, Callable[[dict], str]
     return markdown(["threads", "model", "MB", *columns, *figures], lines)
 
 
+def interval(value: dict) -> str:
+    """A figure and its 95 % interval."""
+    return f"{value['value']:.3f} ({value['low']:.3f} … {value['high']:.3f})"
+
+
+def precision_plans() -> str:
+    """One line a model and budget: KL of the plan over that of uniform bits at the same bytes."""
+    lines = []
+    for section in ("language", "encoder"):
+        record = read("precision", section)
+        for row in record["plans"]["layers"]:
+            if row["kind"] == "plan":
+                found = interval(row["over_uniform"])
+                predicted = f"{row['predicted_over_uniform']:.3f}"
+                lines.append([record["model"], f"{row['effective_bits']:.2f}", found, predicted])
+    return markdown(["model", "bits, scales included", "KL over uniform (95 %)", "predicted"], lines)
+
+
+def control_burst() -> str:
+    """One line a contender of the recorded burst."""
+    burst = read("control", "burst")
+    lines = [
+        [
+            name,
+            f"{row['p95_ms']:.0f}",
+            f"{row['violations']} of {row['requests']}",
+            f"{row['mean_bits']:.2f}",
+            f"{row['kl']:.1e}",
+        ]
+        for name, row in burst.items()
+        if isinstance(row, dict) and "p95_ms" in row
+    ]
+    return markdown(["read at", "p95, ms", "too late", "mean bits", "KL"], lines)
+
+
+def cuda_pack() -> str:
+    """One line a job: share of the bandwidth of a copy."""
+    peers = ("ours", "torch.compile", "torch eager")
+    lines = [
+        [row["row"], *(f"{row['of_copy'][name]:.0%}" if name in row["of_copy"] else "" for name in peers)]
+        for row in read("cuda", "rows")
+    ]
+    return markdown(["job, bf16 8192 × 8192", *peers], lines)
+
+
+def cuda_matmul() -> str:
+    """One line a shape and m: time of the float layer over ours."""
+    lines = []
+    for row in read("cuda_matmul", "rows"):
+        seconds = row["seconds"]
+        names = ("w4 g128", "w8 g128", "tinygemm g128")
+        over = [f"{seconds['bf16 linear'] / seconds[name]:.2f}" if name in seconds else "" for name in names]
+        floor = row.get("read_floor", {}).get("w4 g128")
+        limit = f"{seconds['w4 g128'] / floor:.2f}" if floor and row["m"] == 1 else ""
+        microseconds = f"{1e6 * seconds['w4 g128']:.1f}"
+        lines.append([f"{row['n']} × {row['k']}", str(row["m"]), microseconds, *over, limit])
+    columns = ["W4, µs", "bf16 over W4", "bf16 over W8", "bf16 over tinygemm", "W4 over its read floor"]
+    return markdown(["n × k", "m", *columns], lines)
+
+
 TABLES = {
+    "precision-plans": precision_plans,
+    "control-burst": control_burst,
+    "cuda-pack": cuda_pack,
+    "cuda-matmul": cuda_matmul,
     "quality-encoder": encoder,
     "quality-language": language,
     "quality-perplexity": perplexity,
