@@ -239,11 +239,11 @@ def test_the_floor_is_the_last_plan_of_that_many_effective_bits():
 
 
 def test_an_exception_in_a_step_passes_and_the_step_does_not_count():
-    model, control = controlled(quality=tq.Quality(max_rel_err=0.5, every=1))
+    _, control = controlled(quality=tq.Quality(max_rel_err=0.5, every=1))
     with pytest.raises(RuntimeError, match="inside"), control.step():
         raise RuntimeError("inside")
     assert control.level == 0 and len(control.history) == 0
-    assert not any(module._forward_hooks for module in model.blocks.modules())
+    assert control._errors._here.position is None
 
 
 def test_many_threads_may_step_at_once():
@@ -298,8 +298,16 @@ def test_sampling_changes_no_output_and_leaves_no_hook():
         for _ in range(3):
             with control.step():
                 assert torch.equal(model(x), expected(x)[0])
+    control.close()
     assert not any(module._forward_hooks for module in model.blocks.modules())
     assert all(layer._panels is not None for layer in model.modules() if isinstance(layer, tq.nn.QuantLinear))
+
+
+def test_a_model_whose_errors_are_sampled_can_be_copied_and_pickled():
+    model, _ = controlled(quality=tq.Quality(max_rel_err=0.1, every=1))
+    x = batches(1)[0]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), expected(x)[0])
 
 
 # The record
@@ -456,3 +464,94 @@ def test_memory_without_a_bound_is_refused():
         control.observe(latency_ms=1.0, mem=5.0)
     with pytest.raises(ValueError, match="no errors are sampled"):
         control.relative_error(0)
+
+
+# Errors of several threads, of bad rows; controllers one after the other
+
+
+def test_sampling_in_many_threads_disturbs_no_forward():
+    model, control = controlled(workers=4, quality=tq.Quality(0.5, every=1))
+    x, failed = batches(1)[0], []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                for _ in range(20):
+                    with control.step(queue=1):
+                        model(x)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and control.relative_error(1) > 0
+
+
+def test_rows_that_are_not_finite_leave_the_errors_as_they_were():
+    model, control = controlled(quality=tq.Quality(0.9, every=1))
+    x = batches(1)[0]
+    with torch.inference_mode():
+        for _ in range(10):
+            with control.step():
+                model(x)
+        before = [control.relative_error(level) for level in range(len(LADDER))]
+        layer, _ = control._errors._layers[0]
+        control._errors._hear(0, torch.full((1, layer.in_features), float("nan")))
+    assert before == [control.relative_error(level) for level in range(len(LADDER))]
+
+
+def test_a_controller_that_was_left_takes_no_layers_from_the_next():
+    model, first = controlled()
+    first.level = len(LADDER) - 1
+    tq.set_precision(model, None)
+    second = tq.PrecisionController(model, LADDER, slo=SLO)
+    first.close()
+    second.level = len(LADDER) - 1
+    name, bits = next(iter(second.plan.bits.items()))
+    assert model.get_submodule(name).read_bits == bits
+
+
+def test_a_controller_closed_within_a_precision_block_stays_closed():
+    model, control = controlled()
+    with tq.precision(model, None):
+        control.close()
+    tq.PrecisionController(model, LADDER, slo=SLO).close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quality": 0.1}, r"quality must be a tq\.Quality"),
+        ({"clock": None}, "clock must be a function"),
+        ({"floor_bits": "3"}, "floor_bits must be a number"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_before_the_model_is_touched(options, message):
+    model = packed()
+    with pytest.raises(TypeError, match=message):
+        tq.PrecisionController(model, LADDER, **({"slo": SLO} | options))
+    tq.PrecisionController(model, LADDER, slo=SLO).close()
+
+
+@pytest.mark.parametrize("level", [1.5, True, "x", -1, 99])
+def test_a_level_is_a_whole_number_of_the_ladder(level):
+    _, control = controlled()
+    with pytest.raises(ValueError, match="there is no level"):
+        control.level = level
+
+
+def test_what_a_step_is_told_is_checked_before_its_block_runs():
+    _, control = controlled()
+    ran = []
+    for options in ({"queue": -1}, {"queue": "x"}, {"mem": 1.0}):
+        with pytest.raises(ValueError), control.step(**options):
+            ran.append(options)
+    assert ran == []
+
+
+def test_layers_kept_in_floats_and_precision_at_run_time_exclude_each_other():
+    with pytest.raises(ValueError, match="leave keep_if_slower out"):
+        tq.quantize_(LanguageModel(), PLAN, nested=True, keep_if_slower=True)

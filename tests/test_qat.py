@@ -473,3 +473,50 @@ def test_schedules_and_sandwiches_of_the_wrong_model_are_refused() -> None:
     tq.quantize_(nested, tq.QAT(Scheme.nested()))
     with pytest.raises(ValueError, match="not the schedule's to change"):
         tq.PrecisionSchedule(nested, budget=tq.Budget(bits=4.0), every=1)
+
+
+# What convert packs, and what it refuses
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+
+
+def test_a_change_through_data_is_seen_by_eval_and_convert() -> None:
+    model, x = two_layers(), torch.randn(4, 64)
+    tq.quantize_(model, tq.QAT(4))
+    model.eval()
+    model(x)
+    model[0].weight.data.zero_()
+    model.eval()
+    assert torch.equal(model[0].packed.dequantize(), torch.zeros(128, 64))
+    model(x)
+    model[2].weight.data.zero_()
+    tq.quantize_(model, CONVERT)
+    assert torch.equal(model[2].weight, torch.zeros(64, 128))
+
+
+def test_convert_packs_every_plane_and_keeps_the_bits_that_are_read() -> None:
+    model, x = two_layers(), torch.randn(4, 64)
+    tq.quantize_(model, tq.QAT(tq.Scheme.nested()))
+    model.eval()
+    model[0].read_bits = 4
+    before = model(x)
+    tq.quantize_(model, CONVERT)
+    assert model[0].readable_bits == (4, 8) and model[0].read_bits == 4 and model[2].read_bits == 8
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("options", [{"nested": True}, {"skip": ("0",)}, {"activations": "float"}])
+def test_convert_refuses_what_prepare_decided(options: dict[str, Any]) -> None:
+    model = two_layers()
+    tq.quantize_(model, tq.QAT(4))
+    with pytest.raises(ValueError, match="packs every layer as it was prepared"):
+        tq.quantize_(model, CONVERT, **options)
+    assert len(tq.qat.prepared_layers(model)) == 2
+
+
+def test_a_budget_is_a_budget() -> None:
+    with pytest.raises(TypeError, match=r"budget must be a tq\.Budget, .*got 3\.0"):
+        tq.QAT(4, method="pqn", budget=3.0)  # type: ignore[arg-type]

@@ -127,6 +127,10 @@ def quantize_(
         schemes, read = schemes.prescribe(model, nested)
     elif nested:
         raise ValueError("nested=True goes with a tq.Plan; for layers all alike use tq.Scheme.nested()")
+    if keep_if_slower and (nested or follower is not None):
+        raise ValueError(
+            "a plan that is read at run time needs all of its layers packed; leave keep_if_slower out"
+        )
     plan, skipped = _plan(model, _rules(schemes), [Pattern(text) for text in skip])
     chosen = Rounding.parse(rounding, seed)
     forecast = tuple(_forecast(model, step, chosen, activations, dry_run) for step in plan)

@@ -48,6 +48,8 @@ def precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> 
         yield model
     finally:
         for layer, width, rows in before:
+            if isinstance(width, Rungs) and width.switch.removed:
+                width = width.now()
             layer._read_bits, layer._rows = width, rows
 
 
@@ -67,7 +69,8 @@ def switchable(model: nn.Module, levels: Sequence[Mapping[str, int]], choose: Ch
     layers = {name: found[name] for name in levels[0]}
     if taken := [name for name, layer in layers.items() if isinstance(layer._read_bits, Rungs)]:
         raise ValueError(
-            f"{summary(taken)} follow another ladder; close its tq.PrecisionController (controller.close())"
+            f"{summary(taken)} follow another ladder; close its tq.PrecisionController (controller.close()), "
+            "or end it with tq.set_precision(model, None)"
         )
     for level in levels:
         _require_readable(layers, level)

@@ -42,6 +42,7 @@ class Switch:
     ) -> None:
         """levels: {layer: bits} for the same `layers` each. choose: overrides `level`, forward by forward."""
         self._level, self._count, self._choose = 0, len(levels), choose
+        self.removed = False
         self._here = _Here()
         self._layers = dict(layers)
         for name, layer in layers.items():
@@ -59,8 +60,8 @@ class Switch:
 
     @level.setter
     def level(self, level: int) -> None:
-        if not 0 <= level < self._count:
-            raise ValueError(f"there is no level {level}; there are 0 to {self._count - 1}")
+        if type(level) is not int or not 0 <= level < self._count:
+            raise ValueError(f"there is no level {level!r}; there are 0 to {self._count - 1}")
         self._level = level
 
     @property
@@ -72,11 +73,12 @@ class Switch:
         return self._level if level is None else level
 
     def remove(self) -> None:
-        """Ends it: layers keep the bits of the level that holds."""
+        """Ends it: the layers that it still has keep the bits of the level that holds."""
+        self.removed = True
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers.values():
-            if isinstance(layer._read_bits, Rungs):
+            if isinstance(layer._read_bits, Rungs) and layer._read_bits.switch is self:
                 layer._read_bits = layer._read_bits.bits[self._level]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -62,6 +62,12 @@ class PrecisionController:
         plans = _checked(ladder)
         if not isinstance(slo, SLO):
             raise TypeError(f"slo must be a tq.SLO, such as tq.SLO(p95_ms=20), got {slo!r}")
+        if quality is not None and not isinstance(quality, Quality):
+            raise TypeError(f"quality must be a tq.Quality, such as tq.Quality(0.05), got {quality!r}")
+        if not callable(clock):
+            raise TypeError(f"clock must be a function that gives seconds, got {clock!r}")
+        if isinstance(floor_bits, bool) or not isinstance(floor_bits, int | float):
+            raise TypeError(f"floor_bits must be a number of bits, got {floor_bits!r}")
         for name, value in (("dwell", dwell), ("workers", workers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
@@ -110,8 +116,10 @@ class PrecisionController:
     def relative_error(self, level: int) -> float:
         """The mean of the layers' errors at a level, as sampled so far.
 
-        Raises `ValueError` without `quality`.
+        Raises `ValueError` without `quality`, and for a level that does not exist.
         """
+        if not 0 <= level < len(self.ladder):
+            raise ValueError(f"there is no level {level}; there are 0 to {len(self.ladder) - 1}")
         if self._errors is None:
             raise ValueError("no errors are sampled; give the controller quality=tq.Quality(max_rel_err=…)")
         return self._errors.level(level)
@@ -122,8 +130,10 @@ class PrecisionController:
 
         queue: steps of work that wait as the block begins. mem: memory in use, in the unit of `SLO(mem=…)`.
 
-        An exception in the block passes, and the step is not counted. Raises as `observe` does.
+        An exception in the block passes, and the step is not counted. Raises as `observe` does, for `queue`
+        and `mem` before the block begins.
         """
+        self._check(queue=queue, mem=mem)
         with self._errors.step() if self._errors else nullcontext():
             start = self._clock()
             yield
@@ -136,12 +146,7 @@ class PrecisionController:
         Raises `ValueError`, and nothing is taken in, for a number below 0 or not finite, for `mem` without a
         bound in the SLO, and where the clock went back.
         """
-        for name, value in (("latency_ms", latency_ms), ("queue", queue), ("mem", mem)):
-            if value is not None and not 0 <= value < math.inf:
-                hint = "; does the clock go back? use time.perf_counter" if name == "latency_ms" else ""
-                raise ValueError(f"{name} must be a finite number, 0 or above, got {value}{hint}")
-        if mem is not None and self.history.settings.slo.mem is None:
-            raise ValueError("mem says nothing without a bound; give the controller slo=tq.SLO(…, mem=…)")
+        self._check(latency_ms=latency_ms, queue=queue, mem=mem)
         with self._lock:
             now = self._clock()
             if now < self._last:
@@ -158,9 +163,19 @@ class PrecisionController:
                 self._events = [*self._events[1 - EVENTS :], event]
         return level
 
+    def _check(self, **numbers: float | None) -> None:
+        for name, value in numbers.items():
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                hint = "; does the clock go back? use time.perf_counter" if name == "latency_ms" else ""
+                raise ValueError(f"{name} must be a finite number, 0 or above, got {value!r}{hint}")
+        if numbers.get("mem") is not None and self.history.settings.slo.mem is None:
+            raise ValueError("mem says nothing without a bound; give the controller slo=tq.SLO(…, mem=…)")
+
     def close(self) -> None:
         """Lets the model go: its layers keep the bits of the level that holds."""
         self._switch.remove()
+        if self._errors is not None:
+            self._errors.close()
 
     def __enter__(self) -> Self:
         return self

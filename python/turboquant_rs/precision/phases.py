@@ -30,13 +30,13 @@ class Phases:
     prompt: int | None = None
 
     def __post_init__(self) -> None:
-        *bounds, end = self.decode if isinstance(self.decode, tuple | list) else (self.decode,)
+        *bounds, end = (self.decode if isinstance(self.decode, tuple | list) else ()) or (self.decode,)
         whole = [bound for bound in bounds if isinstance(bound, int) and not isinstance(bound, bool)]
         rising = all(a < b for a, b in pairwise(whole))
         if len(whole) < len(bounds) or end is not None or whole[:1] != [0] or not rising:
             raise ValueError(f"decode must ascend from 0 to None, such as (0, 32, None), got {self.decode!r}")
         object.__setattr__(self, "decode", tuple(self.decode))
-        if self.prompt is not None and (not isinstance(self.prompt, int) or self.prompt < 1):
+        if self.prompt is not None and (type(self.prompt) is not int or self.prompt < 1):
             raise ValueError(f"prompt must be a whole number of tokens above 0, got {self.prompt!r}")
 
     @property

@@ -25,6 +25,8 @@ from turboquant_rs.packed import PackedTensor, autocast, encode, matmul, pack
 from turboquant_rs.scheme import Rounding, Scheme
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .bits import LearnedBits
 
 METHODS = ("lsq", "ste", "elastic", "pqn")
@@ -215,8 +217,12 @@ class Prepared(nn.Module):
     # Evaluation
 
     @property
-    def packed(self) -> PackedTensor:
-        """The weight as `convert` packs it, read at `read_bits`; kept until a parameter changes."""
+    def stored(self) -> PackedTensor:
+        """The weight as `convert` packs it, with all its bits; kept until a parameter changes.
+
+        A change through `.data`, which PyTorch does not count, is seen after `train()` or `eval()`, and by
+        `convert`.
+        """
         if self.qat.bits is not None:
             self.qat.bits.settle()
         changing = [p for p in (self.weight, self.weight_scale) if p is not None]
@@ -229,8 +235,18 @@ class Prepared(nn.Module):
             else:
                 packed = encode(weight, self.scheme, scales, self.weight_zero_point)
             self.qat.cached = (key, packed)
-        packed = self.qat.cached[1]
+        return self.qat.cached[1]
+
+    @property
+    def packed(self) -> PackedTensor:
+        """`stored`, read at `read_bits`."""
+        packed = self.stored
         return packed if self.read_bits == packed.bits else packed.at(self.read_bits)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; what was packed is packed anew when it is asked for."""
+        self.qat.cached = None
+        return super().train(mode)
 
     def to_packed(self) -> nn.Module:
         """The packed layer that computes what this one does in evaluation mode."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from turboquant_rs.errors import NoLayersMatched
 from turboquant_rs.nn import quantize_
-from turboquant_rs.nn.convert import Prescription, SchemeLike, replace_module
+from turboquant_rs.nn.convert import Follower, Prescription, SchemeLike, replace_module
 from turboquant_rs.nn.patterns import summary
 from turboquant_rs.precision import Budget
 from turboquant_rs.progress import Progress
@@ -64,6 +64,8 @@ class QAT:
             raise ValueError(f"step {self.step!r} is unknown; use 'prepare', then 'convert'")
         if self.step == "prepare" and self.schemes is None:
             raise ValueError("step='prepare' needs a scheme, such as tq.QAT(4) or tq.QAT(tq.Scheme(bits=2))")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise TypeError(f"budget must be a tq.Budget, such as tq.Budget(bits=3.25), got {self.budget!r}")
         if self.budget is not None and self.method != "pqn":
             raise ValueError(f'bits are learned by method="pqn" only, got {self.method!r} with a budget')
         if self.budget is not None and self.budget.latency_ms is not None:
@@ -103,6 +105,11 @@ class QAT:
                     f"{type(model).__name__} has no prepared layers to convert; prepare it first with "
                     "tq.quantize_(model, tq.QAT(scheme)) and train it"
                 )
+            kept = {layer.activations for layer in layers.values() if isinstance(layer, QATLinear)}
+            if nested or list(skip) or (activations != "int8" and kept != {activations}):
+                raise ValueError(
+                    "convert packs every layer as it was prepared; leave nested, skip and activations out"
+                )
             return _convert(model, layers, progress)
         if layers:
             raise ValueError(
@@ -113,7 +120,14 @@ class QAT:
 
     def _prepare(self, model: nn.Module, nested: bool, skip: Iterable[str], activations: str) -> Report:
         assert self.schemes is not None
-        schemes = self.schemes
+        schemes, read = self.schemes, dict[str, int]()
+        if isinstance(schemes, Follower):
+            raise ValueError(
+                f"{type(schemes).__name__} is read by position, which training does not do; prepare with a "
+                "tq.Plan or a scheme"
+            )
+        if isinstance(schemes, Prescription):
+            read = schemes.prescribe(model, nested)[1]
         report = quantize_(
             model, schemes, nested=nested, skip=skip, activations=activations, dry_run=True, progress=False
         )
@@ -134,6 +148,7 @@ class QAT:
         for _, found in made:
             for new, (names, old) in found.items():
                 replace_module(model, names, old, new)
+                new.read_bits = read.get(names[0], new.read_bits)
         return report
 
 
@@ -162,7 +177,9 @@ def _successors(
 
 def _convert(model: nn.Module, layers: dict[str, Prepared], progress: bool) -> Report:
     """Packs every prepared layer; those that share a weight share its packed form."""
-    ready = [(names, layers[names[0]].packed) for names in by_weight(layers)]  # errors come before any change
+    for layer in layers.values():
+        layer.qat.cached = None  # a change through `.data` may have gone unseen
+    ready = [(names, layers[names[0]].stored) for names in by_weight(layers)]  # errors come before any change
     every: dict[int, list[str]] = {id(module): [] for module in layers.values()}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in every:
@@ -193,5 +210,7 @@ def _convert(model: nn.Module, layers: dict[str, Prepared], progress: bool) -> R
                 prepared = layers[member]
                 successor = prepared.to_packed()
                 successor.load_packed("weight", packed)  # type: ignore[operator]  # a PackedWeight
+                if prepared.read_bits != packed.bits:
+                    successor.read_bits = prepared.read_bits  # type: ignore[assignment]  # likewise
                 replace_module(model, every[id(prepared)], prepared, successor)
     return Report(tuple(done), ())
