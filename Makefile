@@ -31,8 +31,9 @@ build: $(EXTENSION) ## only what the sources ask for (the same as setup)
 demo: setup ## quantize a real sentence encoder and print what 8 and 4 bits cost it
 	$(BIN)/turboquant-rs demo
 
+# The core has no documentation tests; without them it is compiled once.
 test: setup ## pytest and cargo test
-	cargo test
+	cargo test --lib
 	$(BIN)/pytest
 
 check: setup ## ruff, mypy, stubtest, import-linter, rustfmt, clippy
