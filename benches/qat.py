@@ -290,10 +290,8 @@ def learn_bits(teacher: nn.Module, text: Tensor, args: argparse.Namespace) -> Ro
     tq.quantize_(model, recipe)
     found = train(model, teacher, text, args.steps // 3, args, args.rates[3])
     layers = tq.qat.prepared_layers(model)
-    for layer in layers.values():
-        layer.packed  # noqa: B018 - settles the bits
     elements = sum(layer.weight.numel() for layer in layers.values())
-    nbytes = sum(layer.packed.nbytes for layer in layers.values())
+    nbytes = sum(layer.stored.nbytes for layer in layers.values())
     return {
         "bits": {name: layer.scheme.bits for name, layer in layers.items()},
         "effective_bits": 8 * nbytes / elements,

@@ -309,3 +309,11 @@ def test_float_activations_are_refused() -> None:
     model = nested_model()
     model.blocks[1].up.activations = "float"
     refused(model, ValueError, "blocks.1.up has activations='float'")
+
+
+def test_a_float_layer_that_takes_over_keeps_nothing_of_it():
+    model = nn.Sequential(nn.Linear(64, 64))
+    tq.quantize_(model, tq.Scheme.nested(), progress=False)
+    tq.refine(model, 5.0, [torch.randn(4, 64)], progress=False)
+    tq.dequantize_(model)
+    assert vars(model[0]).keys() == vars(nn.Linear(64, 64)).keys()

@@ -50,7 +50,7 @@ pub(crate) fn encode(
     let (planes, shape) = (&convert::planes_of(scheme, &planes)?, convert::shape(rows, k)?);
     let (x, packed) = (x.source(dtype)?, slice_mut(&mut packed)?);
     let (scales, zeros) = (scales.scales(scheme.scale_dtype())?, zero_points.zero_points(scheme)?);
-    enter(py, || core::encode(x, shape, scheme, planes, false, packed, scales, zeros, threads))
+    enter(py, || core::encode(x, shape, scheme, planes, packed, scales, zeros, threads))
 }
 
 /// Unpacks and dequantizes the top read_bits bits into out (rows · k elements of type dtype).

@@ -19,7 +19,7 @@ use crate::quantize::{
     flush, inverses, load_tile, within_limit,
 };
 use crate::scheme::{Mode, Rounding, Scheme, TABLE_ZERO};
-use crate::simd::{Aligned, Isa, LANES, TILE, Token, four};
+use crate::simd::{Aligned, Isa, LANES, TILE, Token, four, total};
 
 /// Codes of a part on their way.
 type Codes = Aligned<[u8; BATCH + TILE]>;
@@ -93,22 +93,18 @@ impl Inside {
         match scheme.table() {
             Some(table) => Self::Levels(end(table.levels().first()), end(table.levels().last())),
             None if scheme.bits() == 1 => Self::Levels(-1.0, 1.0),
-            None => Self::Codes(last_code(scheme)),
+            None => Self::Codes(f32::from(scheme.last_code())),
         }
     }
 }
 
-/// 2^bits − 1
-fn last_code(scheme: &Scheme) -> f32 {
-    (u32::MAX >> (32 - scheme.bits())) as f32
-}
-
 /// Qp: the level farthest above the zero point; of asymmetric schemes, whose zero points differ, the last code.
 fn highest_level(scheme: &Scheme) -> f32 {
+    let last = f32::from(scheme.last_code());
     match (scheme.table(), scheme.zero_point()) {
         (Some(table), _) => f32::from(table.levels().last().copied().unwrap_or(0)) - TABLE_ZERO,
-        (None, Some(z)) => last_code(scheme) - z,
-        (None, None) => last_code(scheme),
+        (None, Some(z)) => last - z,
+        (None, None) => last,
     }
 }
 
@@ -179,12 +175,7 @@ impl Gradients<'_> {
     /// Folds the sum of a group of `n` elements.
     #[inline(always)]
     fn end_group(&mut self, n: f32) {
-        for half in [8, 4, 2, 1] {
-            for lane in 0..half {
-                self.sum[lane] += self.sum[lane + half];
-            }
-        }
-        self.grad_scales[self.group] = self.sum[0] * (1.0 / (n * self.qp).sqrt());
+        self.grad_scales[self.group] = total(self.sum) * (1.0 / (n * self.qp).sqrt());
         self.group += 1;
     }
 }

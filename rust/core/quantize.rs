@@ -464,7 +464,6 @@ pub fn encode(
     shape: Shape,
     scheme: &Scheme,
     planes: &Planes,
-    nan_zero: bool,
     packed: &mut [u8],
     scales: Scales<'_>,
     zero_points: ZeroPoints<'_>,
@@ -472,7 +471,7 @@ pub fn encode(
 ) -> Result<(), Error> {
     let (isa, rounding) = (Token::active(), &Rounding::nearest());
     let numbers = Numbers::given(shape, scheme, scales, zero_points)?;
-    pack_numbers(isa, x, shape, scheme, rounding, planes, nan_zero, packed, numbers, threads)
+    pack_numbers(isa, x, shape, scheme, rounding, planes, false, packed, numbers, threads)
 }
 
 fn pack_numbers(

@@ -140,6 +140,11 @@ impl Scheme {
         self.bits
     }
 
+    /// The largest code: 2^bits − 1.
+    pub fn last_code(&self) -> u8 {
+        (u32::MAX >> (32 - self.bits)) as u8
+    }
+
     /// Elements a group; 0 is the whole row.
     pub fn group_size(&self) -> usize {
         self.group_size

@@ -356,6 +356,17 @@ pub(crate) fn fold<I: Isa>(isa: I, rows: &[I::F32; 16], op: impl Fn(I::F32, I::F
     op(low, high)
 }
 
+/// The sum of 16 numbers, in the order of [`fold`].
+#[inline(always)]
+pub(crate) fn total(mut lanes: [f32; LANES]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
+}
+
 /// An algorithm with its operands as fields, to run on any instruction set.
 ///
 /// `run` must be `#[inline(always)]`, as must be everything it calls on the hot path: only code inlined into

@@ -58,6 +58,12 @@ class Recipe(Protocol):
         """Swaps the layers in place and reports on each."""
 
 
+class Unfinished:
+    """Mixin of the layers of a recipe that has not come to its end; `way_out` says what ends it."""
+
+    way_out: str
+
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2.0**120  # the domain of the format
 SQNR_CHUNK = 1 << 18  # elements decoded at a time to measure the error
@@ -307,8 +313,8 @@ def _select(
 def _obstacle(module: nn.Module) -> str:
     """Why a selected layer cannot be swapped for a quantized one; empty if it can."""
     kind = type(module)
-    if hasattr(module, "qat"):
-        return "prepared for training: finish with tq.QAT(step='convert')"
+    if isinstance(module, Unfinished):
+        return module.way_out
     if isinstance(module, PackedWeight):
         return f"already quantized ({module._scheme_repr()})"
     if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -577,7 +583,7 @@ _STATE_HOOKS = (
 _OURS = frozenset(
     (
         *("scheme", "rounding", "weight_dtype", "activations", "transposed", "qat"),
-        *("_stored_bits", "_read_bits", "in_features", "out_features"),
+        *("_stored_bits", "_read_bits", "_rows", "_panels", "in_features", "out_features"),
     )
 )
 

@@ -528,11 +528,9 @@ def _dither(rounding: RoundingArgs, count: int, device: torch.device) -> Tensor:
 # Given scales, fake quantization and noise ----------------------------------------------------------------
 
 
-def encode(
-    x: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs, nan_zero: bool = False
-) -> Tensor:
+def encode(x: Tensor, scales: Tensor, zero_points: Tensor, scheme: SchemeArgs) -> Tensor:
     """Codes u8 `(rows, k)` by rounding to nearest on scales and zero points that are given."""
-    values = checked_input(x, nan_zero)
+    values = checked_input(x, False)
     rows, k = values.shape
     size = _group_length(k, scheme.group_size)
     scale, zero = _given(scales, zero_points, scheme, rows)

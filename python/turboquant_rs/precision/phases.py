@@ -57,8 +57,10 @@ class Phases:
 
         Raises `ValueError` where the sequence leaves nothing to decode.
         """
-        prompt = self.prompt_of(length)
-        return torch.tensor([self.at(None if i < prompt else i - prompt) for i in range(length)])
+        generated = torch.arange(length) - self.prompt_of(length)
+        bounds = torch.tensor([bound for bound in self.decode[1:] if bound is not None], dtype=torch.int64)
+        found = torch.bucketize(generated, bounds, right=True) + self.prefill
+        return found.where(generated >= 0, self.at(None))
 
     def prompt_of(self, length: int) -> int:
         """The tokens of a sequence that stand for the prompt."""
@@ -111,11 +113,11 @@ class Position:
             return 0
         return self._starts.setdefault(cache, past)
 
-    def __getstate__(self) -> Phases:
-        return self._phases
+    def __getstate__(self) -> dict[str, Phases]:
+        return {"phases": self._phases}  # notes about caches do not go along
 
-    def __setstate__(self, phases: Phases) -> None:
-        self.__init__(phases)  # type: ignore[misc]  # notes about caches do not go along
+    def __setstate__(self, state: dict[str, Phases]) -> None:
+        self._phases, self._starts = state["phases"], weakref.WeakKeyDictionary()
 
 
 def _cached(cache: Any, position: Any) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turboquant_rs import ops
-from turboquant_rs.nn.convert import logical_weight
+from turboquant_rs.nn.convert import Unfinished, logical_weight
 from turboquant_rs.nn.embedding import QuantEmbedding, gather_rows
 from turboquant_rs.nn.linear import QuantLinear, is_conv1d
 from turboquant_rs.packed import PackedTensor, autocast, encode, matmul, pack
@@ -115,7 +115,7 @@ class State:
         return copied
 
 
-class Prepared(nn.Module):
+class Prepared(Unfinished, nn.Module):
     """Mixin of the prepared layers.
 
     weight: the Parameter of the float layer, as it was. weight_scale: f32 (n, groups), learned, in units of
@@ -123,6 +123,7 @@ class Prepared(nn.Module):
     weight_zero_point: u8 (n, groups) beside learned scales of asymmetric schemes.
     """
 
+    way_out = "prepared for training: finish with tq.QAT(step='convert')"
     weight: nn.Parameter
     weight_scale: nn.Parameter | None
     weight_zero_point: Tensor | None
@@ -250,7 +251,7 @@ class Prepared(nn.Module):
 
     def to_packed(self) -> nn.Module:
         """The packed layer that computes what this one does in evaluation mode."""
-        raise NotImplementedError
+        raise NotImplementedError  # a linear layer and an embedding each have theirs
 
     def _prepared_repr(self) -> str:
         scheme = self.scheme

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.packed import pack
 from turboquant_rs.precision import Budget, LayerScores, Plan, Sensitivity, allocate
 from turboquant_rs.precision.variants import at_bits
 
 from .layers import Prepared, by_group, by_weight, prepared_layers
+from .values import fake_quantize
 
 CHOICES = (2, 3, 4, 5, 6, 8)
 
@@ -117,12 +117,10 @@ class PrecisionSchedule:
             if power is None:
                 raise ValueError("no gradients have been seen; call step() after backward() first")
             (name, layer), *others = group
-            weight = layer.logical.detach()
+            weight = layer.logical.detach().float()
             values = []
             for bits in self._choices:
-                error = (
-                    pack(weight, scheme=at_bits(layer.scheme, bits)).dequantize(dtype=torch.float32) - weight
-                )
+                error = fake_quantize(weight, at_bits(layer.scheme, bits)) - weight
                 values.append(float((0.5 * power * by_group(error.square(), layer.scheme).sum(-1)).sum()))
             shape = (weight.shape[0], weight.shape[1])
             aliases = tuple(other for other, _ in others)

@@ -78,7 +78,7 @@ def inject_noise(
         raise ValueError("levels of a table have no one step to take the noise from; use uniform levels")
     nearest = Rounding.nearest().op_args()
     with torch.no_grad():
-        _, scales, _ = ops.fake_quantize(x, None, None, *scheme.op_args(), *nearest, scheme.bits)
+        _, scales, _ = ops.quantize(x, *scheme.op_args(), *nearest, False)
         widths = scales.float().abs() * math.sqrt(variance)
     draws = Rounding.stochastic(seed, step, stream)
     return ops.inject_noise(x, widths, scheme.group_size or 0, preserve == "mean+var", *draws.op_args())

@@ -10,7 +10,7 @@ use crate::parallel::{self, take_mut};
 use crate::planes::padded;
 use crate::quantize::Source;
 use crate::simd::multiply::Multiply;
-use crate::simd::{Isa, Kernel, LANES, TILE, Token};
+use crate::simd::{Isa, Kernel, LANES, TILE, Token, total};
 
 use super::affine::Affine;
 use super::cuts::{Cuts, MAX_SEGMENT};
@@ -355,12 +355,7 @@ fn scale_floats<I: Isa, const BF16: bool>(isa: I, x: &[f32], inverse: f32, to: &
     }
     let mut lanes = [0.0; LANES];
     isa.store::<false>(&mut lanes, sum);
-    for half in [8, 4, 2, 1] {
-        for j in 0..half {
-            lanes[j] += lanes[j + half];
-        }
-    }
-    lanes[0]
+    total(lanes)
 }
 
 /// 2^−100: scaled activations below count as zero.

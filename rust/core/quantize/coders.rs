@@ -237,13 +237,8 @@ pub(super) struct Nearest {
 
 impl Nearest {
     pub(super) fn new(scheme: &Scheme) -> Self {
-        Self { last: last_code(scheme) }
+        Self { last: scheme.last_code() }
     }
-}
-
-/// 2^bits − 1
-fn last_code(scheme: &Scheme) -> u8 {
-    (u32::MAX >> (32 - scheme.bits())) as u8
 }
 
 impl Coder for Nearest {
@@ -365,7 +360,7 @@ impl<const PLAIN: bool> Drawn<PLAIN> {
             blocks_a_group: group_len.div_ceil(STRATUM) as u64,
             draws_of_32: rounding.draw_bits() == 32,
             grid: Grid::new(scheme),
-            last: last_code(scheme),
+            last: scheme.last_code(),
         }
     }
 

@@ -269,7 +269,7 @@ impl Search<'_> {
     #[inline(always)]
     fn squared_error<I: Isa>(&self, isa: I, s: f32, inverse: f32) -> I::F32 {
         let (s, inverse) = (isa.splat(s), isa.splat(inverse));
-        let last = (u32::MAX >> (32 - self.scheme.bits())) as f32;
+        let last = f32::from(self.scheme.last_code());
         let (lowest, highest) = (isa.splat(-self.z), isa.splat(last - self.z));
         let table = self.scheme.table().map(|table| (table.levels(), thresholds(table.levels()).0));
         let mut sum = isa.splat(0.0);

@@ -10,7 +10,7 @@ use crate::Shape;
 use crate::error::Error;
 use crate::parallel::{self, Span, spans, take};
 use crate::scheme::Rounding;
-use crate::simd::{Isa, Kernel, LANES, TILE, Token, four};
+use crate::simd::{Isa, Kernel, LANES, TILE, Token, four, total};
 
 /// 2^23 − ½: the middle of the integers of 24 bits.
 const MIDDLE: f32 = 8_388_607.5;
@@ -92,15 +92,7 @@ impl NoiseSpan<'_> {
     ) -> (f32, f32) {
         let zero = isa.splat(0.0);
         let n = len as f32;
-        let total = |sum: I::F32| {
-            let mut sums = lanes(isa, sum);
-            for half in [8, 4, 2, 1] {
-                for lane in 0..half {
-                    sums[lane] += sums[lane + half];
-                }
-            }
-            sums[0] / n
-        };
+        let average = |sum: I::F32| total(lanes(isa, sum)) / n;
         let mut sum = zero;
         for at in (0..len).step_by(TILE) {
             let x = self.x.tile(isa, begin + at);
@@ -108,7 +100,7 @@ impl NoiseSpan<'_> {
                 sum = isa.add(sum, first_lanes(isa, x[j], (len - at).saturating_sub(j * LANES)));
             }
         }
-        let mean = total(sum);
+        let mean = average(sum);
         let (mut squares, mut powers) = (zero, zero);
         for at in (0..len).step_by(TILE) {
             let noise = self.noise(isa, draws, begin, at, len, width);
@@ -120,7 +112,7 @@ impl NoiseSpan<'_> {
                 powers = isa.add(powers, first_lanes(isa, isa.mul(noise[j], noise[j]), count));
             }
         }
-        let (variance, noise) = (total(squares), total(powers));
+        let (variance, noise) = (average(squares), average(powers));
         let both = variance + noise;
         if both == 0.0 || !both.is_finite() { (mean, 1.0) } else { (mean, (variance / both).sqrt()) }
     }

@@ -25,7 +25,7 @@ impl<'a> Numbers<'a> {
         zero_points: ZeroPoints<'a>,
     ) -> Result<Self, Error> {
         check_groups(shape, scheme, &Rounding::nearest(), scales, zero_points)?;
-        let last = (u32::MAX >> (32 - scheme.bits())) as f32;
+        let last = f32::from(scheme.last_code());
         for group in 0..scales.len() {
             let (scale, zero_point) = (scales.get(group), zero_points.get(group, 0.0));
             if !scale.is_normal() && scale != 0.0 {

@@ -1,4 +1,4 @@
-"""Float products with weights in tiles (`ops.tiles`): `cuda/matmul/`, and how each is launched.
+"""Float products with weights in tiles (`ops.tiles`): `cuda/matmul_*.cu`, and how each is launched.
 
     rows of x       kernel    what it is
     1 … 16          stream    16 rows of W a block, codes through registers: memory is the limit
@@ -94,7 +94,7 @@ class Launch(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """How `stream.cu` is shaped: macros of the same names."""
+    """How `matmul_stream.cu` is shaped: macros of the same names."""
 
     warps: int
     depth: int
@@ -102,7 +102,7 @@ class Stream(NamedTuple):
 
 
 class Block(NamedTuple):
-    """How `block.cu` is shaped: macros of the same names."""
+    """How `matmul_block.cu` is shaped: macros of the same names."""
 
     r_tiles: int
     warps_r: int
