@@ -361,17 +361,32 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
                 for r in 0..R {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }
-                for c in 0..VECTORS {
-                    let words = unit.words::<M::Isa, STACK>(isa, c);
-                    for j in 0..UNIT {
-                        let codes = by.codes(words[j]);
-                        for r in 0..R {
-                            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
-                        }
-                    }
-                }
+                // Vector by vector, written out: the compiler does not unroll a loop of that length, and sums
+                // that are reached by a variable live in memory, with a store behind every product.
+                const { assert!(VECTORS == 4) };
+                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 0), &q, 0);
+                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 1), &q, 1);
+                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 2), &q, 2);
+                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 3), &q, 3);
             }
             on.end(by, dots, &x, piece, 0, sums, carried.as_deref_mut());
+        }
+    }
+}
+
+/// Adds the products of a unit's words of vector `c` with those of `R` rows.
+#[inline(always)]
+fn add_vector<M: Multiply, const R: usize>(
+    by: M,
+    dots: &mut [[M::Sum; VECTORS]; R],
+    words: [<M::Isa as Isa>::U8; UNIT],
+    q: &[&[M::Word]; R],
+    c: usize,
+) {
+    for j in 0..UNIT {
+        let codes = by.codes(words[j]);
+        for r in 0..R {
+            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
         }
     }
 }
