@@ -356,18 +356,26 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
             let mut dots = on.begin(by, &x, piece, carried.as_deref_mut());
             // Whole units: what pads one meets zeros of x.
             for number in piece.begin / UNIT..piece.end.div_ceil(UNIT) {
-                let unit = self.codes.unit::<STACK>(on.block.units.start + number);
+                let unit = self.codes.unit::<STACK>(on.block.units.start + number, VECTORS);
                 let mut q: [&[M::Word]; R] = [&[]; R];
                 for r in 0..R {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }
                 for c in 0..VECTORS {
                     let words = unit.words::<M::Isa, STACK>(isa, c);
+                    // Taken out of their array: in it, found by a count, they would be stored after every word.
+                    let mut column = [by.splat(0); R];
+                    for r in 0..R {
+                        column[r] = dots[r][c];
+                    }
                     for j in 0..UNIT {
                         let codes = by.codes(words[j]);
                         for r in 0..R {
-                            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
+                            column[r] = by.multiply(column[r], codes, q[r][j]);
                         }
+                    }
+                    for r in 0..R {
+                        dots[r][c] = column[r];
                     }
                 }
             }
