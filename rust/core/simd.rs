@@ -256,6 +256,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn prefetch(self, _from: &[u8; 64], _ahead: usize) {}
     /// (a >> shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift low bits.
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8;
+    /// (a << shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift high bits.
+    fn shl_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8;
+    /// a | b
+    fn or_u8(self, a: Self::U8, b: Self::U8) -> Self::U8;
     /// (a << shift) | b in every byte; no bit of `a` may leave its byte.
     fn shl_or_u8(self, a: Self::U8, shift: u32, b: Self::U8) -> Self::U8;
     /// Byte `i` becomes byte `i − 1`; byte 0 becomes 0.

@@ -20,7 +20,8 @@ use super::affine::Affine;
 use super::cuts::{Block, Cuts};
 use super::output::Columns;
 use super::panel::{
-    Ahead, AlignedWords, Codes, Laid, Lanes, Panel, PanelPlanes, PanelScales, Word, transpose_rows,
+    Ahead, AlignedWords, Codes, LEVELS, Laid, Lanes, Panel, PanelPlanes, PanelScales, Word, bits_of,
+    by_stack, transpose_rows,
 };
 use super::strips::{self, Strips};
 use super::sums::{Sums, by_height, tiles};
@@ -133,6 +134,11 @@ impl Panels<'_> {
 /// The stack of codes of a byte each.
 const BYTES: u32 = 0x8;
 
+/// Stacks that have a kernel for few rows whatever multiplies, see [`Multiply::EVERY_STACK`].
+const fn common(stack: u32) -> bool {
+    matches!(stack, BYTES | 0x4 | 0x2 | 0x12 | 0x44) || stack == LEVELS | 0x4
+}
+
 /// Rows of x up to which these codes are expanded in registers.
 fn stream_rows(planes: &PanelPlanes<'_>) -> usize {
     if planes.stack() == BYTES { STREAM_ROWS_OF_BYTES } else { STREAM_ROWS }
@@ -151,22 +157,13 @@ impl Streams<'_> {
     /// Whether there is a kernel for the planes of these codes; then it has run.
     #[inline(always)]
     fn run<M: Multiply>(&mut self, by: M) -> bool {
-        match self.codes.stack() {
-            BYTES if M::MAX_BITS >= 8 => self.stack::<M, BYTES>(by),
-            0x4 => self.stack::<M, 0x4>(by),
-            0x2 => self.stack::<M, 0x2>(by),
-            0x1 if M::EVERY_STACK => self.stack::<M, 0x1>(by),
-            0x12 => self.stack::<M, 0x12>(by),
-            0x14 if M::EVERY_STACK => self.stack::<M, 0x14>(by),
-            0x24 if M::EVERY_STACK && M::MAX_BITS >= 6 => self.stack::<M, 0x24>(by),
-            0x124 if M::EVERY_STACK && M::MAX_BITS >= 7 => self.stack::<M, 0x124>(by),
-            0x44 if M::MAX_BITS >= 8 => self.stack::<M, 0x44>(by),
-            // Levels are bytes.
-            0x1004 if M::MAX_BITS >= 8 => self.stack::<M, 0x1004>(by),
-            0x1012 if M::EVERY_STACK && M::MAX_BITS >= 8 => self.stack::<M, 0x1012>(by),
-            _ => return false,
-        }
-        true
+        by_stack!(self.codes.stack(), STACK => {
+            let compiled = const { bits_of(STACK) <= M::MAX_BITS as usize && (M::EVERY_STACK || common(STACK)) };
+            if compiled {
+                self.stack::<M, STACK>(by);
+            }
+            compiled
+        })
     }
 
     #[inline(always)]

@@ -17,7 +17,7 @@ use crate::planes::{PlaneReader, padded};
 use crate::quantize::Scales;
 use crate::scheme::{MAX_PLANES, Planes, Table};
 use crate::simd::amx::Prefetch;
-use crate::simd::{Isa, LANES, TILE, VECTORS};
+use crate::simd::{Isa, Kernel, LANES, TILE, VECTORS};
 
 use super::Layout;
 use super::cuts::{Block, Cuts, UNIT};
@@ -29,8 +29,8 @@ pub(super) type Word = [u8; TILE];
 
 /// Rows of a whole panel.
 pub(super) const PANEL: usize = VECTORS * LANES;
-/// How far ahead of the codes in use memory is asked for, in words.
-const AHEAD: usize = 24;
+/// How far ahead of the codes in use memory is asked for, in lines of all planes together.
+const AHEAD: usize = 32;
 
 /// Some rows of the weight: 64 of them, or what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,65 +163,6 @@ pub(super) struct Plane<'a> {
     bytes: &'a [Word],
 }
 
-impl Plane<'_> {
-    /// Expands units `units` of `vectors` vectors, the first plane (`FIRST`) or one that is appended to others.
-    #[inline(always)]
-    fn expand<I: Isa, const FIRST: bool>(
-        &self,
-        isa: I,
-        units: Range<usize>,
-        vectors: usize,
-        to: &mut [Word],
-        order: Laid,
-    ) {
-        let unit = vectors * self.width as usize;
-        let bytes = &self.bytes[units.start * unit..units.end * unit];
-        match self.width {
-            8 => expand::<I, 8, FIRST>(isa, bytes, vectors, to, order),
-            4 => expand::<I, 4, FIRST>(isa, bytes, vectors, to, order),
-            2 => expand::<I, 2, FIRST>(isa, bytes, vectors, to, order),
-            _ => expand::<I, 1, FIRST>(isa, bytes, vectors, to, order),
-        }
-    }
-}
-
-/// Field `i` of `width` bits in every byte.
-#[inline(always)]
-fn field<I: Isa>(isa: I, stacked: I::U8, width: usize, i: usize) -> I::U8 {
-    match width {
-        8 => stacked,
-        _ => isa.shr_and_u8(stacked, (i * width) as u32, ((1u32 << width) - 1) as u8),
-    }
-}
-
-/// Spreads fields of `WIDTH` bits to words: a unit from every `WIDTH` vectors of bytes.
-#[inline(always)]
-fn expand<I: Isa, const WIDTH: usize, const FIRST: bool>(
-    isa: I,
-    bytes: &[Word],
-    vectors: usize,
-    to: &mut [Word],
-    order: Laid,
-) {
-    let (mut unit, mut c) = (0, 0);
-    for bytes in bytes.as_chunks::<WIDTH>().0 {
-        let to = &mut to[order.at(unit, c, vectors)..][..UNIT];
-        (unit, c) = if c + 1 < vectors { (unit, c + 1) } else { (unit + 1, 0) };
-        for j in 0..WIDTH {
-            isa.prefetch(&bytes[j], AHEAD * TILE);
-            let stacked = isa.load_u8(&bytes[j]);
-            for i in 0..UNIT / WIDTH {
-                let to = &mut to[j * (UNIT / WIDTH) + i];
-                let mut codes = field(isa, stacked, WIDTH, i);
-                if !FIRST {
-                    codes = isa.shl_or_u8(isa.load_u8(to), WIDTH as u32, codes);
-                }
-                isa.store_u8(to, codes);
-            }
-        }
-    }
-}
-
 /// The planes of one panel in the compute layout, and what their codes stand for.
 #[derive(Clone, Copy)]
 pub(super) struct PanelPlanes<'a> {
@@ -253,21 +194,21 @@ impl<'a> PanelPlanes<'a> {
         Self { planes, count: prefix.widths().len(), vectors: panel.vectors(), table }
     }
 
-    /// Widths of the planes as digits of a hexadecimal number, the first plane lowest, above them whether levels
-    /// are looked up: what a kernel that expands in registers is compiled for.
+    /// Widths of the planes as digits of a hexadecimal number, the first plane lowest, and [`LEVELS`] if levels are
+    /// looked up: what expansion is compiled for, see [`by_stack!`].
     pub(super) fn stack(&self) -> u32 {
         let widths = self.planes[..self.count].iter().rev();
         let digits = widths.fold(0, |digits, plane| digits << 4 | plane.width);
-        if self.count <= STACKED { digits | u32::from(self.table.is_some()) << 12 } else { 0 }
+        digits | if self.table.is_some() { LEVELS } else { 0 }
     }
 
-    /// A unit of a whole panel whose planes are those of `STACK`.
+    /// A unit of the `vectors` vectors of a panel whose planes are those of `STACK`.
     #[inline(always)]
-    pub(super) fn unit<const STACK: u32>(&self, unit: usize) -> Unit<'a> {
-        let mut planes: [&[Word]; STACKED] = [&[]; STACKED];
+    pub(super) fn unit<const STACK: u32>(&self, unit: usize, vectors: usize) -> Unit<'a> {
+        let mut planes: [&[Word]; MAX_PLANES] = [&[]; MAX_PLANES];
         for (i, plane) in planes.iter_mut().enumerate() {
-            let width = width_of(STACK, i);
-            *plane = &self.planes[i].bytes[unit * VECTORS * width..][..VECTORS * width];
+            let len = vectors * width_of(STACK, i);
+            *plane = &self.planes[i].bytes[unit * len..][..len];
         }
         Unit { planes, table: self.table }
     }
@@ -282,15 +223,9 @@ impl<'a> PanelPlanes<'a> {
     /// Expands units `units` into `to`.
     #[inline(always)]
     pub(super) fn expand<I: Isa>(&self, isa: I, units: Range<usize>, to: &mut [Word], order: Laid) {
-        self.planes[0].expand::<I, true>(isa, units.clone(), self.vectors, to, order);
-        for plane in &self.planes[1..self.count] {
-            plane.expand::<I, false>(isa, units.clone(), self.vectors, to, order);
-        }
-        if let Some(table) = self.table {
-            for word in to {
-                isa.store_u8(word, look_up(isa, table, isa.load_u8(word)));
-            }
-        }
+        by_stack!(self.stack(), STACK => {
+            isa.vectorize(Expand::<STACK> { planes: self, units, to, order });
+        });
     }
 
     /// The bytes that follow a block's in memory: the next block's, if only by its plane.
@@ -307,19 +242,67 @@ impl<'a> PanelPlanes<'a> {
     }
 }
 
-/// Most planes that are expanded in registers.
-const STACKED: usize = 3;
+/// Marks a stack whose codes are numbers of levels.
+pub(super) const LEVELS: u32 = 1 << (4 * MAX_PLANES);
+
+/// `$run` with the constant `$stack` for the planes named by `$value`, see [`PanelPlanes::stack`]: those of every
+/// scheme and their prefixes, and bytes.
+macro_rules! by_stack {
+    ($value:expr, $stack:ident => $run:expr) => {
+        by_stack!(@ $value, $stack => $run,
+            0x8 0x4 0x2 0x1 0x12 0x14 0x24 0x124                        // static
+            0x44 0x114 0x2114 0x112 0x1112 0x11112 0x211112             // nested
+            0x1000008 0x1000004 0x1000012                               // of levels
+        )
+    };
+    (@ $value:expr, $stack:ident => $run:expr, $($n:literal)*) => {
+        match $value {
+            $($n => {
+                const $stack: u32 = $n;
+                $run
+            })*
+            _ => unreachable!("no scheme has other planes"),
+        }
+    };
+}
+pub(super) use by_stack;
 
 /// Width of plane `i` of a stack, see [`PanelPlanes::stack`]; 0 behind the last.
 const fn width_of(stack: u32, i: usize) -> usize {
-    (stack >> (4 * i) & 15) as usize
+    if i < MAX_PLANES { (stack >> (4 * i) & 15) as usize } else { 0 }
 }
 
-/// A unit of every vector of a whole panel.
+/// Bits of a stack's planes from number `i` on.
+const fn bits_from(stack: u32, i: usize) -> usize {
+    if i < MAX_PLANES { width_of(stack, i) + bits_from(stack, i + 1) } else { 0 }
+}
+
+/// Most bits of what the planes of a stack expand to: codes, or levels.
+pub(super) const fn bits_of(stack: u32) -> usize {
+    if stack & LEVELS == 0 { bits_from(stack, 0) } else { 8 }
+}
+
+/// Whether plane `i` of a stack is expanded with the one before it: planes of single bits go in pairs.
+const fn joined(stack: u32, i: usize) -> bool {
+    i > 0 && width_of(stack, i) == 1 && width_of(stack, i - 1) == 1 && !joined(stack, i - 1)
+}
+
+/// Field `i` of `width` bits of every byte, at bit `to`.
+#[inline(always)]
+fn field<I: Isa>(isa: I, bytes: I::U8, width: usize, i: usize, to: usize) -> I::U8 {
+    let (from, mask) = (i * width, (((1u32 << width) - 1) << to) as u8);
+    match width {
+        8 => bytes,
+        _ if from < to => isa.shl_and_u8(bytes, (to - from) as u32, mask),
+        _ => isa.shr_and_u8(bytes, (from - to) as u32, mask),
+    }
+}
+
+/// A unit of every vector of a panel.
 #[derive(Clone, Copy)]
 pub(super) struct Unit<'a> {
     /// The unit's bytes in each plane.
-    planes: [&'a [Word]; STACKED],
+    planes: [&'a [Word]; MAX_PLANES],
     table: Option<&'a Table>,
 }
 
@@ -327,23 +310,16 @@ impl Unit<'_> {
     /// The words of vector `c`, levels looked up.
     #[inline(always)]
     pub(super) fn words<I: Isa, const STACK: u32>(&self, isa: I, c: usize) -> [I::U8; UNIT] {
+        const { assert!(MAX_PLANES == 6) };
         let mut words = [isa.splat_u8(0); UNIT];
-        for i in 0..STACKED {
-            let width = width_of(STACK, i);
-            if width > 0 {
-                let bytes = &self.planes[i][c * width..][..width];
-                for j in 0..width {
-                    isa.prefetch(&bytes[j], AHEAD * TILE);
-                    let stacked = isa.load_u8(&bytes[j]);
-                    for n in 0..UNIT / width {
-                        let word = &mut words[j * (UNIT / width) + n];
-                        let field = field(isa, stacked, width, n);
-                        *word = if i == 0 { field } else { isa.shl_or_u8(*word, width as u32, field) };
-                    }
-                }
-            }
-        }
-        if STACK >> 12 != 0
+        // Not a loop: one of this length might not be unrolled.
+        self.add_plane::<I, STACK, 0>(isa, c, &mut words);
+        self.add_plane::<I, STACK, 1>(isa, c, &mut words);
+        self.add_plane::<I, STACK, 2>(isa, c, &mut words);
+        self.add_plane::<I, STACK, 3>(isa, c, &mut words);
+        self.add_plane::<I, STACK, 4>(isa, c, &mut words);
+        self.add_plane::<I, STACK, 5>(isa, c, &mut words);
+        if STACK & LEVELS != 0
             && let Some(table) = self.table
         {
             for word in &mut words {
@@ -351,6 +327,77 @@ impl Unit<'_> {
             }
         }
         words
+    }
+
+    /// Puts the fields of plane `P` at their place in the words of vector `c`, which have zeros there.
+    #[inline(always)]
+    fn add_plane<I: Isa, const STACK: u32, const P: usize>(
+        &self,
+        isa: I,
+        c: usize,
+        words: &mut [I::U8; UNIT],
+    ) {
+        let width = const { width_of(STACK, P) };
+        if width == 0 || const { joined(STACK, P) } {
+            return;
+        }
+        let at = const { bits_from(STACK, P + 1) };
+        if const { joined(STACK, P + 1) } {
+            let [high, low] = [self.load::<I, STACK>(isa, P, c, 0), self.load::<I, STACK>(isa, P + 1, c, 0)];
+            // Fields of two bits: the words of even number, and those of odd.
+            let fields = [
+                isa.or_u8(isa.shl_and_u8(high, 1, 0xaa), isa.shr_and_u8(low, 0, 0x55)),
+                isa.or_u8(isa.shr_and_u8(high, 0, 0xaa), isa.shr_and_u8(low, 1, 0x55)),
+            ];
+            for n in 0..UNIT {
+                words[n] = isa.or_u8(words[n], field(isa, fields[n % 2], 2, n / 2, at - 1));
+            }
+            return;
+        }
+        let stacked = UNIT / width;
+        for j in 0..width {
+            let bytes = self.load::<I, STACK>(isa, P, c, j);
+            for n in 0..stacked {
+                let word = &mut words[j * stacked + n];
+                *word = isa.or_u8(*word, field(isa, bytes, width, n, at));
+            }
+        }
+    }
+
+    /// Vector `j` of plane `i` of vector `c` of rows; asks for the memory behind it.
+    #[inline(always)]
+    fn load<I: Isa, const STACK: u32>(&self, isa: I, i: usize, c: usize, j: usize) -> I::U8 {
+        let width = width_of(STACK, i);
+        let bytes = &self.planes[i][c * width + j];
+        isa.prefetch(bytes, (AHEAD * width / bits_from(STACK, 0)).max(1) * TILE);
+        isa.load_u8(bytes)
+    }
+}
+
+/// Units of a panel on their way to memory.
+struct Expand<'a, 'b, const STACK: u32> {
+    planes: &'a PanelPlanes<'b>,
+    units: Range<usize>,
+    to: &'a mut [Word],
+    order: Laid,
+}
+
+impl<const STACK: u32> Kernel for Expand<'_, '_, STACK> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let vectors = self.planes.vectors;
+        for (number, unit) in self.units.enumerate() {
+            let unit = self.planes.unit::<STACK>(unit, vectors);
+            for c in 0..vectors {
+                let to = &mut self.to[self.order.at(number, c, vectors)..][..UNIT];
+                let words = unit.words::<I, STACK>(isa, c);
+                for j in 0..UNIT {
+                    isa.store_u8(&mut to[j], words[j]);
+                }
+            }
+        }
     }
 }
 

@@ -398,6 +398,21 @@ fn int8_equals_the_plain_loop_for_every_reading_and_size() {
 }
 
 #[test]
+fn few_rows_against_whole_panels_equal_the_plain_loop_for_every_reading() {
+    let mut random = Random(12);
+    for (bits, symmetric, nested, table, widths, read) in readings() {
+        let scheme = scheme(bits, random.pick(&[0, 32, 64]), symmetric, nested, table);
+        let shape = Shape { rows: 128, k: random.pick(&[64, 160, 190]) };
+        let matrix = Matrix::new(&mut random, shape, scheme, &widths, read);
+        for m in [1, 2, 4, 7] {
+            let x = values(&mut random, m * shape.k);
+            matrix.check(&x, m, None, Activations::Int8);
+            matrix.check(&x, m, None, Activations::Float);
+        }
+    }
+}
+
+#[test]
 fn int8_of_several_blocks_and_threads_equals_the_plain_loop() {
     let mut random = Random(2);
     for (k, group, m) in [(2500, 64, 9), (2500, 9, 3), (3000, 0, 6), (2112, 24, 5)] {

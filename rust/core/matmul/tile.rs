@@ -356,37 +356,30 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
             let mut dots = on.begin(by, &x, piece, carried.as_deref_mut());
             // Whole units: what pads one meets zeros of x.
             for number in piece.begin / UNIT..piece.end.div_ceil(UNIT) {
-                let unit = self.codes.unit::<STACK>(on.block.units.start + number);
+                let unit = self.codes.unit::<STACK>(on.block.units.start + number, VECTORS);
                 let mut q: [&[M::Word]; R] = [&[]; R];
                 for r in 0..R {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }
-                // Vector by vector, written out: the compiler does not unroll a loop of that length, and sums
-                // that are reached by a variable live in memory, with a store behind every product.
-                const { assert!(VECTORS == 4) };
-                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 0), &q, 0);
-                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 1), &q, 1);
-                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 2), &q, 2);
-                add_vector::<M, R>(by, &mut dots, unit.words::<M::Isa, STACK>(isa, 3), &q, 3);
+                for c in 0..VECTORS {
+                    let words = unit.words::<M::Isa, STACK>(isa, c);
+                    // Taken out of their array: in it, found by a count, they would be stored after every word.
+                    let mut column = [by.splat(0); R];
+                    for r in 0..R {
+                        column[r] = dots[r][c];
+                    }
+                    for j in 0..UNIT {
+                        let codes = by.codes(words[j]);
+                        for r in 0..R {
+                            column[r] = by.multiply(column[r], codes, q[r][j]);
+                        }
+                    }
+                    for r in 0..R {
+                        dots[r][c] = column[r];
+                    }
+                }
             }
             on.end(by, dots, &x, piece, 0, sums, carried.as_deref_mut());
-        }
-    }
-}
-
-/// Adds the products of a unit's words of vector `c` with those of `R` rows.
-#[inline(always)]
-fn add_vector<M: Multiply, const R: usize>(
-    by: M,
-    dots: &mut [[M::Sum; VECTORS]; R],
-    words: [<M::Isa as Isa>::U8; UNIT],
-    q: &[&[M::Word]; R],
-    c: usize,
-) {
-    for j in 0..UNIT {
-        let codes = by.codes(words[j]);
-        for r in 0..R {
-            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
         }
     }
 }

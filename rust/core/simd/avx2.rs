@@ -428,6 +428,15 @@ impl Isa for Avx2 {
         self.and(shifted, self.splat_u8(mask))
     }
     #[inline(always)]
+    fn shl_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
+        let shifted = each!(a, |a| _mm256_sll_epi16(a, _mm_cvtsi32_si128(shift as i32)));
+        self.and(shifted, self.splat_u8(mask))
+    }
+    #[inline(always)]
+    fn or_u8(self, a: Self::U8, b: Self::U8) -> Self::U8 {
+        self.or(a, b)
+    }
+    #[inline(always)]
     fn shl_or_u8(self, a: Self::U8, shift: u32, b: Self::U8) -> Self::U8 {
         self.or(each!(a, |a| _mm256_sll_epi16(a, _mm_cvtsi32_si128(shift as i32))), b)
     }

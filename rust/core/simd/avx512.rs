@@ -408,6 +408,15 @@ impl Isa for Avx512 {
         self.and(shifted, self.splat_u8(mask))
     }
     #[inline(always)]
+    fn shl_and_u8(self, a: __m512i, shift: u32, mask: u8) -> __m512i {
+        let shifted = op!(_mm512_sll_epi16(a, _mm_cvtsi32_si128(shift as i32)));
+        self.and(shifted, self.splat_u8(mask))
+    }
+    #[inline(always)]
+    fn or_u8(self, a: __m512i, b: __m512i) -> __m512i {
+        self.or(a, b)
+    }
+    #[inline(always)]
     fn shl_or_u8(self, a: __m512i, shift: u32, b: __m512i) -> __m512i {
         self.or(op!(_mm512_sll_epi16(a, _mm_cvtsi32_si128(shift as i32))), b)
     }

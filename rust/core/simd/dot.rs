@@ -24,6 +24,9 @@ pub(crate) trait Dot: Copy + Send + Sync {
     /// Vectors of such a tile: 1 or 4.
     const TILE_VECTORS: usize = Self::Isa::TILE_VECTORS;
 
+    /// Whether it is one instruction.
+    const INSTRUCTION: bool = false;
+
     /// The token of the instruction set.
     fn isa(self) -> Self::Isa;
 

@@ -94,7 +94,7 @@ impl<D: Dot> Multiply for Bytes<D> {
     type Sum = <D::Isa as Isa>::I32;
     type Codes = <D::Isa as Isa>::U8;
     type Word = [u8; 4];
-    const EVERY_STACK: bool = true;
+    const EVERY_STACK: bool = D::INSTRUCTION;
     const TILE_ROWS: usize = D::TILE_ROWS;
     const TILE_VECTORS: usize = D::TILE_VECTORS;
 

@@ -437,6 +437,15 @@ impl Isa for Neon {
         quads(|i| simd!(vandq_u8(vshlq_u8(a[i], left), mask)))
     }
     #[inline(always)]
+    fn shl_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
+        let (left, mask) = simd!((vdupq_n_s8(shift as i8), vdupq_n_u8(mask)));
+        quads(|i| simd!(vandq_u8(vshlq_u8(a[i], left), mask)))
+    }
+    #[inline(always)]
+    fn or_u8(self, a: Self::U8, b: Self::U8) -> Self::U8 {
+        each!(vorrq_u8(a, b))
+    }
+    #[inline(always)]
     fn shl_or_u8(self, a: Self::U8, shift: u32, b: Self::U8) -> Self::U8 {
         let left = simd!(vdupq_n_s8(shift as i8));
         quads(|i| simd!(vorrq_u8(vshlq_u8(a[i], left), b[i])))

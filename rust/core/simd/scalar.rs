@@ -292,6 +292,14 @@ impl Isa for Scalar {
         map(a, |x| x >> shift & mask)
     }
     #[inline(always)]
+    fn shl_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {
+        map(a, |x| x << shift & mask)
+    }
+    #[inline(always)]
+    fn or_u8(self, a: Self::U8, b: Self::U8) -> Self::U8 {
+        zip(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
     fn shl_or_u8(self, a: Self::U8, shift: u32, b: Self::U8) -> Self::U8 {
         zip(a, b, |a, b| a << shift | b)
     }

@@ -56,6 +56,7 @@ impl Usdot {
 
 impl Dot for Usdot {
     type Isa = Neon;
+    const INSTRUCTION: bool = true;
     const TILE_ROWS: usize = 4;
 
     #[inline(always)]

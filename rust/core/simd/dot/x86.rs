@@ -65,6 +65,7 @@ impl<const EVEX: bool> Avx2Vnni<EVEX> {
 
 impl<const EVEX: bool> Dot for Avx2Vnni<EVEX> {
     type Isa = Avx2;
+    const INSTRUCTION: bool = true;
 
     #[inline(always)]
     fn isa(self) -> Avx2 {
@@ -183,6 +184,7 @@ impl Vnni {
 
 impl Dot for Vnni {
     type Isa = Avx512;
+    const INSTRUCTION: bool = true;
 
     #[inline(always)]
     fn isa(self) -> Avx512 {
