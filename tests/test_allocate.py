@@ -194,9 +194,28 @@ def measured(plan: tq.Plan) -> float:
     return divergence(LanguageModel(), model)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"floor": "2"}, TypeError, "floor must be a whole number, got '2'"),
+        ({"ceiling": 6.5}, TypeError, "ceiling must be a whole number, got 6.5"),
+        ({"refine": True}, TypeError, "refine must be a whole number, got True"),
+        ({"refine": -1}, ValueError, "refine must be a number of swaps, 0 or above, got -1"),
+        ({"tie": 3}, TypeError, "tie must be regular expressions, such as .*, got 3"),
+    ],
+)
+def test_numbers_and_ties_of_another_kind_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        tq.allocate(scored(), tq.Budget(bits=4.0), **options)
+
+
 def test_refinement_needs_a_model_and_batches():
     with pytest.raises(ValueError, match="refine measures KL: give it model= and batches="):
         tq.allocate(scored(), tq.Budget(bits=4.0), refine=4)
+    packed = LanguageModel()
+    tq.quantize_(packed, 4, progress=False)
+    with pytest.raises(ValueError, match=r"has no float weight in .* give refine the model as it was when"):
+        tq.allocate(scored(), tq.Budget(bits=4.0), refine=4, model=packed, batches=batches())
     with pytest.raises(ValueError, match="batches is empty"):
         tq.allocate(scored(), tq.Budget(bits=4.0), refine=4, model=LanguageModel(), batches=[])
 

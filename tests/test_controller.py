@@ -423,10 +423,41 @@ def test_a_ladder_for_another_model_is_refused_with_what_differs():
 
 def test_a_second_controller_is_refused_until_the_first_is_closed():
     model, first = controlled()
-    with pytest.raises(ValueError, match="follow another ladder; close its"):
+    with pytest.raises(ValueError, match=r"follow a ladder, .* close the tq\.PrecisionController"):
         tq.PrecisionController(model, LADDER, slo=SLO)
     first.close()
     tq.PrecisionController(model, LADDER, slo=SLO)
+
+
+def test_a_ladder_and_refinement_exclude_each_other_until_the_first_has_ended():
+    model, control = controlled()
+    x = batches(1)[0]
+    with pytest.raises(ValueError, match=r"follow a ladder, .* close the tq.PrecisionController"):
+        tq.refine(model, {"blocks.0.*": 4.5}, batches(1), progress=False)
+    with torch.inference_mode():
+        control.level = 3
+        assert torch.equal(model(x), expected(x)[3])  # still the controller's
+    control.close()
+    tq.refine(model, 4.5, batches(1), progress=False)
+    refined = [layer._rows for layer in model.modules() if isinstance(layer, tq.nn.QuantLinear)]
+    with pytest.raises(ValueError, match=r"refined row by row .* end that first with tq.set_precision\("):
+        tq.PrecisionController(model, LADDER, slo=SLO)
+    assert [layer._rows for layer in model.modules() if isinstance(layer, tq.nn.QuantLinear)] == refined
+    tq.set_precision(model, None)
+    tq.PrecisionController(model, LADDER, slo=SLO)
+
+
+def test_a_plan_by_position_and_refinement_exclude_each_other():
+    found = tq.sensitivity(LanguageModel(), batches(), intervals=tq.Phases(), progress=False)
+    model = LanguageModel()
+    tq.quantize_(model, tq.allocate(found, tq.Budget(bits=5.0)), progress=False)
+    with pytest.raises(ValueError, match=r"the intervals of a plan; .* end it with tq.set_precision"):
+        tq.refine(model, 4.5, batches(1), progress=False)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"model is a int; expected an nn.Module"):
+        tq.PrecisionController(3, LADDER, slo=SLO)
 
 
 def test_a_level_that_does_not_exist_is_refused():

@@ -269,6 +269,11 @@ def test_what_does_not_go_together_is_refused() -> None:
         tq.fake_quantize(x, scheme, scales=torch.ones(2, 2))
     with pytest.raises(ValueError, match="cannot read 3 of 4 bits"):
         tq.fake_quantize(x, scheme, bits=3)
+    zero_points = torch.zeros(2, 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"a symmetric scheme has no zero points, .* use symmetric=False"):
+        tq.fake_quantize(x, scheme, scales=torch.ones(2, 1), zero_points=zero_points)
+    with pytest.raises(ValueError, match=r"zero_points are given without scales, .* give scales= too"):
+        tq.fake_quantize(x, Scheme(bits=4, symmetric=False), zero_points=zero_points)
     with pytest.raises(ValueError, match="variance must be at least 0"):
         tq.inject_noise(x, scheme, seed=0, variance=-1.0)
     with pytest.raises(TypeError, match="variance must be a number"):
@@ -280,3 +285,26 @@ def test_what_does_not_go_together_is_refused() -> None:
     noisy = tq.inject_noise(x.requires_grad_(), scheme, seed=0, preserve="mean+var")
     with pytest.raises(RuntimeError, match='gradients with preserve="mean" only'):
         noisy.sum().backward()
+
+
+def test_a_number_of_bits_is_the_default_scheme_as_in_pack() -> None:
+    x = normal(3, 70)
+    assert torch.equal(tq.fake_quantize(x, 4), tq.pack(x, 4).dequantize())
+    assert torch.equal(tq.inject_noise(x, 4, seed=1), tq.inject_noise(x, Scheme(bits=4), seed=1))
+    for use in (tq.fake_quantize, lambda x, scheme: tq.inject_noise(x, scheme, seed=1), tq.pack):
+        with pytest.raises(ValueError, match="bits must be 1 to 8, got 9"):
+            use(x, 9)
+        with pytest.raises(TypeError, match="bits must be an int, got '4'"):
+            use(x, "4")
+
+
+def test_arrays_are_tensors_and_what_is_no_dense_tensor_is_refused() -> None:
+    x = normal(3, 70)
+    for use in (tq.fake_quantize, lambda x, scheme: tq.inject_noise(x, scheme, seed=1)):
+        assert torch.equal(use(x.numpy(), 4), use(x, 4))
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor or a numpy.ndarray, got list"):
+            use(x.tolist(), 4)
+        with pytest.raises(TypeError, match=r"x is sparse \(torch.sparse_coo\); .* x.to_dense\(\)"):
+            use(x.to_sparse(), 4)
+    with pytest.raises(TypeError, match=r"scales must be a torch.Tensor or a numpy.ndarray, got list"):
+        tq.fake_quantize(x, 4, scales=[1.0])  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -458,21 +460,400 @@ def test_schedules_and_sandwiches_of_the_wrong_model_are_refused() -> None:
     tq.quantize_(model, tq.QAT(4))
     with pytest.raises(ValueError, match="are not readable in every layer"):
         list(tq.sandwich(model, (2, 4), step=0))
+    with pytest.raises(ValueError, match=r"at \[4\] bits alone, and a sandwich has several widths; prepare"):
+        list(tq.sandwich(model, step=0))
     with pytest.raises(ValueError, match="cannot read 3 of 4 bits"):
         model.blocks[0].up.read_bits = 3
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.0), every=0)
-    with pytest.raises(ValueError, match="below 1, got 1"):
-        tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.0), every=1, decay=1)
     schedule = tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.0), every=1)
     with pytest.raises(ValueError, match="no gradients have been seen"):
         schedule.scores()
     with pytest.raises(ValueError, match="has no gradient; call step"):
         schedule.step()
+    model.blocks[2].down.weight.requires_grad_(False)
+    loss_of(model, batches()[0]).backward()
+    with pytest.raises(ValueError, match=r"blocks\.2\.down: its weight requires no gradient"):
+        schedule.step()
+    model.blocks[2].down.weight.requires_grad_()
+    model.blocks[2].down.weight.grad = torch.full((64, 96), 1e25)  # finite, and its square is not
+    with pytest.raises(
+        ValueError, match=r"blocks\.2\.down: its gradient .* too large to be squared; unscale"
+    ):
+        schedule.step()
+    assert schedule.steps == 0 and schedule.state_dict()["power"] == {}  # nothing was taken note of
     nested = LanguageModel()
     tq.quantize_(nested, tq.QAT(Scheme.nested()))
     with pytest.raises(ValueError, match="not the schedule's to change"):
         tq.PrecisionSchedule(nested, budget=tq.Budget(bits=4.0), every=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every": 0}, ValueError, "at least 1, got 0"),
+        ({"decay": 1}, ValueError, "below 1, got 1"),
+        ({"decay": "0.9"}, TypeError, "decay must be a number, got '0.9'"),
+        ({"budget": 4.0}, TypeError, r"budget must be a tq\.Budget, .* got 4\.0"),
+        (
+            {"budget": tq.Budget(bits=1.0)},
+            ValueError,
+            "infeasible: with 2 to 8 bits .* take 2.2750 to 8.2750",
+        ),
+        ({"choices": (0, 4)}, ValueError, "choices must be 1 to 8 bits, got 0"),
+        ({"choices": 4}, TypeError, "choices must be numbers of bits"),
+        ({"floor": 7, "ceiling": 7}, ValueError, "no choice lies between floor=7 and ceiling=7"),
+        ({"floor": "2"}, TypeError, "floor must be a whole number"),
+        ({"tie": ("nothing",)}, tq.NoLayersMatched, "tie 'nothing' ties no layers .* none of the 12 layers"),
+        ({"tie": 3}, TypeError, "tie must be regular expressions"),
+    ],
+)
+def test_a_schedule_says_at_once_what_no_allocation_could_do(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(4))
+    with pytest.raises(error, match=message):
+        tq.PrecisionSchedule(model, **({"budget": tq.Budget(bits=4.0), "every": 1} | options))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            tq.QAT({"blocks.0.*": Scheme(bits=4, group_size=32), "blocks.1.*": 4}),
+            r"blocks\.1\.q_proj is prepared with .* and blocks\.0\.q_proj with .* changes bits alone",
+        ),
+        (tq.QAT(4, method="elastic"), "'elastic' has a table of levels at 2 bits, .* use floor=3, or"),
+        (tq.QAT(4, method="pqn", budget=tq.Budget(bits=4.25)), "learned and table bits are not the schedule"),
+    ],
+)
+def test_a_schedule_of_layers_whose_bits_it_cannot_change_is_refused(recipe: tq.QAT, message: str) -> None:
+    model = LanguageModel()
+    tq.quantize_(model, recipe)
+    with pytest.raises(ValueError, match=message):
+        tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.0), every=1)
+
+
+def test_a_schedule_takes_one_tie_and_a_floor_above_the_tables_of_a_method() -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(4, method="elastic"))
+    schedule = tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.0), every=1, floor=3, tie="q_proj|v_proj")
+    loss_of(model, batches()[0]).backward()
+    plan = schedule.step()
+    assert plan is not None and min(plan.bits.values()) == 3
+    assert all(plan.bits[f"blocks.{i}.q_proj"] == plan.bits[f"blocks.{i}.v_proj"] for i in range(3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["lsq", "ste", "elastic", "pqn", "learned bits"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_diverged_are_reported_by_layer(kind: str, training: bool, value: float) -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(**RECIPES[kind]))
+    with torch.no_grad():
+        model.blocks[1].up.weight[3, :2] = value
+    model.train(training)
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.up: 2 of 6144 numbers of its weight .* has diverged; go"
+    ):
+        model(batches()[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("lsq", "weight_scale", r"blocks\.0\.q_proj: 64 of 64 numbers of its weight_scale are NaN"),
+        ("learned bits", "weight_bits", r"the learned bits of blocks\.0\.q_proj are NaN or infinite"),
+    ],
+)
+def test_scales_and_bits_that_diverged_are_reported_by_layer(
+    kind: str, name: str, message: str, training: bool
+) -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(**RECIPES[kind]))
+    with torch.no_grad():
+        getattr(model.blocks[0].q_proj, name).fill_(math.nan)
+    model.train(training)
+    with pytest.raises(ValueError, match=message):
+        model(batches()[0])
+
+
+def test_a_schedule_reports_weights_that_diverged_by_layer() -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(4))
+    schedule = tq.PrecisionSchedule(model, budget=tq.Budget(bits=4.0), every=1)
+    loss_of(model, batches()[0]).backward()
+    with torch.no_grad():
+        model.blocks[1].up.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"blocks\.1\.up: 1 of 6144 numbers of its weight"):
+        schedule.step()
+    assert schedule.steps == 0 and schedule.plan is None
+
+
+@pytest.mark.parametrize("method", ["ste", "pqn"])
+def test_a_model_with_nothing_to_train_is_not_prepared(method: str) -> None:
+    model = LanguageModel().requires_grad_(False)
+    before = dict(model.named_modules())
+    with pytest.raises(
+        ValueError, match=rf"method='{method}' has none .* call model.requires_grad_\(\) first"
+    ):
+        tq.quantize_(model, tq.QAT(4, method=method))
+    assert dict(model.named_modules()) == before
+    tq.quantize_(model, tq.QAT(4))  # its scales are learned on weights that stay
+    loss_of(model, batches()[0]).backward()
+    assert model.blocks[0].up.weight.grad is None and model.blocks[0].up.weight_scale.grad is not None
+
+
+def test_a_model_under_inference_mode_is_not_prepared() -> None:
+    model = LanguageModel()
+    with torch.inference_mode():
+        loaded = LanguageModel()
+        with pytest.raises(ValueError, match=r"under torch.inference_mode, where nothing trains"):
+            tq.quantize_(model, tq.QAT(4))
+    with pytest.raises(ValueError, match=r"under torch.inference_mode, where nothing trains"):
+        tq.quantize_(loaded, tq.QAT(4))
+    assert not tq.qat.prepared_layers(model) and not tq.qat.prepared_layers(loaded)
+
+
+# After convert
+
+
+def without_biases() -> nn.Module:
+    """Converted, and nothing of it requires a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Dropout(), nn.Linear(64, 8, bias=False))
+    tq.quantize_(model, tq.QAT(4))
+    tq.quantize_(model, CONVERT)
+    return model
+
+
+def test_training_a_converted_model_that_has_nothing_to_train_is_refused_before_it_runs() -> None:
+    model, x = without_biases(), torch.randn(4, 64)
+    y = model(x)  # its training is over: no dropout
+    assert not model.training and torch.equal(model(x), y)
+    model.train()
+    with pytest.raises(
+        ValueError, match=r"Sequential is converted .* tq.dequantize_\(model\) and prepare it"
+    ):
+        model(x).sum().backward()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match="codes do not train"):
+            again(x)
+    tq.dequantize_(model)
+    tq.quantize_(model, tq.QAT(4))
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None
+    tq.quantize_(model, CONVERT)
+    with pytest.raises(ValueError, match="codes do not train"):
+        model.train()(x)
+    assert len(model._forward_pre_hooks) == 1
+    model.eval()
+    assert model(x).shape == (4, 8)
+
+
+def test_inference_of_a_converted_model_goes_on_in_training_mode_and_gradients_reach_its_inputs() -> None:
+    model, x = without_biases().train(), torch.randn(4, 64)
+    with torch.no_grad():
+        assert model(x).shape == (4, 8)  # dropout, asked for
+    for use in (lambda x: model(x), lambda x: model(input=x)):
+        x = torch.randn(4, 64, requires_grad=True)
+        use(x).sum().backward()
+        assert x.grad is not None
+    head = nn.Linear(8, 2)
+    head(model.eval()(x.detach())).sum().backward()  # a head on a model at rest
+    assert head.weight.grad is not None
+
+
+def test_what_a_converted_model_has_beside_codes_trains_on() -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(4))
+    tq.quantize_(model, CONVERT)
+    assert model.training
+    losses = trained(model, 20, 1e-2)  # biases, norm, embedding, head
+    assert losses[-1] < losses[0] and model.blocks[0].up.bias.grad is not None
+
+
+def test_the_state_of_a_training_is_not_that_of_a_converted_model_nor_the_other_way_round() -> None:
+    prepared, converted = LanguageModel(), LanguageModel()
+    for model in (prepared, converted):
+        tq.quantize_(model, tq.QAT(4, method="ste"))
+    tq.quantize_(converted, CONVERT)
+    before = converted.blocks[0].up.packed.codes()
+    with pytest.raises(RuntimeError, match=r"blocks.0.up.weight: the state is that of a layer prepared for"):
+        converted.load_state_dict(prepared.state_dict())
+    assert torch.equal(converted.blocks[0].up.packed.codes(), before)
+    with pytest.raises(RuntimeError, match=r"blocks.0.up.weight: _extra_state is no record of a layer in"):
+        prepared.load_state_dict(converted.state_dict())
+
+
+# Checkpoints and copies
+
+
+def scheduled(model: nn.Module, **options: Any) -> tq.PrecisionSchedule:
+    return tq.PrecisionSchedule(model, **({"budget": tq.Budget(bits=4.25), "every": 3} | options))
+
+
+def run(
+    model: nn.Module, schedule: tq.PrecisionSchedule, optimizer: Any, steps: range
+) -> list[dict[str, int]]:
+    """The bits of each plan that was made on the way."""
+    plans = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, batches()[step % 4]).backward()
+        if (plan := schedule.step()) is not None:
+            plans.append(plan.bits)
+        optimizer.step()
+    return plans
+
+
+@pytest.mark.parametrize("kind", ["lsq", "lsq asymmetric", "ste stochastic"])
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_training_that_is_resumed_allocates_and_learns_the_same(
+    tmp_path: Path, kind: str, stop: int
+) -> None:
+    def start() -> tuple[nn.Module, tq.PrecisionSchedule, torch.optim.Optimizer]:
+        model = LanguageModel()
+        tq.quantize_(model, tq.QAT(**RECIPES[kind]))
+        schedule = scheduled(model, budget=tq.Budget(bits=4.4))
+        return model, schedule, torch.optim.SGD(model.parameters(), 1e-2)
+
+    model, schedule, optimizer = start()
+    run(model, schedule, optimizer, range(stop))
+    torch.save([part.state_dict() for part in (model, schedule, optimizer)], tmp_path / "checkpoint.pt")
+    plans = run(model, schedule, optimizer, range(stop, 9))
+
+    again = start()
+    for part, state in zip(again, torch.load(tmp_path / "checkpoint.pt"), strict=True):
+        part.load_state_dict(state)
+    assert again[1].steps == stop and (again[1].plan is None) == (stop < 3)
+    assert run(*again, range(stop, 9)) == plans and len(plans[0]) == 12 and len(set(plans[0].values())) > 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[0].state_dict()[name], value), name
+
+
+def test_a_state_dict_of_the_model_brings_back_the_bits_of_its_layers() -> None:
+    model, other = LanguageModel(), LanguageModel()
+    for net in (model, other):
+        tq.quantize_(net, tq.QAT(4))
+    run(model, scheduled(model), torch.optim.SGD(model.parameters(), 1e-2), range(3))
+    other.load_state_dict(model.state_dict())
+    schemes = {name: layer.scheme for name, layer in tq.qat.prepared_layers(model).items()}
+    assert {name: layer.scheme for name, layer in tq.qat.prepared_layers(other).items()} == schemes
+    assert len(set(schemes.values())) > 1
+    for net in (model, other):
+        tq.quantize_(net.eval(), CONVERT)
+    assert torch.equal(model(batches()[0]), other(batches()[0]))
+
+
+def test_a_state_without_schemes_leaves_the_layers_their_own() -> None:
+    model = LanguageModel()
+    floats = copy.deepcopy(model.state_dict())
+    tq.quantize_(model, tq.QAT(3, method="ste"))
+    with torch.no_grad():
+        model.blocks[0].up.weight.zero_()
+    model.load_state_dict(floats)
+    assert model.blocks[0].up.scheme.bits == 3 and model.blocks[0].up.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["lsq asymmetric", "lsq nested", "elastic"])
+def test_a_state_that_a_layer_cannot_go_on_with_is_refused(kind: str) -> None:
+    model, other = LanguageModel(), LanguageModel()
+    tq.quantize_(model, tq.QAT(**RECIPES[kind]))
+    tq.quantize_(other, tq.QAT(4, method="pqn"))
+    before = {name: layer.scheme for name, layer in tq.qat.prepared_layers(other).items()}
+    with pytest.raises(
+        RuntimeError, match=r"blocks\.0\.up\.weight: (the state was trained with|method=.pqn.)"
+    ):
+        other.load_state_dict(model.state_dict(), strict=False)
+    assert {name: layer.scheme for name, layer in tq.qat.prepared_layers(other).items()} == before
+
+
+def test_a_state_of_a_schedule_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    model, tied = LanguageModel(), LanguageModel()
+    tq.quantize_(model, tq.QAT(4))
+    tq.quantize_(tied, tq.QAT({"blocks.0.*": 4}))
+    schedule = scheduled(model, every=1)
+    run(model, schedule, torch.optim.SGD(model.parameters(), 0.0), range(1))
+    before = copy.deepcopy(schedule.state_dict())
+    narrow = copy.deepcopy(before)
+    narrow["power"]["blocks.0.up"] = torch.ones(96, 2)
+    for state, error, message in (
+        ({}, tq.QuantizationFormatError, "no state of a PrecisionSchedule .*steps"),
+        (before | {"bits": 4}, tq.QuantizationFormatError, "no state of a PrecisionSchedule"),
+        (before | {"plan": "{}"}, tq.QuantizationFormatError, "no turboquant_rs plan"),
+        (
+            scheduled(tied).state_dict(),
+            ValueError,
+            r"of other layers, blocks\.\*\.down \(2\), .* differ; make the",
+        ),
+        (narrow, ValueError, r"blocks\.0\.up: the state holds means \(96, 2\), .* groups \(96, 1\); prepare"),
+        (before | {"bits": before["bits"] | {"blocks.2.up": 9}}, ValueError, "bits must be 1 to 8, got 9"),
+    ):
+        with pytest.raises(error, match=message):
+            schedule.load_state_dict(state)
+        after = schedule.state_dict()
+        assert {**after, "power": None} == {**before, "power": None}
+        assert all(torch.equal(after["power"][name], mean) for name, mean in before["power"].items())
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", ["lsq", "ste stochastic", "learned bits"])
+def test_a_copy_of_a_prepared_model_trains_as_the_model_would_have(kind: str, how: str) -> None:
+    model = LanguageModel()
+    tq.quantize_(model, tq.QAT(**RECIPES[kind]))
+    trained(model, 2, 1e-2)
+    other = COPIES[how](model)
+    trained(model, 3, 1e-2)
+    trained(other, 3, 1e-2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    for net in (model, other):
+        tq.quantize_(net.eval(), CONVERT)
+    assert torch.equal(model(batches()[0]), other(batches()[0]))
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_with_learned_bits_has_a_budget_of_its_own_and_a_part_keeps_its_bits(how: str) -> None:
+    model = LanguageModel(tied=True)
+    tq.quantize_(
+        model,
+        tq.QAT({"blocks.*": 4, "embed": 4, "lm_head": 4}, method="pqn", budget=tq.Budget(bits=4.25)),
+    )
+    other, part = COPIES[how](model.eval()), COPIES[how](model.blocks[1])
+    bits = {name: layer.packed.bits for name, layer in tq.qat.prepared_layers(model).items()}
+    assert other.embed.weight_bits is other.lm_head.weight_bits is not model.embed.weight_bits
+    with torch.no_grad():
+        other.blocks[0].up.weight_bits.add_(3.0)
+    changed = {name: layer.packed.bits for name, layer in tq.qat.prepared_layers(other).items()}
+    assert changed["blocks.0.up"] > bits["blocks.0.up"] and changed["embed"] == changed["lm_head"]
+    assert {name: layer.packed.bits for name, layer in tq.qat.prepared_layers(model).items()} == bits
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(part(x), model.blocks[1](x)) and part.up.packed.bits == bits["blocks.1.up"]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_learned_bits_come_back_from_a_state_dict(assign: bool) -> None:
+    model, other = LanguageModel(), LanguageModel()
+    for net in (model, other):
+        tq.quantize_(net, tq.QAT(4, method="pqn", budget=tq.Budget(bits=4.25)))
+    other.eval()(batches()[0])  # settles bits of its own
+    with torch.no_grad():
+        model.blocks[0].up.weight_bits.add_(3.0)
+    other.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    trained(other, 1, 0.0)  # finds its bits
+    for net in (model, other):
+        tq.quantize_(net.eval(), CONVERT)
+    assert model.blocks[0].up.scheme.bits > model.blocks[2].up.scheme.bits
+    for name in LAYERS:
+        assert other.get_submodule(name).scheme == model.get_submodule(name).scheme
+    assert torch.equal(model(batches()[0]), other(batches()[0]))
 
 
 # What convert packs, and what it refuses

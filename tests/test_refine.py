@@ -288,6 +288,15 @@ def test_a_pattern_that_matches_no_layer_is_refused() -> None:
     refused(nested_model(), tq.NoLayersMatched, "pattern 'head' matches no layer", {"head": 4.8})
 
 
+def test_targets_of_no_layer_are_refused() -> None:
+    refused(nested_model(), ValueError, r"target_bits is empty; give a number .* or \{pattern: bits\}", {})
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model is a int; expected an nn.Module"):
+        tq.refine(3, 4.8, batches(), progress=False)  # type: ignore[arg-type]
+
+
 def test_empty_batches_and_a_batch_in_their_place_are_refused() -> None:
     refused(nested_model(), ValueError, "batches is empty; give at least one", given=[])
     refused(nested_model(), TypeError, r"batches is a Tensor; give a list of batches", given=batches()[0])

@@ -557,6 +557,37 @@ def test_what_cannot_be_saved_is_refused_before_the_file_exists(path, tensors, k
     assert leftovers(path) == [path.name] and path.read_bytes() == b"old"
 
 
+def test_a_model_in_training_is_not_saved_for_a_packed_one_and_its_state_is_saved_as_floats(path):
+    model, other = small(), small(1)
+    for net in (model, other):
+        tq.quantize_(net, tq.QAT(2))
+    with pytest.raises(
+        ValueError, match=r"^first, second: prepared .*finish with .*or save model.state_dict"
+    ):
+        tq.save(model, path)
+    assert leftovers(path) == []
+    tq.save(model.state_dict(), path)
+    model.first.set_scheme(tq.Scheme(bits=3))
+    tq.save(model.state_dict(), path)
+    tq.load(path, model=other)
+    assert torch.equal(other.eval()(IDS), model.eval()(IDS))
+    tq.quantize_(model, tq.QAT(step="convert"))
+    tq.save(model, path)
+    assert tq.load(path)["first.weight"].bits == 3
+
+
+@pytest.mark.parametrize("method", ["lsq", "ste"])
+def test_packed_weights_do_not_take_the_place_of_layers_in_training(path, method):
+    packed, model = small(), small()
+    tq.quantize_(packed, 4, progress=False)
+    tq.save(packed, path)
+    tq.quantize_(model, tq.QAT(4, method=method))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"first, second: prepared for training: .* or load .* as it was"):
+        tq.load(path, model=model)
+    assert dict(model.named_modules()) == before
+
+
 class FullDisk:
     """A file of a disk that is full after `room` bytes."""
 

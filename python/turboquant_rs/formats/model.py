@@ -18,6 +18,8 @@ from turboquant_rs.packed import PackedTensor
 
 __all__ = ["Load", "fill", "tensors_of"]
 
+EXTRA_STATE = "_extra_state"  # torch's name of what `get_extra_state` returns
+
 Load = Callable[[str], Tensor | PackedTensor]
 """Reads one tensor by its name."""
 
@@ -31,6 +33,21 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor | PackedTensor]:
         for name, p in module.packed_parameters().items():
             tensors[prefix + name] = p
     return tensors
+
+
+def require_finished(model: nn.Module, names: Iterable[str], otherwise: str) -> None:
+    """Raises ValueError if modules of these names are on their way to be packed, and not there yet.
+
+    otherwise: what to do instead of finishing them.
+    """
+    from turboquant_rs.nn.convert import Unfinished  # the room beside this one; it does not know files
+    from turboquant_rs.nn.patterns import summary
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name: modules[name] for name in names if isinstance(modules.get(name), Unfinished)}
+    if found:
+        way_out = next(iter(found.values())).way_out
+        raise ValueError(f"{summary(list(found)) or type(model).__name__}: {way_out}; {otherwise}")
 
 
 def _packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
@@ -53,8 +70,12 @@ def fill(
 
     packed: name → record and shape; plain: name → shape of the others. Layers whose weight is packed become
         quantized layers. A weight that the file leaves out is there if it is tied to one that is not packed.
-    Raises: ValueError for names or shapes that do not fit; nothing is changed before all of them are checked.
+    Raises: ValueError for names or shapes that do not fit, and packed weights for layers that are prepared
+    for training; nothing is changed before all of them are checked.
     """
+    require_finished(
+        model, [name.rpartition(".")[0] for name in packed], f"or load {path} into the model as it was before"
+    )
     state = tensors_of(model)
     owned = {**{name: shape for name, (_, shape) in packed.items()}, **plain}
     ties = _ties(state, plain)
@@ -103,6 +124,8 @@ def _check_names(path: Path, expected: Iterable[str], owned: Iterable[str]) -> N
 def _check_shape(
     path: Path, model: nn.Module, name: str, value: Any, shape: tuple[int, ...], packed: bool
 ) -> None:
+    if name.rpartition(".")[2] == EXTRA_STATE:
+        return  # as long as what it says
     wanted = tuple(value.shape) if isinstance(value, Tensor | PackedTensor) else shape
     owner = _owner(model, name)
     # transformers' Conv1D holds (in, out), its quantized twin (out, in), as does a file.

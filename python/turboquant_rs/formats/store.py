@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from turboquant_rs.errors import QuantizationFormatError
 from turboquant_rs.formats.container import Entry, Reader, Writer
-from turboquant_rs.formats.model import fill, tensors_of
+from turboquant_rs.formats.model import fill, require_finished, tensors_of
 from turboquant_rs.formats.records import (
     KEY,
     PACKED,
@@ -77,9 +77,13 @@ def save(
     share memory (tied weights) are written once. The file appears under `path` when it is complete and on the
     disk.
 
-    Raises: TypeError for what is no tensor; ValueError for names that collide; OSError where writing fails,
-    and then `path` is as it was.
+    Raises: TypeError for what is no tensor; ValueError for names that collide, and for a model that is
+    prepared for training (its state_dict may be saved, as floats); OSError where writing fails. `path` is as
+    it was then.
     """
+    if isinstance(source, nn.Module):
+        names = [name for name, _ in source.named_modules()]
+        require_finished(source, names, "or save model.state_dict(), the floats of the training so far")
     given = tensors_of(source) if isinstance(source, nn.Module) else source
     if not isinstance(given, Mapping):
         raise TypeError(f"save takes a model or a dict of tensors by name, got {type(source).__name__}")

@@ -209,7 +209,7 @@ def prepare_(model: nn.Module, schemes: Mapping[str, SchemeLike], *, activations
             raise no_match(name, candidates)
     for name, scheme in schemes.items():
         names, module = modules[name]
-        replace_module(model, names, module, _empty_like(module, _scheme(scheme), activations))
+        replace_module(model, names, module, _empty_like(module, as_scheme(scheme), activations))
     return model
 
 
@@ -243,14 +243,15 @@ class _Step:
         return self.names[0]
 
 
-def _scheme(scheme: SchemeLike) -> Scheme:
+def as_scheme(scheme: SchemeLike) -> Scheme:
+    """The default scheme of that many bits, or the scheme itself. Raises as `Scheme` does."""
     return scheme if isinstance(scheme, Scheme) else Scheme(bits=scheme)
 
 
 def _rules(schemes: SchemeLike | Mapping[str, SchemeLike]) -> list[_Rule]:
     if isinstance(schemes, Mapping):
-        return [_Rule(Pattern(text), _scheme(scheme)) for text, scheme in schemes.items()]
-    return [_Rule(None, _scheme(schemes))]
+        return [_Rule(Pattern(text), as_scheme(scheme)) for text, scheme in schemes.items()]
+    return [_Rule(None, as_scheme(schemes))]
 
 
 def _plan(
@@ -418,9 +419,19 @@ def logical_weight(module: nn.Module) -> Tensor:
 # Checks: before anything is changed.
 
 
-def _require_inner_layers(model: nn.Module) -> None:
+def require_module(model: object) -> None:
+    """Raises `TypeError` for what is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
+
+
+def outside_domain(x: Tensor) -> int:
+    """How many elements are NaN, infinite or above 2^120."""
+    return int((~(x.detach().abs() <= LARGEST)).sum())
+
+
+def _require_inner_layers(model: nn.Module) -> None:
+    require_module(model)
     if _is_candidate(model):
         raise TypeError(
             f"the model is itself a {type(model).__name__}, which cannot be swapped in place; use "
@@ -444,7 +455,7 @@ def _check_values(name: str, module: nn.Module, dry_run: bool) -> None:
         return
     low, high = (bound.item() for bound in weight.detach().aminmax())
     if not max(-low, high) <= LARGEST:  # false for NaN as well, which aminmax hands on
-        bad = int((~(weight.detach().abs() <= LARGEST)).sum())
+        bad = outside_domain(weight)
         raise ValueError(
             f"{name}: {bad} of {weight.numel()} weights are NaN, infinite or above 2^120; repair them, or "
             f"leave the layer alone with skip=({name!r},)"

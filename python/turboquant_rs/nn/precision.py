@@ -9,6 +9,7 @@ from torch import nn
 
 from turboquant_rs.errors import NoLayersMatched
 
+from .convert import require_module
 from .patterns import Pattern, no_match, summary
 from .switch import Choose, Rungs, Switch
 from .weight import PackedWeight
@@ -59,22 +60,32 @@ def switchable(model: nn.Module, levels: Sequence[Mapping[str, int]], choose: Ch
     levels: {name of a layer: bits} each, all for the same layers. choose: the level of a forward by its
     arguments, in place of `switch.level`.
 
-    Raises `ValueError`, and changes nothing, if a layer cannot be read at one of the levels, or is under a
-    switch already; `NoLayersMatched` if a name is that of no quantized layer.
+    Raises `ValueError`, and changes nothing, if a layer cannot be read at one of the levels, is under a
+    switch already, or is refined; `NoLayersMatched` if a name is that of no quantized layer.
     """
     found = _quantized_layers(model)
     missing = [name for name in levels[0] if name not in found]
     if missing:
         raise NoLayersMatched(f"{summary(missing)} are no quantized layers; quantize with the plan first")
     layers = {name: found[name] for name in levels[0]}
-    if taken := [name for name, layer in layers.items() if isinstance(layer._read_bits, Rungs)]:
+    require_free(layers)
+    if refined := [name for name, layer in layers.items() if layer._rows is not None]:
         raise ValueError(
-            f"{summary(taken)} follow another ladder; close its tq.PrecisionController (controller.close()), "
-            "or end it with tq.set_precision(model, None)"
+            f"{summary(refined)} are refined row by row (tq.refine), which no ladder moves; end that first "
+            "with tq.set_precision(model, None)"
         )
     for level in levels:
         _require_readable(layers, level)
     return Switch(model, layers, levels, choose)
+
+
+def require_free(layers: Mapping[str, PackedWeight]) -> None:
+    """Raises `ValueError` where layers are under a switch."""
+    if taken := [name for name, layer in layers.items() if isinstance(layer._read_bits, Rungs)]:
+        raise ValueError(
+            f"{summary(taken)} follow a ladder, or the intervals of a plan; close the "
+            "tq.PrecisionController (controller.close()), or end it with tq.set_precision(model, None)"
+        )
 
 
 def _require_readable(layers: Layers, wanted: Mapping[str, int | None]) -> None:
@@ -93,6 +104,7 @@ def _require_readable(layers: Layers, wanted: Mapping[str, int | None]) -> None:
 
 
 def _quantized_layers(model: nn.Module) -> Layers:
+    require_module(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     if not layers:
         raise NoLayersMatched(

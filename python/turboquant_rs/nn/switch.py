@@ -47,7 +47,6 @@ class Switch:
         self._layers = dict(layers)
         for name, layer in layers.items():
             layer._read_bits = Rungs(self, tuple(level[name] for level in levels))
-            layer._rows = None
         self._hooks = (
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),

@@ -354,7 +354,7 @@ class PackedWeight(nn.Module):
             "rounding": self.rounding.to_dict(),
             "bits": self._stored_bits,
         }
-        return torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+        return to_state(record)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over rounding and stored bits from `state`.
@@ -387,6 +387,12 @@ class PackedWeight(nn.Module):
         extra = f"{prefix}_extra_state"
         try:
             if f"{prefix}weight" in state_dict:
+                given = [name for name in (*BUFFERS, "_extra_state") if prefix + name in state_dict]
+                if given and "weight_packed" not in given:
+                    raise ValueError(
+                        "the state is that of a layer prepared for training; load it into the model as "
+                        'tq.QAT prepared it, then convert with tq.QAT(step="convert")'
+                    )
                 self._quantize_state(state_dict, prefix, local_metadata)
             elif extra in state_dict:
                 self.set_extra_state(state_dict[extra])
@@ -450,9 +456,19 @@ class PackedWeight(nn.Module):
         return ", ".join(parts)
 
 
+def to_state(record: Mapping[str, Any]) -> Tensor:
+    """A record as JSON in a u8 tensor, which every loader and format takes."""
+    return torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def from_state(state: Tensor) -> Any:
+    """What `to_state` was given. Raises `AttributeError`, `TypeError` or `ValueError` for anything else."""
+    return json.loads(bytes(state.cpu().tolist()))
+
+
 def _parse_extra_state(state: Tensor) -> tuple[Scheme, Rounding, int]:
     try:
-        record = json.loads(bytes(state.cpu().tolist()))
+        record = from_state(state)
         return (
             Scheme.from_dict(record["scheme"]),
             Rounding.from_dict(record["rounding"]),

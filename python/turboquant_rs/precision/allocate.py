@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from turboquant_rs.errors import NoLayersMatched
+from turboquant_rs.nn.convert import require_module
 from turboquant_rs.nn.patterns import summary
 from turboquant_rs.nn.speed import time_linear
 
@@ -89,7 +90,8 @@ def allocate(  # type: ignore[misc]  # the overloads leave keywords to this one
     The solution is within 1 % of the optimum, as a rule at it (`rust/core/allocate.rs`).
 
     Raises `ValueError` for a budget below what the floor costs (stating the feasible range), bounds that
-    leave no choice, `refine` without model and batches; `NoLayersMatched` for a tie that ties nothing.
+    leave no choice, `refine` without batches and the float model that was scored; `NoLayersMatched` for a
+    tie that ties nothing.
     """
     phased = sensitivity if isinstance(sensitivity, PhasedSensitivity) else None
     if phased is not None:
@@ -100,6 +102,11 @@ def allocate(  # type: ignore[misc]  # the overloads leave keywords to this one
         raise TypeError(f"sensitivity must be a tq.Sensitivity, got {type(sensitivity).__name__}")
     if not isinstance(budget, Budget):
         raise TypeError(f"budget must be a tq.Budget, such as tq.Budget(bits=4.0), got {budget!r}")
+    for name, value in (("floor", floor), ("ceiling", ceiling), ("refine", refine)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if refine < 0:
+        raise ValueError(f"refine must be a number of swaps, 0 or above, got {refine}")
     bits = sensitivity.within(floor, ceiling)
     if not bits:
         raise ValueError(
@@ -107,6 +114,8 @@ def allocate(  # type: ignore[misc]  # the overloads leave keywords to this one
         )
     if refine and (model is None or batches is None):
         raise ValueError("refine measures KL: give it model= and batches= as well")
+    if refine and model is not None:
+        _require_float(model, sensitivity)
     groups = _tied(sensitivity, tie)
     cost, limit = _measure(sensitivity, budget)
     choices = Choices.of(sensitivity, bits, groups, cost)
@@ -120,13 +129,39 @@ def allocate(  # type: ignore[misc]  # the overloads leave keywords to this one
     return Plan(sensitivity, choices.spread(chosen), choices.groups, min(bits), max(bits))
 
 
+def tie_patterns(ties: Iterable[str]) -> tuple[str, ...]:
+    """The argument `tie` as a tuple. Raises `TypeError` for what is no list of expressions."""
+    if isinstance(ties, str):
+        return (ties,)
+    try:
+        return tuple(ties)
+    except TypeError as error:
+        raise TypeError(
+            f'tie must be regular expressions, such as ("q_proj|k_proj|v_proj",), got {ties!r}'
+        ) from error
+
+
+def _require_float(model: nn.Module, found: Sensitivity) -> None:
+    """Raises `ValueError` where a layer that was scored is not in `model`, or has no float weight there."""
+    require_module(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [layer.name for layer in found.layers if "weight" not in _parameters(modules.get(layer.name))]
+    if missing:
+        raise ValueError(
+            f"swaps are measured on the float model that was scored, and {type(model).__name__} has no float "
+            f"weight in {summary(missing)}; give refine the model as it was when tq.sensitivity scored it"
+        )
+
+
+def _parameters(module: nn.Module | None) -> Mapping[str, object]:
+    return {} if module is None else module._parameters
+
+
 def _tied(found: Sensitivity, ties: Iterable[str]) -> list[list[int]]:
     """Positions of layers in groups that share their bits: each in the first tie that it matches."""
-    if isinstance(ties, str):
-        ties = (ties,)
     names = [layer.name for layer in found.layers]
     owner: dict[int, tuple[object, ...]] = {}
-    for number, text in enumerate(ties):
+    for number, text in enumerate(tie_patterns(ties)):
         try:
             expression = re.compile(rf"(?:(?P<parent>.*)\.)?(?:{text})")
         except (re.error, TypeError) as error:

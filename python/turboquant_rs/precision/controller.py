@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from turboquant_rs.nn.convert import require_module
 from turboquant_rs.nn.precision import switchable
 
 from .errors import Errors, Quality
@@ -43,8 +44,8 @@ class PrecisionController:
     stores one integer. Use it as a context manager, or `close()` it, to let the model go.
 
     Raises `ValueError` for a ladder that does not fall, a plan made for another model, a model that cannot be
-    read at the bits of the ladder (not packed nested), one that has a controller, and a floor above the
-    ladder; the model is as it was then.
+    read at the bits of the ladder (not packed nested), one that has a controller, follows a `PhasedPlan` or
+    is refined (`tq.refine`), and a floor above the ladder; the model is as it was then.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class PrecisionController:
         workers: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        require_module(model)
         plans = _checked(ladder)
         if not isinstance(slo, SLO):
             raise TypeError(f"slo must be a tq.SLO, such as tq.SLO(p95_ms=20), got {slo!r}")

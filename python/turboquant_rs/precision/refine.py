@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from turboquant_rs import ops
 from turboquant_rs.errors import NoLayersMatched
 from turboquant_rs.nn import QuantLinear, precision
+from turboquant_rs.nn.convert import require_module
 from turboquant_rs.nn.patterns import Pattern, no_match
+from turboquant_rs.nn.precision import require_free
 from turboquant_rs.nn.rows import RowPrecision
 from turboquant_rs.progress import Progress
 from turboquant_rs.table import table
@@ -123,8 +125,9 @@ def refine(
     keep it, state dicts and files do not; `tq.set_precision` ends it.
 
     Raises `ValueError`, and changes nothing, for bits outside what a layer can be read at, layers with
-    activations="float", empty batches, inputs that are not finite, a layer that no batch reaches;
-    `NoLayersMatched` for a model without nested linear layers and a pattern that matches none.
+    activations="float", layers that follow a ladder (`tq.PrecisionController`), empty batches, inputs that
+    are not finite, a layer that no batch reaches; `NoLayersMatched` for a model without nested linear layers
+    and a pattern that matches none.
     """
     targets = [_Target(name, layer, bits) for name, layer, bits in _wanted(model, target_bits)]
     source = iterate(batches)
@@ -223,6 +226,7 @@ def _wanted(
     model: nn.Module, target_bits: float | Mapping[str, float]
 ) -> Iterator[tuple[str, QuantLinear, float]]:
     """The layers to refine, by name, and the mean bits wanted of each."""
+    require_module(model)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -234,6 +238,8 @@ def _wanted(
             "with tq.quantize_(model, tq.Scheme.nested())"
         )
     targets = target_bits if isinstance(target_bits, Mapping) else {"*": target_bits}
+    if not targets:
+        raise ValueError("target_bits is empty; give a number of bits for all layers, or {pattern: bits}")
     wanted: dict[str, float] = {}
     for text, bits in targets.items():
         if isinstance(bits, bool) or not isinstance(bits, int | float):
@@ -242,6 +248,7 @@ def _wanted(
         if not matched:
             raise no_match(text, list(layers))
         wanted |= {name: bits for name in matched if name not in wanted}
+    require_free({name: layers[name] for name in wanted})
     for name, bits in wanted.items():
         layer = layers[name]
         if layer.activations != "int8":

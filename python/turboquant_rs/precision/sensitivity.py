@@ -247,8 +247,10 @@ def sensitivity(  # type: ignore[misc]  # the overloads leave keywords to this o
     """
     if score not in SCORES:
         raise ValueError(f"score {score!r} is unknown; use {', '.join(map(repr, SCORES))}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
     base = scheme if scheme is not None else Scheme()
-    widths = _choices(choices, base)
+    widths = checked_choices(choices, base)
     block = _block_rows(granularity)
     judge, source = _judge(loss, score, intervals), iterate(batches)
     found = _layers(model, at_bits(base, widths[-1]), tuple(layers), tuple(skip))
@@ -373,8 +375,11 @@ def _layers(
     return quantize_(model, chosen, skip=skip, dry_run=True).layers
 
 
-def _choices(choices: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
-    """The choices in ascending order, each checked against the scheme."""
+def checked_choices(choices: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
+    """The choices in ascending order.
+
+    Raises `TypeError` or `ValueError` for what are no different numbers of bits that `scheme` can have.
+    """
     try:
         widths = tuple(choices)
     except TypeError as error:

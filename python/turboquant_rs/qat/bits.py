@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -59,18 +59,35 @@ class LearnedBits:
         overhead = float(least) - FLOOR * total / 8
         self._mean = (self.nbytes - overhead) * 8 / total
         device = layers[0][0].weight.device
-        self.theta = [nn.Parameter(torch.tensor(self._mean, device=device)) for _ in layers]
-        self._settled: tuple[float, ...] = ()
+        self._theta = [nn.Parameter(torch.tensor(self._mean, device=device)) for _ in layers]
+        self._settled: tuple[tuple[float, ...], tuple[int, ...]] = ((), ())  # real bits, and the whole ones
         self._known: tuple[tuple[int, ...], Tensor] | None = None  # versions of θ, and their μ
 
     @classmethod
     def attach(cls, layers: Sequence[Sequence[Prepared]], budget: Budget) -> LearnedBits:
         """Gives each layer its Parameter `weight_bits`."""
         bits = cls(layers, budget)
-        for group, theta in zip(layers, bits.theta, strict=True):
+        for place, (group, theta) in enumerate(zip(layers, bits._theta, strict=True)):
             for layer in group:
-                layer.weight_bits, layer.qat.bits = theta, bits
+                layer.weight_bits, layer.qat.bits, layer.qat.place = theta, bits, place
         return bits
+
+    def join(self, layer: Prepared) -> None:
+        """Takes in a copy of a layer, in its place; for copies of the model, whose bits know no layer yet."""
+        self._layers[layer.qat.place].append(weakref.ref(layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the layers, which a copy or a pickle may hold in part: those that are in it join."""
+        return vars(self) | {"_layers": [[] for _ in self._layers], "_theta": self.theta, "_known": None}
+
+    @property
+    def theta(self) -> list[nn.Parameter]:
+        """θ of each layer, its Parameter `weight_bits`; of a layer that is gone, the last one."""
+        for place, group in enumerate(self._layers):
+            for reference in group:
+                if (layer := reference()) is not None and layer.weight_bits is not None:
+                    self._theta[place] = layer.weight_bits
+        return self._theta
 
     def _offset(self, theta: Tensor) -> Tensor:
         """μ with Σ n · clamp(θ + μ) = n̄ · budget, by bisection."""
@@ -81,11 +98,26 @@ class LearnedBits:
             low, high = (middle, high) if mean < self._mean else (low, middle)
         return (low + high) / 2
 
+    def _require_finite(self, theta: Tensor) -> None:
+        """One θ that is not finite makes μ so, and with it the bits of every layer."""
+        for group, finite in zip(self._layers, theta.isfinite().tolist(), strict=True):
+            if not finite:
+                name = next((layer.qat.name for ref in group if (layer := ref()) is not None), "a layer")
+                raise ValueError(
+                    f"the learned bits of {name} are NaN or infinite: training has diverged; go back to a "
+                    "checkpoint, and lower the rate or clip gradients"
+                )
+
     def real(self) -> Tensor:
-        """The bits (layers,) as they are learned, f64, differentiable."""
-        theta = torch.stack(list(self.theta)).cpu().double()
-        versions = tuple(parameter._version for parameter in self.theta)
+        """The bits (layers,) as they are learned, f64, differentiable.
+
+        Raises `ValueError` where a θ is NaN or infinite.
+        """
+        parameters = self.theta
+        theta = torch.stack(list(parameters)).cpu().double()
+        versions = tuple(version for p in parameters for version in (p._version, p.data_ptr()))
         if self._known is None or self._known[0] != versions:
+            self._require_finite(theta.detach())
             self._known = (versions, self._offset(theta.detach()))
         offset = self._known[1]
         free = ((theta + offset).detach() - (FLOOR + CEILING) / 2).abs() < (CEILING - FLOOR) / 2
@@ -95,8 +127,7 @@ class LearnedBits:
 
     def of(self, layer: Prepared) -> Tensor:
         """The bits of one layer, 0-d f32 on its device."""
-        index = next(i for i, theta in enumerate(self.theta) if theta is layer.weight_bits)
-        return self.real()[index].to(layer.weight.device, torch.float32)
+        return self.real()[layer.qat.place].to(layer.weight.device, torch.float32)
 
     def settle(self) -> tuple[int, ...]:
         """Whole bits within the budget, given to the layers as their scheme.
@@ -105,7 +136,7 @@ class LearnedBits:
         chosen that cost least of Σ n·4^(b − whole), by the solver of `tq.allocate`.
         """
         real = tuple(self.real().detach().tolist())
-        if real != self._settled:
+        if real != self._settled[0]:
             scores = np.array(
                 [
                     [n * 4.0 ** (b - w) for w in CHOICES]
@@ -113,9 +144,9 @@ class LearnedBits:
                 ]
             )
             chosen = ops.cpu.allocate(self._costs.reshape(-1), scores.reshape(-1), len(CHOICES), self.nbytes)
-            for group, choice in zip(self._layers, chosen, strict=True):
-                for reference in group:
-                    if (layer := reference()) is not None and layer.scheme.bits != CHOICES[choice]:
-                        layer.set_scheme(at_bits(layer.scheme, CHOICES[choice]))
-            self._settled = real
-        return tuple(layer.scheme.bits for group in self._layers if (layer := group[0]()) is not None)
+            self._settled = (real, tuple(CHOICES[choice] for choice in chosen))
+        for group, bits in zip(self._layers, self._settled[1], strict=True):
+            for reference in group:
+                if (layer := reference()) is not None and layer.scheme.bits != bits:
+                    layer.set_scheme(at_bits(layer.scheme, bits))
+        return self._settled[1]

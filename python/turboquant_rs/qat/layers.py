@@ -10,7 +10,8 @@ evaluation mode they reach inputs and bias, as after `convert`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turboquant_rs import ops
-from turboquant_rs.nn.convert import Unfinished, logical_weight
+from turboquant_rs.errors import QuantizationFormatError
+from turboquant_rs.nn.convert import Unfinished, logical_weight, outside_domain
 from turboquant_rs.nn.embedding import QuantEmbedding, gather_rows
 from turboquant_rs.nn.linear import QuantLinear, is_conv1d
+from turboquant_rs.nn.weight import from_state, to_state
 from turboquant_rs.packed import PackedTensor, autocast, encode, matmul, pack
 from turboquant_rs.scheme import Rounding, Scheme
 
@@ -94,25 +97,24 @@ def by_group(x: Tensor, scheme: Scheme) -> Tensor:
 class State:
     """What a prepared layer knows besides its parameters.
 
-    read_bits: a prefix of nested codes, None for all. bits: where the bits of the layer are learned. draws:
-    how often the weight has changed between training forwards; addresses random bits.
+    name: of the layer when it was prepared, for errors. read_bits: a prefix of nested codes, None for all.
+    bits, place: where the bits of the layer are learned, and which of them. draws: how often the weight has
+    changed between training forwards; addresses random bits.
     """
 
     method: str
     rounding: Rounding
+    name: str
     read_bits: int | None = None
     bits: LearnedBits | None = None
+    place: int = 0
     draws: int = 0
     version: int = -1
     cached: tuple[tuple[int, ...], PackedTensor] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        copied = dataclasses.replace(self, cached=None)
-        if self.bits is not None:
-            raise TypeError(
-                "layers with learned bits share their budget; convert the model before copying it"
-            )
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle counts the versions of another Parameter, and packs by itself."""
+        return vars(self) | {"version": -1, "cached": None}
 
 
 class Prepared(Unfinished, nn.Module):
@@ -171,7 +173,7 @@ class Prepared(Unfinished, nn.Module):
         if (scheme.group_size, scheme.symmetric) != (self.scheme.group_size, self.scheme.symmetric):
             raise ValueError(f"{scheme} has other groups or zero points than {self.scheme}; prepare anew")
         if self.weight_scale is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.naming():
                 scales, self.weight_zero_point = initial_numbers(self.logical.detach(), scheme)
                 self.weight_scale.copy_(scales / scale_unit(scheme))
         self.scheme, self.qat.read_bits, self.qat.cached = scheme, None, None
@@ -181,10 +183,90 @@ class Prepared(Unfinished, nn.Module):
         """The learned scales (n, groups) before they are rounded to scale_dtype; None if chosen."""
         return None if self.weight_scale is None else self.weight_scale * scale_unit(self.scheme)
 
+    # What is kept of it, and what it says
+
+    def get_extra_state(self) -> Tensor:
+        """Scheme, and draws so far, as packed layers keep theirs: bits that have changed come back."""
+        return to_state({"scheme": self.scheme.to_dict(), "draws": self.qat.draws})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Goes on with the scheme and the draws of `state`; learned scales are in a state of their own.
+
+        Raises `ValueError` for a scheme that this layer, as it was prepared, cannot go on with.
+        """
+        scheme, draws = _parse_extra_state(state)
+        alike = (scheme.group_size, scheme.symmetric) == (self.scheme.group_size, self.scheme.symmetric)
+        if not alike or trained_scheme(scheme, self.qat.method) != scheme:
+            raise ValueError(
+                f"the state was trained with {scheme}, this layer is prepared with {self.scheme} and "
+                f"method={self.qat.method!r}; prepare the model as the one that was saved"
+            )
+        if scheme != self.scheme:
+            self.scheme, self.qat.read_bits = scheme, None
+        self.qat.draws, self.qat.version, self.qat.cached = draws, -1, None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As of every module; a state without a scheme, as of the float model, leaves the layer its own."""
+        extra = f"{prefix}_extra_state"
+        try:
+            if extra in state_dict:
+                self.set_extra_state(state_dict[extra])
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if extra in missing_keys:
+            missing_keys.remove(extra)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
+        if self.qat.bits is not None:
+            self.qat.bits.join(self)
+
+    def naming(self) -> AbstractContextManager[None]:
+        """A `ValueError` of a kernel in the block names the layer, and the way out."""
+        # Compiled code raises by itself, past any handler.
+        return nullcontext() if torch.compiler.is_compiling() else self._naming()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.qat.name}: {self._diverged() or error}") from error
+
+    def _diverged(self) -> str:
+        """Which of the layer's Parameters has numbers that nothing computes with; empty if none has."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("weight") and (bad := outside_domain(parameter)):
+                return (
+                    f"{bad} of {parameter.numel()} numbers of its {name} are NaN, infinite or above 2^120: "
+                    "training has diverged; go back to a checkpoint, and lower the rate or clip gradients"
+                )
+        return ""
+
     # Training
 
     def trained_weight(self) -> Tensor:
-        """The weight (n, k) that the layer computes with in training, with gradients."""
+        """The weight (n, k) that the layer computes with in training, with gradients.
+
+        Raises `ValueError` for numbers that are NaN, infinite or above 2^120.
+        """
+        with self.naming():
+            return self._trained_weight()
+
+    def _trained_weight(self) -> Tensor:
         if self.qat.method == "pqn":
             noisy: Tensor = self._noisy_weight()
             return noisy
@@ -222,8 +304,12 @@ class Prepared(Unfinished, nn.Module):
         """The weight as `convert` packs it, with all its bits; kept until a parameter changes.
 
         A change through `.data`, which PyTorch does not count, is seen after `train()` or `eval()`, and by
-        `convert`.
+        `convert`. Raises `ValueError` for numbers that are NaN, infinite or above 2^120.
         """
+        with self.naming():
+            return self._stored()
+
+    def _stored(self) -> PackedTensor:
         if self.qat.bits is not None:
             self.qat.bits.settle()
         changing = [p for p in (self.weight, self.weight_scale) if p is not None]
@@ -323,6 +409,17 @@ class QATEmbedding(Prepared, nn.Embedding):  # type: ignore[misc]  # as above
 def prepared_layers(model: nn.Module) -> dict[str, Prepared]:
     """{name: layer} of the prepared layers of a model, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
+
+
+def _parse_extra_state(state: Tensor) -> tuple[Scheme, int]:
+    try:
+        record = from_state(state)
+        return Scheme.from_dict(record["scheme"]), int(record["draws"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise QuantizationFormatError(
+            f"_extra_state is no record of a layer in training ({type(error).__name__}: {error}); it is "
+            "written by state_dict() of a prepared model"
+        ) from error
 
 
 def by_weight(layers: dict[str, Prepared]) -> list[Sequence[str]]:

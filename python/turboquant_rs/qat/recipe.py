@@ -6,13 +6,17 @@ import dataclasses
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from turboquant_rs.errors import NoLayersMatched
 from turboquant_rs.nn import quantize_
 from turboquant_rs.nn.convert import Follower, Prescription, SchemeLike, replace_module
 from turboquant_rs.nn.patterns import summary
+from turboquant_rs.nn.weight import PackedWeight
 from turboquant_rs.precision import Budget
 from turboquant_rs.progress import Progress
 from turboquant_rs.quality import Distance
@@ -21,6 +25,7 @@ from turboquant_rs.scheme import Rounding, Scheme
 
 from .bits import LearnedBits
 from .layers import (
+    LEARNED_SCALES,
     METHODS,
     Prepared,
     QATEmbedding,
@@ -43,7 +48,9 @@ class QAT:
         2025). "pqn" adds noise in place of rounding (Défossez et al. 2022) and, with a `budget`, learns bits.
     rounding: of training. "stochastic" goes with "ste": scales that are learned may clip. Evaluation and
         convert round to nearest. seed: of stochastic rounding and of noise.
-    step: "prepare" swaps layers for trainable ones that keep the Parameters; "convert" packs them.
+    step: "prepare" swaps layers for trainable ones that keep the Parameters; "convert" packs them. A model
+        that then has nothing left to train is in evaluation mode, and refuses a forward in training mode that
+        no gradient could come back from.
     budget: for "pqn": the bits of all layers together (`tq.Budget(bits=…)`, scales counted, or `bytes=`);
         each layer then learns its own, 2 to 8.
 
@@ -95,8 +102,9 @@ class QAT:
     ) -> Report:
         """What `tq.quantize_` calls. "prepare" reports what "convert" will give, as a dry run does.
 
-        Raises `ValueError` for a model that is prepared already, or converted without having been prepared,
-        and otherwise as `tq.quantize_`; the model is then as it was.
+        Raises `ValueError` for a model that is prepared already, converted without having been prepared,
+        under `torch.inference_mode` or without anything to train, and otherwise as `tq.quantize_`; the model
+        is then as it was.
         """
         layers = prepared_layers(model) if isinstance(model, nn.Module) else {}
         if self.step == "convert":
@@ -110,7 +118,9 @@ class QAT:
                 raise ValueError(
                     "convert packs every layer as it was prepared; leave nested, skip and activations out"
                 )
-            return _convert(model, layers, progress)
+            report = _convert(model, layers, progress)
+            _end_training(model)
+            return report
         if layers:
             raise ValueError(
                 f"{type(model).__name__} is prepared already ({summary(list(layers))}); train it, then "
@@ -120,6 +130,7 @@ class QAT:
 
     def _prepare(self, model: nn.Module, nested: bool, skip: Iterable[str], activations: str) -> Report:
         assert self.schemes is not None
+        self._require_trainable(model)
         schemes, read = self.schemes, dict[str, int]()
         if isinstance(schemes, Follower):
             raise ValueError(
@@ -142,7 +153,8 @@ class QAT:
             own = rounding
             if rounding.is_stochastic and not rounding.stream:
                 own = dataclasses.replace(rounding, stream=f"{entry.name}.weight")
-            made.append((entry, _successors(model, entry, scheme, State(self.method, own), activations)))
+            state = State(self.method, own, entry.name)
+            made.append((entry, _successors(model, entry, scheme, state, activations)))
         if self.budget is not None:
             LearnedBits.attach([list(found) for _, found in made], self.budget)
         for _, found in made:
@@ -150,6 +162,46 @@ class QAT:
                 replace_module(model, names, old, new)
                 new.read_bits = read.get(names[0], new.read_bits)
         return report
+
+    def _require_trainable(self, model: nn.Module) -> None:
+        """Raises `ValueError` for a model that no training could change."""
+        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+            raise ValueError(
+                "the model is under torch.inference_mode, where nothing trains; prepare it outside, a model "
+                "that was loaded outside"
+            )
+        learns = self.method in LEARNED_SCALES or self.budget is not None
+        if not learns and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient, and method={self.method!r} has "
+                "none of its own: nothing would train; call model.requires_grad_() first"
+            )
+
+
+def _end_training(model: nn.Module) -> None:
+    """What is left to train of a converted model goes on; where nothing is, its training is over."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        model.eval()
+    if _refuse_training not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refuse_training, with_kwargs=True)
+
+
+def _refuse_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The forward pre-hook of a converted model: a training that would reach nothing, said before it runs.
+
+    Biases, norms and adapters go on training, and inputs that require a gradient get theirs.
+    """
+    if not model.training or not torch.is_grad_enabled():
+        return
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(tensor.requires_grad for tensor in (*inputs, *model.parameters())):
+        return
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is converted and in training mode: codes do not train, and nothing else "
+            "in it requires a gradient. To use it, model.eval() or torch.no_grad(); to train it on, "
+            "tq.dequantize_(model) and prepare it again with tq.QAT"
+        )
 
 
 def _successors(
@@ -162,7 +214,7 @@ def _successors(
         modules.setdefault(id(module), ([], module))[0].append(name)
     found: dict[Prepared, tuple[list[str], nn.Module]] = {}
     for names, module in modules.values():
-        own = state if not found else dataclasses.replace(state)
+        own = dataclasses.replace(state, name=names[0])
         new: Prepared
         if isinstance(module, nn.Embedding):
             new = QATEmbedding(module, scheme, own)
