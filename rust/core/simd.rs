@@ -251,7 +251,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn words(self, a: Self::U8) -> Self::I32;
     /// Inverse of [`Isa::words`].
     fn bytes(self, a: Self::I32) -> Self::U8;
-    /// Asks for the cache line `ahead` bytes behind `from`, which need not exist. Nothing but speed depends on it.
+    /// Asks the second cache for the line `ahead` bytes behind `from`, which need not exist: requests of the first
+    /// one are few, and soon stand in the way of its own. Nothing but speed depends on it.
     #[inline(always)]
     fn prefetch(self, _from: &[u8; 64], _ahead: usize) {}
     /// (a >> shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift low bits.

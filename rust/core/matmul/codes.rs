@@ -28,9 +28,9 @@ use super::sums::{Sums, by_height, tiles};
 use super::tile::{Operands, Stream, Tile};
 
 /// Rows of x up to which codes are expanded in registers, a few rows after the other: measured.
-const STREAM_ROWS: usize = 8;
+const STREAM_ROWS: usize = 16;
 /// The same for codes of a byte each, which there is nothing to expand of.
-const STREAM_ROWS_OF_BYTES: usize = 4;
+const STREAM_ROWS_OF_BYTES: usize = 1;
 
 /// The work of one thread at a time: some panels of the weight, some rows of x.
 pub(super) struct Panels<'a> {
@@ -171,10 +171,8 @@ impl Streams<'_> {
         let mut done = 0;
         while done < self.rows.len() {
             done += match self.rows.len() - done {
-                1 => self.rows_of::<M, STACK, 1>(by, done),
+                rows if rows == 1 || STACK == BYTES => self.rows_of::<M, STACK, 1>(by, done),
                 2 | 3 => self.rows_of::<M, STACK, 2>(by, done),
-                // With four rows the loads of a unit are too far apart to be foreseen by the caches.
-                _ if STACK == BYTES => self.rows_of::<M, STACK, 2>(by, done),
                 _ => self.rows_of::<M, STACK, 4>(by, done),
             };
         }
@@ -208,8 +206,8 @@ impl Tiles<'_> {
         let (count, passes) = (rows.div_ceil(M::TILE_ROWS), if wide { 1 } else { self.on.vectors });
         let steps = count * passes * self.on.block.units.len();
         let mut ahead = match self.planes {
-            Some(planes) if count > 1 => planes.ahead(self.on.block, steps),
-            _ => Ahead::default(),
+            Some(planes) => planes.ahead(self.on.block, steps),
+            None => Ahead::default(),
         };
         for first in 0..passes {
             for (row, height) in tiles(rows, M::TILE_ROWS) {

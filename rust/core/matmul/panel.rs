@@ -29,8 +29,11 @@ pub(super) type Word = [u8; TILE];
 
 /// Rows of a whole panel.
 pub(super) const PANEL: usize = VECTORS * LANES;
-/// How far ahead of the codes in use memory is asked for, in lines of all planes together.
-const AHEAD: usize = 32;
+/// How far ahead of the codes in use memory is asked for, in lines of all planes together: measured. One row of x
+/// hurries from line to line; several leave the time to reach further.
+pub(super) const fn ahead(rows: usize) -> usize {
+    if rows == 1 { 24 } else { 96 }
+}
 
 /// Some rows of the weight: 64 of them, or what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -307,18 +310,18 @@ pub(super) struct Unit<'a> {
 }
 
 impl Unit<'_> {
-    /// The words of vector `c`, levels looked up.
+    /// The words of vector `c`, levels looked up; memory `ahead` of them is asked for, see [`ahead`].
     #[inline(always)]
-    pub(super) fn words<I: Isa, const STACK: u32>(&self, isa: I, c: usize) -> [I::U8; UNIT] {
+    pub(super) fn words<I: Isa, const STACK: u32>(&self, isa: I, c: usize, ahead: usize) -> [I::U8; UNIT] {
         const { assert!(MAX_PLANES == 6) };
         let mut words = [isa.splat_u8(0); UNIT];
         // Not a loop: one of this length might not be unrolled.
-        self.add_plane::<I, STACK, 0>(isa, c, &mut words);
-        self.add_plane::<I, STACK, 1>(isa, c, &mut words);
-        self.add_plane::<I, STACK, 2>(isa, c, &mut words);
-        self.add_plane::<I, STACK, 3>(isa, c, &mut words);
-        self.add_plane::<I, STACK, 4>(isa, c, &mut words);
-        self.add_plane::<I, STACK, 5>(isa, c, &mut words);
+        self.add_plane::<I, STACK, 0>(isa, c, ahead, &mut words);
+        self.add_plane::<I, STACK, 1>(isa, c, ahead, &mut words);
+        self.add_plane::<I, STACK, 2>(isa, c, ahead, &mut words);
+        self.add_plane::<I, STACK, 3>(isa, c, ahead, &mut words);
+        self.add_plane::<I, STACK, 4>(isa, c, ahead, &mut words);
+        self.add_plane::<I, STACK, 5>(isa, c, ahead, &mut words);
         if STACK & LEVELS != 0
             && let Some(table) = self.table
         {
@@ -335,6 +338,7 @@ impl Unit<'_> {
         &self,
         isa: I,
         c: usize,
+        ahead: usize,
         words: &mut [I::U8; UNIT],
     ) {
         let width = const { width_of(STACK, P) };
@@ -343,7 +347,8 @@ impl Unit<'_> {
         }
         let at = const { bits_from(STACK, P + 1) };
         if const { joined(STACK, P + 1) } {
-            let [high, low] = [self.load::<I, STACK>(isa, P, c, 0), self.load::<I, STACK>(isa, P + 1, c, 0)];
+            let [high, low] =
+                [self.load::<I, STACK>(isa, P, c, 0, ahead), self.load::<I, STACK>(isa, P + 1, c, 0, ahead)];
             // Fields of two bits: the words of even number, and those of odd.
             let fields = [
                 isa.or_u8(isa.shl_and_u8(high, 1, 0xaa), isa.shr_and_u8(low, 0, 0x55)),
@@ -356,7 +361,7 @@ impl Unit<'_> {
         }
         let stacked = UNIT / width;
         for j in 0..width {
-            let bytes = self.load::<I, STACK>(isa, P, c, j);
+            let bytes = self.load::<I, STACK>(isa, P, c, j, ahead);
             for n in 0..stacked {
                 let word = &mut words[j * stacked + n];
                 *word = isa.or_u8(*word, field(isa, bytes, width, n, at));
@@ -366,10 +371,10 @@ impl Unit<'_> {
 
     /// Vector `j` of plane `i` of vector `c` of rows; asks for the memory behind it.
     #[inline(always)]
-    fn load<I: Isa, const STACK: u32>(&self, isa: I, i: usize, c: usize, j: usize) -> I::U8 {
+    fn load<I: Isa, const STACK: u32>(&self, isa: I, i: usize, c: usize, j: usize, ahead: usize) -> I::U8 {
         let width = width_of(STACK, i);
         let bytes = &self.planes[i][c * width + j];
-        isa.prefetch(bytes, (AHEAD * width / bits_from(STACK, 0)).max(1) * TILE);
+        isa.prefetch(bytes, (ahead * width / bits_from(STACK, 0)).max(1) * TILE);
         isa.load_u8(bytes)
     }
 }
@@ -392,7 +397,7 @@ impl<const STACK: u32> Kernel for Expand<'_, '_, STACK> {
             let unit = self.planes.unit::<STACK>(unit, vectors);
             for c in 0..vectors {
                 let to = &mut self.to[self.order.at(number, c, vectors)..][..UNIT];
-                let words = unit.words::<I, STACK>(isa, c);
+                let words = unit.words::<I, STACK>(isa, c, ahead(1));
                 for j in 0..UNIT {
                     isa.store_u8(&mut to[j], words[j]);
                 }

@@ -15,7 +15,7 @@ use crate::simd::{Isa, LANES, VECTORS};
 use super::activations::{Activations, Row};
 use super::affine::{Affine, Form};
 use super::cuts::{Block, Cuts, Piece, UNIT};
-use super::panel::{Ahead, Lanes, PanelPlanes, PanelScales, Word};
+use super::panel::{Ahead, Lanes, PanelPlanes, PanelScales, Word, ahead};
 use super::sums::Sums;
 
 /// What the kernels share: x, and one block of columns of one panel.
@@ -362,7 +362,7 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }
                 for c in 0..VECTORS {
-                    let words = unit.words::<M::Isa, STACK>(isa, c);
+                    let words = unit.words::<M::Isa, STACK>(isa, c, ahead(R));
                     // Taken out of their array: in it, found by a count, they would be stored after every word.
                     let mut column = [by.splat(0); R];
                     for r in 0..R {
