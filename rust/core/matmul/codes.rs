@@ -27,9 +27,7 @@ use super::strips::{self, Strips};
 use super::sums::{Sums, by_height, tiles};
 use super::tile::{Operands, Stream, Tile};
 
-/// Rows of x up to which codes are expanded in registers, a few rows after the other: measured.
-const STREAM_ROWS: usize = 16;
-/// The same for codes of a byte each, which there is nothing to expand of.
+/// [`Multiply::STREAM_ROWS`] for codes of a byte each, which there is nothing to expand of.
 const STREAM_ROWS_OF_BYTES: usize = 1;
 
 /// The work of one thread at a time: some panels of the weight, some rows of x.
@@ -92,7 +90,7 @@ impl Panels<'_> {
         let mut carried = carried.as_mut();
         let on = Operands { x: self.x, cuts, block, affine, vectors, scales, zeros };
         if let Codes::Panels(planes) = codes
-            && self.rows.len() <= stream_rows(planes)
+            && self.rows.len() <= stream_rows::<M>(planes)
             && cuts.by_units
             && sums.wide(M::TILE_VECTORS)
         {
@@ -139,9 +137,9 @@ const fn common(stack: u32) -> bool {
     matches!(stack, BYTES | 0x4 | 0x2 | 0x12 | 0x44) || stack == LEVELS | 0x4
 }
 
-/// Rows of x up to which these codes are expanded in registers.
-fn stream_rows(planes: &PanelPlanes<'_>) -> usize {
-    if planes.stack() == BYTES { STREAM_ROWS_OF_BYTES } else { STREAM_ROWS }
+/// Rows of x up to which these codes are expanded in registers, a few rows after the other.
+fn stream_rows<M: Multiply>(planes: &PanelPlanes<'_>) -> usize {
+    if planes.stack() == BYTES { STREAM_ROWS_OF_BYTES } else { M::STREAM_ROWS }
 }
 
 /// A few rows of x against the codes of a block as they lie in memory.

@@ -29,6 +29,9 @@ pub(crate) trait Multiply: Copy + Send + Sync {
     /// Whether few rows have a kernel of their own for every number of bits, not only for the common ones: each is
     /// compiled for each instruction set, and takes its time and room.
     const EVERY_STACK: bool = false;
+    /// Rows of x up to which codes of a single plane are better expanded again for every few rows than once, in
+    /// memory, for all: measured.
+    const STREAM_ROWS: usize = 8;
     /// Rows of a tile whose sums fit the registers, [`Multiply::TILE_VECTORS`] vectors wide.
     const TILE_ROWS: usize;
     /// Vectors of such a tile: 1 or 4.
@@ -95,6 +98,7 @@ impl<D: Dot> Multiply for Bytes<D> {
     type Codes = <D::Isa as Isa>::U8;
     type Word = [u8; 4];
     const EVERY_STACK: bool = D::INSTRUCTION;
+    const STREAM_ROWS: usize = 16;
     const TILE_ROWS: usize = D::TILE_ROWS;
     const TILE_VECTORS: usize = D::TILE_VECTORS;
 
