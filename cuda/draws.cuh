@@ -4,6 +4,8 @@
 // a lane after the other, and shares the words through its part of shared memory. Otherwise every element asks for
 // its own.
 
+enum Mode { NEAREST, IID, ANTITHETIC, STRATIFIED, SYSTEMATIC, SUBTRACTIVE };
+
 static const int TILE = DRAW_BITS == 32 ? 64 : 128;
 static const int WARP_TILES = TILED ? DRAWN * UNIT / TILE : 0;
 static const int TILE_WORDS = 68;  // 64 words, and a gap that keeps neighbours in different banks
@@ -16,9 +18,9 @@ template <int WIDTH> __device__ inline u32 shrunk(u32 draw, u32 rho) {
 }
 
 // The draw of element `index`, of its own counter.
-__device__ inline u32 element_draw(const Source &source, u64 index) {
+__device__ inline u32 element_draw(const Source &source, Purpose purpose, u64 index) {
     int j = (int)(index % 64);
-    u32 word = word_of(philox(source, ELEMENT, index / TILE * 16 + j % 16), j / 16);
+    u32 word = word_of(philox(source, purpose, index / TILE * 16 + j % 16), j / 16);
     return DRAW_BITS == 32 ? word : index % 128 < 64 ? word & 0xffff : word >> 16;
 }
 
@@ -27,12 +29,12 @@ __device__ inline u32 block_draw(const Source &source, u64 block) {
 }
 
 // Fills the tiles of a warp, of which the first begins at element `first`.
-__device__ inline void fill_tiles(const Source &source, u64 first, u32 *tiles) {
+__device__ inline void fill_tiles(const Source &source, Purpose purpose, u64 first, u32 *tiles) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < WARP_TILES / 2; ++i) {
         const int counter = i * 32 + threadIdx.x % 32;
-        uint4 words = philox(source, ELEMENT, first / TILE * 16 + counter);
+        uint4 words = philox(source, purpose, first / TILE * 16 + counter);
         u32 *to = tiles + counter / 16 * TILE_WORDS + counter % 16;
         to[0] = words.x, to[16] = words.y, to[32] = words.z, to[48] = words.w;
     }
@@ -42,7 +44,7 @@ __device__ inline void fill_tiles(const Source &source, u64 first, u32 *tiles) {
 // The own draws of a unit: `index` is the logical index of its first element, `place` its number among the units of
 // the warp's tiles.
 __device__ inline void unit_draws(
-    const Source &source, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
+    const Source &source, Purpose purpose, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
 ) {
 #if TILED
     const uint4 *from = (const uint4 *)(tiles + place / (TILE / UNIT) * TILE_WORDS + place % 8 * UNIT);
@@ -56,7 +58,7 @@ __device__ inline void unit_draws(
 #pragma unroll 1
     for (int i = 0; i < UNIT; ++i) {
         u64 own = MODE == ANTITHETIC ? (index + i) & ~1ull : index + i;
-        u32 draw = element_draw(source, own);
+        u32 draw = element_draw(source, purpose, own);
 #pragma unroll
         for (int j = 0; j < UNIT; ++j)
             if (i == j) draws[j] = draw;
@@ -78,11 +80,11 @@ __device__ inline u32 permutation(u32 word) {
     return order;
 }
 
-// The draws R of a unit of a group; `stratum` is the number of its block of eight, the others are as above.
+// Own draws of a unit to its draws R: `index` is the logical index of its first element, `stratum` the number of its
+// block of eight.
 __device__ inline void rounding_draws(
-    const Source &source, u64 index, int place, u64 stratum, u32 rho, const u32 *tiles, u32 (&draws)[UNIT]
+    const Source &source, u64 index, u64 stratum, u32 rho, u32 (&draws)[UNIT]
 ) {
-    unit_draws(source, index, place, tiles, draws);
     if (MODE == ANTITHETIC) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
