@@ -17,7 +17,7 @@ from turboquant_rs.ops.cuda.quantize import (
     Launch,
     Memory,
     Plan,
-    address,
+    Report,
     check_source,
     draw_macros,
     encoder_launch,
@@ -26,8 +26,8 @@ from turboquant_rs.ops.cuda.quantize import (
     named,
     plan_key,
     raise_refused,
+    report,
     shape_words,
-    status_of,
     team_grid,
     team_macros,
 )
@@ -121,10 +121,10 @@ def fake_quantize_out(x: Tensor, *args: Any) -> None:
     """Quantize and dequantize x `(..., k)` into out, on `given` scales or filling scales and zero_points."""
     given, read_bits, scales, zero_points, out = args[15:]
     check_written(scales, zero_points, out)
-    x = x.detach().contiguous()
+    x, own = x.contiguous(), report()
     _check_like(x, out)
-    status = _run("fake_quantize", x, args[:15], given, read_bits, scales, zero_points, (), (out,))
-    raise_refused(status, reference.fake_quantize_out, x, *args)
+    _run("fake_quantize", (x,), args[:15], given, read_bits, scales, zero_points, (out,), own)
+    raise_refused(own, x.get_device(), reference.fake_quantize_out, x, *args)
 
 
 def fake_quantize_backward_out(
@@ -133,41 +133,39 @@ def fake_quantize_backward_out(
     """The gradients of `fake_quantize` in x `(..., k)` and, f32, in the scales `(..., groups)` it used."""
     read_bits, grad_x, grad_scales = args[7:]
     check_written(grad_x, grad_scales)
-    x, grad = x.detach().contiguous(), grad.contiguous()
+    grad, x, own = grad.contiguous(), x.contiguous(), report()
     _check_like(x, grad, grad_x)
     check_dtype("grad_scales", grad_scales, torch.float32)
     check_length("grad_scales", grad_scales, scales.numel(), *rows_and_k(x.shape))
-    numbers = scales.contiguous(), zero_points.contiguous()
-    outputs = grad_x, grad_scales
-    status = _run(
-        "fake_quantize_backward", x, (*args[:7], *NEAREST), True, read_bits, *numbers, (grad,), outputs
-    )
-    raise_refused(status, reference.fake_quantize_backward_out, grad, x, scales, zero_points, *args)
+    numbers, outputs = (scales.contiguous(), zero_points.contiguous()), (grad_x, grad_scales)
+    rounding = (*args[:7], *NEAREST)
+    _run("fake_quantize_backward", (grad, x), rounding, True, read_bits, *numbers, outputs, own)
+    given = (grad, x, scales, zero_points)
+    raise_refused(own, x.get_device(), reference.fake_quantize_backward_out, *given, *args)
 
 
 def _run(
     entry: str,
-    x: Tensor,
+    inputs: tuple[Tensor, ...],
     args: Sequence[Any],
     given: bool,
     read_bits: int,
     scales: Tensor,
     zero_points: Tensor,
-    inputs: tuple[Tensor, ...],
     outputs: tuple[Tensor, ...],
-) -> Tensor | None:
-    """Launches `entry`; args: SCHEME and ROUNDING. Returns the status to wait for."""
+    own: Report | None,
+) -> None:
+    """Launches `entry`, whose last input is x; args: SCHEME and ROUNDING."""
+    x = inputs[-1]
     rows, k = rows_and_k(x.shape)
-    whole = aligned(x, *inputs, outputs[0])
+    whole = aligned(*inputs, outputs[0])
     found = plan(entry, x.dtype, given, read_bits, rows, k, whole, *plan_key(args))
     found.memory.check_groups(scales, zero_points)
-    device = device_of(x, *inputs, scales, zero_points, *outputs)
-    if found.launch is None:
-        return None
-    status = status_of(device)
-    tensors = (*inputs, x, scales, zero_points, *outputs)
-    found.launch(device, (*(tensor.data_ptr() for tensor in tensors), address(status)), args[8:11])
-    return status
+    tensors = (*inputs, scales, zero_points, *outputs)
+    device = device_of(*tensors)
+    if found.launch is not None:
+        pointers = (*(tensor.data_ptr() for tensor in tensors), own.address if own else 0)
+        found.launch(device, pointers, args[8:11])
 
 
 def inject_noise_out(x: Tensor, widths: Tensor, group_size: int, preserve: bool, *args: Any) -> None:
@@ -175,7 +173,7 @@ def inject_noise_out(x: Tensor, widths: Tensor, group_size: int, preserve: bool,
     *rounding, out = args
     check_written(out)
     rows, k = rows_and_k(x.shape)
-    x, widths = x.detach().contiguous(), widths.detach().contiguous()
+    x, widths, own = x.contiguous(), widths.contiguous(), report()
     _check_like(x, out)
     check_dtype("widths", widths, torch.float32)
     check_length("widths", widths, rows * groups_per_row(k, group_size), rows, k)
@@ -184,10 +182,9 @@ def inject_noise_out(x: Tensor, widths: Tensor, group_size: int, preserve: bool,
         return
     _mode, seed, step, stream, *_, offset = rounding
     launch = noise_launch(x.dtype, preserve, group_size, offset, rows, k, aligned(x, out))
-    status = status_of(device)
-    pointers = (x.data_ptr(), widths.data_ptr(), out.data_ptr(), address(status))
+    pointers = (x.data_ptr(), widths.data_ptr(), out.data_ptr(), own.address if own else 0)
     launch(device, pointers, (seed, step, stream))
-    raise_refused(status, reference.inject_noise_out, x, widths, group_size, preserve, *args)
+    raise_refused(own, device, reference.inject_noise_out, x, widths, group_size, preserve, *args)
 
 
 def _check_like(x: Tensor, *others: Tensor) -> None:

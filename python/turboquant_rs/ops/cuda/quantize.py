@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import planes as plane_kernels
-from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.launcher import Call, Kernel, wait
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
     FULL_VARIANCE,
@@ -55,9 +56,8 @@ NEAREST = ("nearest", 0, 0, 0, 16, 1.0, False, 0)
 TILE = 128
 """Elements of the longest tile of random bits."""
 
-NOTHING_REFUSED = 2**63 - 1
-KINDS_REFUSED = 3
-"""Elements, scales and zero points."""
+NOTHING_REFUSED = [2**63 - 1] * 3
+"""Of elements, scales and zero points."""
 
 
 class Team(NamedTuple):
@@ -200,52 +200,48 @@ def group_length(k: int, group_size: int) -> int:
 
 # Values that are refused ----------------------------------------------------------------------------------
 
-_STATUS = threading.local()
 
+class Report:
+    """Where kernels report the first element, scale and zero point that they refuse.
 
-def status_of(device: int) -> Tensor | None:
-    """Where kernels of this thread report the first element, scale and zero point that they refuse.
-
-    None while a graph is captured, where nobody can look.
-
-    A thread waits for each kernel that reports, so one place for all of them is enough.
+    In the host's memory, so that looking costs no more than waiting for the kernel.
     """
+
+    def __init__(self) -> None:
+        self._status = torch.full((len(NOTHING_REFUSED),), NOTHING_REFUSED[0], pin_memory=True)
+        self._numbers = self._status.numpy()
+        self.address = self._status.data_ptr()
+
+    def wait(self, device: int) -> list[int] | None:
+        """Waits for the kernel. Returns what it has refused, None for nothing."""
+        wait(device)
+        numbers: list[int] = self._numbers.tolist()
+        if numbers == NOTHING_REFUSED:
+            return None
+        self._status.fill_(NOTHING_REFUSED[0])
+        return numbers
+
+
+_THREAD = threading.local()
+
+
+def report() -> Report | None:
+    """That of this thread, which waits for each kernel that reports; None while a graph is captured, where
+    nobody can look."""
     if torch.cuda.is_current_stream_capturing():
         return None
-    places: dict[int, Tensor] = _STATUS.__dict__.setdefault("places", {})
-    if device not in places:
-        shape, where = (KINDS_REFUSED,), f"cuda:{device}"
-        places[device] = torch.full(shape, NOTHING_REFUSED, dtype=torch.int64, device=where)
-        torch.cuda.synchronize(device)  # other streams are going to write there
-    return places[device]
+    own: Report | None = getattr(_THREAD, "report", None)
+    if own is None:
+        own = _THREAD.report = Report()
+    return own
 
 
-def address(status: Tensor | None) -> int:
-    """What kernels get of a status."""
-    return 0 if status is None else status.data_ptr()
-
-
-def raise_refused(status: Tensor | None, specification: Callable[..., None], *args: Any) -> None:
+def raise_refused(own: Report | None, device: int, specification: Callable[..., None], *args: Any) -> None:
     """Waits for the kernel. What it has refused, the specification of the operator, with the same arguments,
     refuses in words."""
-    if status is None or status.tolist() == [NOTHING_REFUSED] * KINDS_REFUSED:
-        return
-    status.fill_(NOTHING_REFUSED)
-    specification(*args)
-    raise AssertionError(f"a CUDA kernel refused what {specification.__name__} takes")
-
-
-def _raise_refused(status: Tensor | None, x: Tensor, scale_dtype: torch.dtype) -> None:
-    """`raise_refused` of packing, which may have no memory left for the specification."""
-    if status is None:
-        return
-    element, group, _ = status.tolist()
-    if element == group == NOTHING_REFUSED:
-        return
-    status.fill_(NOTHING_REFUSED)
-    if element != NOTHING_REFUSED:
-        raise refusal_of_value(element, float(x.view(-1)[element]))
-    raise refusal_of_scale(group, scale_dtype)
+    if own is not None and own.wait(device) is not None:
+        specification(*args)
+        raise AssertionError(f"a CUDA kernel refused what {specification.__name__} takes")
 
 
 # Plans ----------------------------------------------------------------------------------------------------
@@ -281,7 +277,8 @@ class Memory(NamedTuple):
         check_dtype("zero_points", zero_points, self.zero_point_dtype)
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
     """A kernel, its geometry, and its arguments between pointers and random source, and behind that."""
 
     kernel: Kernel
@@ -289,10 +286,14 @@ class Launch(NamedTuple):
     block: tuple[int]
     shape: tuple[int, ...]
     tail: tuple[int, ...]
+    _calls: dict[int, Call] = field(default_factory=dict)
 
     def __call__(self, device: int, pointers: tuple[int, ...], source: Sequence[int]) -> None:
         """Launches it; `source` is seed, step and stream."""
-        self.kernel(device, self.grid, self.block, (*pointers, *self.shape, *source, *self.tail))
+        call = self._calls.get(device)
+        if call is None:
+            call = self._calls[device] = Call(self.kernel, device, self.grid, self.block)
+        call(*pointers, *self.shape, *source, *self.tail)
 
 
 def shape_words(rows: int, k: int, group_size: int, offset: int) -> tuple[int, ...]:
@@ -405,18 +406,26 @@ def pack_out(x: Tensor, *args: Any) -> None:
     planes, nan_zero, packed, scales, zero_points = args[15:]
     x = x.contiguous()
     check_written(scales, zero_points)
-    status = _pack(x, args[:15], planes, nan_zero, False, packed, scales, zero_points)
-    _raise_refused(status, x, args[6])
+    own = report()
+    _pack(x, args[:15], planes, nan_zero, False, packed, scales, zero_points, own)
+    refused = None if own is None else own.wait(x.get_device())
+    if refused is None:
+        return
+    element, group, _ = refused
+    if element != NOTHING_REFUSED[0]:
+        raise refusal_of_value(element, float(x.view(-1)[element]))
+    raise refusal_of_scale(group, args[6])
 
 
 def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
     """Pack the codes of x `(..., k)` on given scales and zero points; fills packed."""
     planes, packed = args[7:]
-    if torch.cuda.is_current_stream_capturing():
+    own = report()
+    if own is None:
         raise RuntimeError("encode has no way to tell of values that it refuses in a CUDA graph; use pack")
     given = scales.contiguous(), zero_points.contiguous()
-    status = _pack(x.contiguous(), (*args[:7], *NEAREST), planes, False, True, packed, *given)
-    raise_refused(status, reference.encode_out, x, scales, zero_points, *args)
+    _pack(x.contiguous(), (*args[:7], *NEAREST), planes, False, True, packed, *given, own)
+    raise_refused(own, x.get_device(), reference.encode_out, x, scales, zero_points, *args)
 
 
 def _pack(
@@ -428,9 +437,9 @@ def _pack(
     packed: Tensor,
     scales: Tensor,
     zero_points: Tensor,
-) -> Tensor | None:
-    """Launches what packs x, on `given` scales or filling them; args: SCHEME and ROUNDING. Returns the status
-    to wait for."""
+    own: Report | None,
+) -> None:
+    """Launches what packs x, on `given` scales or filling them; args: SCHEME and ROUNDING."""
     rows, k = rows_and_k(x.shape)
     whole = aligned(x, packed)
     plan = pack_plan(x.dtype, tuple(planes), nan_zero, given, rows, k, whole, *plan_key(args))
@@ -440,14 +449,12 @@ def _pack(
     check_dtype("packed", packed, torch.uint8)
     device = device_of(x, packed, scales, zero_points)
     if plan.launch is None:
-        return None
+        return
     codes = torch.empty(rows, k, dtype=torch.uint8, device=x.device) if plan.codes_first else packed
-    status = status_of(device)
-    pointers = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), address(status))
-    plan.launch(device, pointers, args[8:11])
+    pointers = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
+    plan.launch(device, (*pointers, own.address if own else 0), args[8:11])
     if plan.codes_first:
         plane_kernels.pack_codes_out(codes, planes, packed)
-    return status
 
 
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
