@@ -33,17 +33,16 @@ struct Decoding {
     Source source;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) unpack(
-    const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, Number<X>::Bits *out,
-    const Decoding by
-) {
-    __shared__ __align__(16) u32 shared[THREADS / 32][WARP_WORDS];
-    u32 *tiles = shared[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-        const u64 unit = ((u64)blockIdx.x * UNITS + i) * THREADS + threadIdx.x;
-        u64 row = 0, column = unit * UNIT, group = 0;
+// A unit of a thread: where it is, and what memory has of it.
+struct Found {
+    u64 unit, row, column, group, index, codes;
+    float scale, zero;
+
+    __device__ void load(
+        const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, const Decoding &by, int i
+    ) {
+        unit = ((u64)blockIdx.x * UNITS + i) * THREADS + threadIdx.x;
+        row = 0, column = unit * UNIT;
         if (GROUP) {
             group = unit / (GROUP ? GROUP : 1);
         } else {
@@ -51,36 +50,45 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(
             column = (unit - row * by.units_per_row) * UNIT;
             group = row * by.groups_per_row + (u32)column / (u32)by.size;
         }
-        const u64 index = row * by.k + column;
-        float dithers[UNIT];
-        if (MODE == SUBTRACTIVE) {
-            u32 draws[UNIT];
-            if (TILED) fill_tiles(by.source, ELEMENT, by.offset + index - UNIT * lane, tiles);
-            unit_draws(by.source, ELEMENT, by.offset + index, lane, tiles, draws);
-#pragma unroll
-            for (int j = 0; j < UNIT; ++j) dithers[j] = dither(draws[j]);
-        }
-        if (unit >= by.units) continue;
-
-        int codes[UNIT];
-        const Place at = {by.rows, by.k, row, column, unit};
-        Planes<0>::load<READ>(packed, at, codes);
-        float scale = 0.0f, zero = 0.0f, values[UNIT];
+        index = row * by.k + column;
+        if (unit >= by.units) return;
+        codes = Planes<0>::load<READ>(packed, {by.rows, by.k, row, column, unit});
         if (ALIGNED) {
             scale = Number<SCALE>::widen(__ldg(scales + group));
             zero = zero_of(zero_points, group);
         }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) unpack(
+    const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, Number<X>::Bits *out,
+    const Decoding by
+) {
+    __shared__ __align__(16) u32 shared[THREADS / 32][WARP_WORDS];
+    u32 *tiles = shared[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    auto decode = [&](Found &found) {
+        const u64 index = found.index;
+        float dithers[UNIT], values[UNIT];
+        if (MODE == SUBTRACTIVE) {
+            u32 draws[UNIT];
+            if (TILED) fill_tiles(by.source, ELEMENT, by.offset + index - UNIT * lane, tiles);
+            take_halves(unit_draws(by.source, ELEMENT, by.offset + index, lane, tiles, draws), draws);
+#pragma unroll
+            for (int j = 0; j < UNIT; ++j) dithers[j] = dither(draws[j]);
+        }
+        if (found.unit >= by.units) return;
 #pragma unroll
         for (int j = 0; j < UNIT; ++j) {
             if (!ALIGNED) {
-                if (column + j >= by.k) break;
-                const u64 own = row * by.groups_per_row + (u32)(column + j) / (u32)by.size;
-                scale = Number<SCALE>::widen(scales[own]);
-                zero = zero_of(zero_points, own);
+                if (found.column + j >= by.k) break;
+                const u64 group = found.row * by.groups_per_row + (u32)(found.column + j) / (u32)by.size;
+                found.scale = Number<SCALE>::widen(scales[group]);
+                found.zero = zero_of(zero_points, group);
             }
-            float value = __fsub_rn(level_of(codes[j], by.table), zero);
+            float value = __fsub_rn(level_of(found.codes, j, by.table), found.zero);
             if (MODE == SUBTRACTIVE) value = __fadd_rn(value, dithers[j]);
-            values[j] = __fmul_rn(scale, value);
+            values[j] = __fmul_rn(found.scale, value);
         }
         Number<X>::Bits *to = out + index;
         if (ALIGNED) {
@@ -90,7 +98,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(
         } else {
 #pragma unroll
             for (int j = 0; j < UNIT; ++j)
-                if (column + j < by.k) to[j] = Number<X>::narrow(values[j]);
+                if (found.column + j < by.k) to[j] = Number<X>::narrow(values[j]);
         }
-    }
+    };
+    // All of a thread's units are on their way before the first is decoded.
+    Found found[UNITS];
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) found[i].load(packed, scales, zero_points, by, i);
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) decode(found[i]);
 }

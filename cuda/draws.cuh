@@ -41,19 +41,27 @@ __device__ inline void fill_tiles(const Source &source, Purpose purpose, u64 fir
     __syncwarp();
 }
 
+// Where a draw of 16 bits is in its word: the second operand of `add_half`.
+static const u32 LOW_HALF = 1, HIGH_HALF = 0x100;
+
+// A half of a word, plus another word.
+__device__ inline u32 add_half(u32 word, u32 half, u32 other) {
+    u32 sum;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(word), "r"(half), "r"(other));
+    return sum;
+}
+
 // The own draws of a unit: `index` is the logical index of its first element, `place` its number among the units of
-// the warp's tiles.
-__device__ inline void unit_draws(
+// the warp's tiles. Those of 16 bits are a half of their words, which is returned.
+__device__ inline u32 unit_draws(
     const Source &source, Purpose purpose, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
 ) {
 #if TILED
     const uint4 *from = (const uint4 *)(tiles + place / (TILE / UNIT) * TILE_WORDS + place % 8 * UNIT);
     const uint4 a = from[0], b = from[1];
-    const u32 words[UNIT] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    // The byte pair of a word that is the draw of an element of its half of the tile.
-    const u32 half = place % 16 < 8 ? 0x4410 : 0x4432;
-#pragma unroll
-    for (int i = 0; i < UNIT; ++i) draws[i] = DRAW_BITS == 32 ? words[i] : __byte_perm(words[i], 0, half);
+    draws[0] = a.x, draws[1] = a.y, draws[2] = a.z, draws[3] = a.w;
+    draws[4] = b.x, draws[5] = b.y, draws[6] = b.z, draws[7] = b.w;
+    return place % 16 < 8 ? LOW_HALF : HIGH_HALF;
 #else
 #pragma unroll 1
     for (int i = 0; i < UNIT; ++i) {
@@ -63,7 +71,15 @@ __device__ inline void unit_draws(
         for (int j = 0; j < UNIT; ++j)
             if (i == j) draws[j] = draw;
     }
+    return LOW_HALF;
 #endif
+}
+
+// The draws themselves.
+__device__ inline void take_halves(u32 half, u32 (&draws)[UNIT]) {
+    if (DRAW_BITS == 32) return;
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) draws[i] = add_half(draws[i], half, 0);
 }
 
 // A permutation of 0..7 by Fisher and Yates, the word as a fraction: three bits an entry, the first one lowest.
@@ -81,10 +97,12 @@ __device__ inline u32 permutation(u32 word) {
 }
 
 // Own draws of a unit to its draws R: `index` is the logical index of its first element, `stratum` the number of its
-// block of eight.
-__device__ inline void rounding_draws(
-    const Source &source, u64 index, u64 stratum, u32 rho, u32 (&draws)[UNIT]
+// block of eight. Returns the half of a word that they are.
+__device__ inline u32 rounding_draws(
+    const Source &source, u64 index, u64 stratum, u32 rho, u32 half, u32 (&draws)[UNIT]
 ) {
+    if (MODE != ANTITHETIC && MODE != STRATIFIED && !SHRINK) return half;
+    take_halves(half, draws);
     if (MODE == ANTITHETIC) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
@@ -103,4 +121,5 @@ __device__ inline void rounding_draws(
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) draws[i] = shrunk<DRAW_BITS>(draws[i], rho);
     }
+    return LOW_HALF;
 }

@@ -1,7 +1,8 @@
 // The encoder: the group of a team to its scale, zero point and codes, which go to a sink unit by unit
 // (docs/format.md, sections 2 to 5). What is packed, trained with and differentiated are the same codes.
 //
-// NAN_ZERO: NaN counts as 0. GIVEN: scales and zero points are there, and only looked at.
+// NAN_ZERO: NaN counts as 0. GIVEN: scales and zero points are there, and only looked at. BLOCKS: that are to fit a
+// multiprocessor at a time, which limits registers.
 
 static const float DOMAIN = 0x1p120f;
 
@@ -32,40 +33,23 @@ struct Numbers {
 
 enum Refused { ELEMENTS, SCALES, ZEROS };
 
-// A group as numbers of the contract: f32, subnormals as zeros.
+// Whether a subnormal matters beyond the rounding of its quotient, which takes it for a zero by itself.
+static const bool FLUSHED = X != F16 && (BITS == 1 || RULE != EXTREME || PRESERVE);
+
+// A group as numbers of the contract: f32, subnormals as zeros where that is FLUSHED.
 struct Held {
     const Loading &loading;
     const Group &group;
     const Shape &shape;
-#if !LONG
-    float values[VECTORS][UNIT];
-#endif
-
-    // Waits for memory.
-    __device__ Held(const Loading &loading, const Shape &shape)
-        : loading(loading), group(loading.group), shape(shape) {
-#if !LONG
-        each_chunk(shape, [&](u32 chunk) { widen(chunk, values[chunk]); });
-#endif
-    }
-
-    __device__ void widen(u32 chunk, float (&to)[UNIT]) const {
-        loading.widen(chunk, to);
-#pragma unroll
-        for (int i = 0; i < UNIT; ++i) {
-            if (X != F16) to[i] = flush(to[i]);
-            if (NAN_ZERO && to[i] != to[i]) to[i] = 0.0f;
-        }
-    }
 
     // The eight values of a unit.
     __device__ void take(u32 chunk, float (&to)[UNIT]) const {
-#if LONG
-        widen(chunk, to);
-#else
+        loading.widen(chunk, to);
 #pragma unroll
-        for (int i = 0; i < UNIT; ++i) to[i] = values[chunk][i];
-#endif
+        for (int i = 0; i < UNIT; ++i) {
+            if (FLUSHED) to[i] = flush(to[i]);
+            if (NAN_ZERO && to[i] != to[i]) to[i] = 0.0f;
+        }
     }
 
     // Calls pass(chunk, its eight values) for each unit of this thread.
@@ -111,6 +95,7 @@ __device__ inline Extremes extremes_of(const Held &held) {
             own.low = min_nan(own.low, x[i]);
         }
     });
+    own.high = flush(own.high), own.low = flush(own.low);
 #endif
     return team_extremes(own);
 }
@@ -134,9 +119,8 @@ __device__ inline float search_scale(const Held &held, Affine chosen, const Tabl
         const float scale = round_scale(__fmul_rn(chosen.scale, multiples[i] / 64));
         const float inverse = inverse_of(scale);
         const float error = held.sum(held.shape.size, [&](float x) {
-            int code = nearest_code(x, inverse, chosen.zero, table);
-            float level = __fsub_rn(LEVELS ? (float)table.level(code) : (float)code, chosen.zero);
-            float difference = __fsub_rn(x, __fmul_rn(scale, level));
+            const float level = nearest_level(x, inverse, chosen.zero, table);
+            const float difference = __fsub_rn(x, __fmul_rn(scale, level));
             return __fmul_rn(difference, difference);
         });
         if (i == 0 || error < least) best = scale, least = error;
@@ -155,7 +139,7 @@ __device__ inline Affine preserved(const Held &held, Affine chosen) {
         return __fmul_rn(deviation, deviation);
     }), n);
     const float spread = __fdiv_rn(held.sum(end, [&](float x) {
-        float floor, fraction = fraction_of(divisor.quotient(x), floor);
+        const float fraction = fraction_of(divisor.quotient(x));
         return __fmul_rn(fraction, __fsub_rn(1.0f, fraction));
     }), n);
     const float noise = __fmul_rn(__fmul_rn(spread, chosen.scale), chosen.scale);
@@ -199,15 +183,15 @@ __device__ inline Affine given(const Group &group, const Numbers &numbers) {
     return given;
 }
 
-// Encodes the group of a team. For each chunk, `sink` is called with its number, its values, their codes, and the
-// scale and zero point that are stored: the scale NaN where anything of the group is refused. Elements that are not
-// there have value 0 and some code.
+// Encodes the group of a team. For each chunk, `sink` is called with its number, its values (subnormals as they are, or
+// as zeros), their codes, a byte each, and the scale and zero point that are stored: the scale NaN where anything of
+// the group is refused. Elements that are not there have value 0 and some code.
 template <class Sink>
 __device__ void encode(const Loading &loading, const Numbers &numbers, const Encoding &by, Sink sink) {
     const Group &group = loading.group;
     __shared__ __align__(16) u32 shared[WARPS][WARP_WORDS];
     const Drawn drawn(by.source, ELEMENT, by.shape, group, shared[threadIdx.x / 32]);
-    const Held held(loading, by.shape);
+    const Held held = {loading, group, by.shape};
 
     const Extremes extremes = extremes_of(held);
     const bool refused = !(extremes.high <= DOMAIN && extremes.low >= -DOMAIN);
@@ -229,23 +213,23 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
 
     const Divisor divisor(chosen.scale);
     const u64 block = by.first_block + group.number * by.blocks_per_group;
+    const BlockDraws phases(by.source, MODE == SYSTEMATIC ? block : 0);
     u32 carry = 0;
     held.each([&](u32 chunk, const float (&x)[UNIT]) {
-        const u32 unit = unit_of(chunk);
-        int codes[UNIT];
+        u64 codes;
         if constexpr (MODE == NEAREST) {
+            u32 words[UNIT];
 #pragma unroll
-            for (int i = 0; i < UNIT; ++i) codes[i] = nearest_code(x[i], divisor.high, chosen.zero, by.table);
+            for (int i = 0; i < UNIT; ++i) words[i] = nearest_code(x[i], divisor.high, chosen.zero, by.table);
+            codes = gather<0>(words);
         } else if constexpr (MODE == SYSTEMATIC) {
-            // Where a chunk is at least a block, or begins one.
-            if (TEAM >= 8 || chunk * TEAM % 8 == 0)
-                carry = shrunk<24>(block_draw(by.source, block + unit / 8) >> 8, (u32)by.rho);
-            systematic_codes(x, divisor, chosen.zero, carry, codes);
+            if (BlockDraws::begins(chunk)) carry = shrunk<24>(phases(chunk) >> 8, (u32)by.rho);
+            codes = systematic_codes(x, divisor, chosen.zero, carry);
         } else {
-            u32 draws[UNIT];
-            const u64 index = drawn.unit(chunk, draws);
-            rounding_draws(by.source, index, block + unit, (u32)by.rho, draws);
-            drawn_codes(x, divisor, chosen.zero, draws, codes);
+            u32 draws[UNIT], half;
+            const u64 index = drawn.unit(chunk, draws, half);
+            half = rounding_draws(by.source, index, block + unit_of(chunk), (u32)by.rho, half, draws);
+            codes = drawn_codes(x, divisor, chosen.zero, draws, half);
         }
         sink(chunk, x, codes, stored);
     });

@@ -17,23 +17,25 @@
 #include "encoder.cuh"
 #include "levels.cuh"
 
-// Q − z of a code, of which the top bits are read.
-__device__ inline float decoded(int code, float zero, const Table &table) {
-    return __fsub_rn(level_of(code >> REST, table), zero);
+// Q − z of the codes of a unit, of which the top bits are read.
+__device__ inline void decode(u64 codes, float zero, const Table &table, float (&levels)[UNIT]) {
+    const u64 read = codes >> REST & bytes_of(0xff >> REST);
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) levels[i] = __fsub_rn(level_of(read, i, table), zero);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) fake_quantize(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fake_quantize(
     const Number<X>::Bits *x, Number<SCALE>::Bits *scales, void *zero_points, Number<X>::Bits *out, i64 *status,
     const Encoding by
 ) {
     const Group group = group_of(by.shape);
     const Loading loading(x, group);
     encode(loading, {scales, zero_points, status}, by,
-           [&](u32 chunk, const float (&)[UNIT], const int (&codes)[UNIT], const Affine &stored) {
+           [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &stored) {
         float values[UNIT];
+        decode(codes, stored.zero, by.table, values);
 #pragma unroll
-        for (int i = 0; i < UNIT; ++i)
-            values[i] = __fmul_rn(stored.scale, decoded(codes[i], stored.zero, by.table));
+        for (int i = 0; i < UNIT; ++i) values[i] = __fmul_rn(stored.scale, values[i]);
         store_unit(out, group, chunk, values);
     });
 }
@@ -61,7 +63,7 @@ __device__ inline float highest_level(const Table &table) {
     return (float)TOP_CODE - (SYMMETRIC ? FIXED_ZERO : 0.0f);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) fake_quantize_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fake_quantize_backward(
     const Number<X>::Bits *grad, const Number<X>::Bits *x, Number<SCALE>::Bits *scales, void *zero_points,
     Number<X>::Bits *grad_x, float *grad_scales, i64 *status, const Encoding by
 ) {
@@ -69,18 +71,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) fake_quantize_backward(
     const Loading loading(x, group), grads(grad, group);
     Sum16 sum;
     encode(loading, {scales, zero_points, status}, by,
-           [&](u32 chunk, const float (&x)[UNIT], const int (&codes)[UNIT], const Affine &given) {
+           [&](u32 chunk, const float (&x)[UNIT], u64 codes, const Affine &given) {
         const float inverse = inverse_of(given.scale);
         const bool refused = given.scale != given.scale;
         const Inside inside(given.zero, by.table);
-        float grads_x[UNIT], terms[UNIT];
+        float grads_x[UNIT], levels[UNIT], terms[UNIT];
         grads.widen(chunk, grads_x);
+        decode(codes, given.zero, by.table, levels);
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
             const float grad = refused ? given.scale : grads_x[i];
-            const float v = fminf(fmaxf(__fmul_rn(x[i], inverse), -CODE_LIMIT), CODE_LIMIT);
+            const float v = fminf(fmaxf(__fmul_rn(flush(x[i]), inverse), -CODE_LIMIT), CODE_LIMIT);
             const bool passes = refused || inside(v);
-            const float slope = __fsub_rn(decoded(codes[i], given.zero, by.table), passes ? v : 0.0f);
+            const float slope = __fsub_rn(levels[i], passes ? v : 0.0f);
             const bool present = (u64)unit_of(chunk) * UNIT + i < group.length;
             terms[i] = present ? __fmul_rn(grad, slope) : 0.0f;
             grads_x[i] = passes ? grad : 0.0f;

@@ -163,14 +163,39 @@ struct Drawn {
         if (TILED && TEAM < 32) fill_tiles(source, purpose, shape.offset + first * shape.size, tiles);
     }
 
-    // Those of this thread's unit of a chunk; returns the logical index of its first element.
-    __device__ u64 unit(u32 chunk, u32 (&draws)[UNIT]) const {
+    // Those of this thread's unit of a chunk, and the half of their words that they are; returns the logical index of
+    // its first element.
+    __device__ u64 unit(u32 chunk, u32 (&draws)[UNIT], u32 &half) const {
         const int lane = threadIdx.x % 32;
         const u32 unit = unit_of(chunk);
         const u64 index = shape.offset + group.begin + (u64)unit * UNIT;
         if (TILED && TEAM >= 32) fill_tiles(source, purpose, index - UNIT * lane, tiles);
         const int place = TEAM < 32 ? lane / TEAM * (TEAM * VECTORS) + unit : lane;
-        unit_draws(source, purpose, index, place, tiles, draws);
+        half = unit_draws(source, purpose, index, place, tiles, draws);
         return index;
     }
+};
+
+// The draws of a group's blocks of 64 elements, of which `first` is the first. Threads of eight (or of a smaller team)
+// want the same one: each draws for another chunk, and hands it round.
+struct BlockDraws {
+    static const int WIDTH = TEAM < 8 ? TEAM : 8;
+    const Source &source;
+    const u64 first;
+    u32 own;
+
+    __device__ BlockDraws(const Source &source, u64 first) : source(source), first(first) {
+        if (!LONG) own = draw(threadIdx.x % WIDTH * 8 / WIDTH);
+    }
+
+    // Whether a block begins with a chunk, or several.
+    static __device__ bool begins(u32 chunk) { return chunk * TEAM % 8 == 0; }
+
+    // That of this thread's unit of a chunk with which blocks begin.
+    __device__ u32 operator()(u32 chunk) const {
+        return LONG ? draw(chunk) : __shfl_sync(~0u, own, chunk * WIDTH / 8, WIDTH);
+    }
+
+  private:
+    __device__ u32 draw(u32 chunk) const { return block_draw(source, first + unit_of(chunk) / 8); }
 };

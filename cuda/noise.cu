@@ -32,8 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) inject_noise(
     }
     // The top 24 bits of a draw, centred: exact.
     auto added = [&](u32 chunk, float (&noise)[UNIT]) {
-        u32 draws[UNIT];
-        drawn.unit(chunk, draws);
+        u32 draws[UNIT], half;
+        drawn.unit(chunk, draws, half);
 #pragma unroll
         for (int i = 0; i < UNIT; ++i)
             noise[i] = __fmul_rn(((float)(draws[i] >> 8) - 8388607.5f) * 0x1p-24f, width);

@@ -1,4 +1,4 @@
-"""When an operator may be called past PyTorch's dispatcher, in which small layers spend most of their time."""
+"""When an operator may be called past PyTorch's dispatcher, where small layers spend most of their time."""
 
 from __future__ import annotations
 
