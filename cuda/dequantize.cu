@@ -12,20 +12,12 @@
 #include "scheme.cuh"
 #include "planes.cuh"
 #include "draws.cuh"
+#include "levels.cuh"
 
 // The dither that encoding added, as what is to be added to a code: 1/2 - U.
 __device__ inline float dither(u32 draw) {
     u32 word = DRAW_BITS == 16 ? draw << 16 | 0x8000 : draw | 1;
     return __fmul_rn(__int2float_rn((int)(0x80000000u - word)), 0x1p-32f);
-}
-
-// The number that a code stands for before its zero point: exact.
-__device__ inline float level_of(int code, int levels, const Table &table) {
-    if (LEVELS) return (float)table.level(min(code, levels - 1));
-    const float rest = (float)(1 << REST);
-    // 2^23 + code has the code in its low bits.
-    float exact = __uint_as_float(0x4b000000u | (u32)code) - 8388608.0f;
-    return REST ? __fmaf_rn(exact, rest, (rest - 1.0f) * 0.5f) : exact;
 }
 
 __device__ inline float zero_of(const void *zero_points, u64 group) {
@@ -34,57 +26,69 @@ __device__ inline float zero_of(const void *zero_points, u64 group) {
     return FIXED_ZERO;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) unpack(
-    const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, Number<X>::Bits *out,
-    u64 rows, u64 k, u64 size, u64 groups_per_row, u64 units_per_row, u64 units, u64 offset,
-    u64 table_low, u64 table_high, u32 key0, u32 key1, u32 stream, u32 step
-) {
-    const Table table = {table_low, table_high};
-    const Source source = {key0, key1, stream, step};
-    __shared__ __align__(16) u32 shared[THREADS / 32][WARP_WORDS];
-    u32 *tiles = shared[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-        const u64 unit = ((u64)blockIdx.x * UNITS + i) * THREADS + threadIdx.x;
-        u64 row = 0, column = unit * UNIT, group = 0;
+// What is decoded: rows of k elements from logical index `offset` on.
+struct Decoding {
+    u64 rows, k, size, groups_per_row, units_per_row, units, offset;
+    Table table;
+    Source source;
+};
+
+// A unit of a thread: where it is, and what memory has of it.
+struct Found {
+    u64 unit, row, column, group, index, codes;
+    float scale, zero;
+
+    __device__ void load(
+        const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, const Decoding &by, int i
+    ) {
+        unit = ((u64)blockIdx.x * UNITS + i) * THREADS + threadIdx.x;
+        row = 0, column = unit * UNIT;
         if (GROUP) {
             group = unit / (GROUP ? GROUP : 1);
         } else {
-            row = (u32)unit / (u32)units_per_row;
-            column = (unit - row * units_per_row) * UNIT;
-            group = row * groups_per_row + (u32)column / (u32)size;
+            row = (u32)unit / (u32)by.units_per_row;
+            column = (unit - row * by.units_per_row) * UNIT;
+            group = row * by.groups_per_row + (u32)column / (u32)by.size;
         }
-        const u64 index = row * k + column;
-        float dithers[UNIT];
-        if (MODE == SUBTRACTIVE) {
-            u32 draws[UNIT];
-            if (TILED) fill_tiles(source, offset + index - UNIT * lane, tiles);
-            unit_draws(source, offset + index, lane, tiles, draws);
-#pragma unroll
-            for (int j = 0; j < UNIT; ++j) dithers[j] = dither(draws[j]);
-        }
-        if (unit >= units) continue;
-
-        int codes[UNIT];
-        const Place at = {rows, k, row, column, unit};
-        Planes<0>::load<READ>(packed, at, codes);
-        float scale = 0.0f, zero = 0.0f, values[UNIT];
+        index = row * by.k + column;
+        if (unit >= by.units) return;
+        codes = Planes<0>::load<READ>(packed, {by.rows, by.k, row, column, unit});
         if (ALIGNED) {
             scale = Number<SCALE>::widen(__ldg(scales + group));
             zero = zero_of(zero_points, group);
         }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) unpack(
+    const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, Number<X>::Bits *out,
+    const Decoding by
+) {
+    __shared__ __align__(16) u32 shared[THREADS / 32][WARP_WORDS];
+    u32 *tiles = shared[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    auto decode = [&](Found &found) {
+        const u64 index = found.index;
+        float dithers[UNIT], values[UNIT];
+        if (MODE == SUBTRACTIVE) {
+            u32 draws[UNIT];
+            if (TILED) fill_tiles(by.source, ELEMENT, by.offset + index - UNIT * lane, tiles);
+            take_halves(unit_draws(by.source, ELEMENT, by.offset + index, lane, tiles, draws), draws);
+#pragma unroll
+            for (int j = 0; j < UNIT; ++j) dithers[j] = dither(draws[j]);
+        }
+        if (found.unit >= by.units) return;
 #pragma unroll
         for (int j = 0; j < UNIT; ++j) {
             if (!ALIGNED) {
-                if (column + j >= k) break;
-                const u64 own = row * groups_per_row + (u32)(column + j) / (u32)size;
-                scale = Number<SCALE>::widen(scales[own]);
-                zero = zero_of(zero_points, own);
+                if (found.column + j >= by.k) break;
+                const u64 group = found.row * by.groups_per_row + (u32)(found.column + j) / (u32)by.size;
+                found.scale = Number<SCALE>::widen(scales[group]);
+                found.zero = zero_of(zero_points, group);
             }
-            float value = __fsub_rn(level_of(codes[j], LEVELS, table), zero);
+            float value = __fsub_rn(level_of(found.codes, j, by.table), found.zero);
             if (MODE == SUBTRACTIVE) value = __fadd_rn(value, dithers[j]);
-            values[j] = __fmul_rn(scale, value);
+            values[j] = __fmul_rn(found.scale, value);
         }
         Number<X>::Bits *to = out + index;
         if (ALIGNED) {
@@ -94,7 +98,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(
         } else {
 #pragma unroll
             for (int j = 0; j < UNIT; ++j)
-                if (column + j < k) to[j] = Number<X>::narrow(values[j]);
+                if (found.column + j < by.k) to[j] = Number<X>::narrow(values[j]);
         }
-    }
+    };
+    // All of a thread's units are on their way before the first is decoded.
+    Found found[UNITS];
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) found[i].load(packed, scales, zero_points, by, i);
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) decode(found[i]);
 }

@@ -4,6 +4,8 @@
 // a lane after the other, and shares the words through its part of shared memory. Otherwise every element asks for
 // its own.
 
+enum Mode { NEAREST, IID, ANTITHETIC, STRATIFIED, SYSTEMATIC, SUBTRACTIVE };
+
 static const int TILE = DRAW_BITS == 32 ? 64 : 128;
 static const int WARP_TILES = TILED ? DRAWN * UNIT / TILE : 0;
 static const int TILE_WORDS = 68;  // 64 words, and a gap that keeps neighbours in different banks
@@ -16,9 +18,9 @@ template <int WIDTH> __device__ inline u32 shrunk(u32 draw, u32 rho) {
 }
 
 // The draw of element `index`, of its own counter.
-__device__ inline u32 element_draw(const Source &source, u64 index) {
+__device__ inline u32 element_draw(const Source &source, Purpose purpose, u64 index) {
     int j = (int)(index % 64);
-    u32 word = word_of(philox(source, ELEMENT, index / TILE * 16 + j % 16), j / 16);
+    u32 word = word_of(philox(source, purpose, index / TILE * 16 + j % 16), j / 16);
     return DRAW_BITS == 32 ? word : index % 128 < 64 ? word & 0xffff : word >> 16;
 }
 
@@ -27,41 +29,57 @@ __device__ inline u32 block_draw(const Source &source, u64 block) {
 }
 
 // Fills the tiles of a warp, of which the first begins at element `first`.
-__device__ inline void fill_tiles(const Source &source, u64 first, u32 *tiles) {
+__device__ inline void fill_tiles(const Source &source, Purpose purpose, u64 first, u32 *tiles) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < WARP_TILES / 2; ++i) {
         const int counter = i * 32 + threadIdx.x % 32;
-        uint4 words = philox(source, ELEMENT, first / TILE * 16 + counter);
+        uint4 words = philox(source, purpose, first / TILE * 16 + counter);
         u32 *to = tiles + counter / 16 * TILE_WORDS + counter % 16;
         to[0] = words.x, to[16] = words.y, to[32] = words.z, to[48] = words.w;
     }
     __syncwarp();
 }
 
+// Where a draw of 16 bits is in its word: the second operand of `add_half`.
+static const u32 LOW_HALF = 1, HIGH_HALF = 0x100;
+
+// A half of a word, plus another word.
+__device__ inline u32 add_half(u32 word, u32 half, u32 other) {
+    u32 sum;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(word), "r"(half), "r"(other));
+    return sum;
+}
+
 // The own draws of a unit: `index` is the logical index of its first element, `place` its number among the units of
-// the warp's tiles.
-__device__ inline void unit_draws(
-    const Source &source, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
+// the warp's tiles. Those of 16 bits are a half of their words, which is returned.
+__device__ inline u32 unit_draws(
+    const Source &source, Purpose purpose, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
 ) {
 #if TILED
     const uint4 *from = (const uint4 *)(tiles + place / (TILE / UNIT) * TILE_WORDS + place % 8 * UNIT);
     const uint4 a = from[0], b = from[1];
-    const u32 words[UNIT] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    // The byte pair of a word that is the draw of an element of its half of the tile.
-    const u32 half = place % 16 < 8 ? 0x4410 : 0x4432;
-#pragma unroll
-    for (int i = 0; i < UNIT; ++i) draws[i] = DRAW_BITS == 32 ? words[i] : __byte_perm(words[i], 0, half);
+    draws[0] = a.x, draws[1] = a.y, draws[2] = a.z, draws[3] = a.w;
+    draws[4] = b.x, draws[5] = b.y, draws[6] = b.z, draws[7] = b.w;
+    return place % 16 < 8 ? LOW_HALF : HIGH_HALF;
 #else
 #pragma unroll 1
     for (int i = 0; i < UNIT; ++i) {
         u64 own = MODE == ANTITHETIC ? (index + i) & ~1ull : index + i;
-        u32 draw = element_draw(source, own);
+        u32 draw = element_draw(source, purpose, own);
 #pragma unroll
         for (int j = 0; j < UNIT; ++j)
             if (i == j) draws[j] = draw;
     }
+    return LOW_HALF;
 #endif
+}
+
+// The draws themselves.
+__device__ inline void take_halves(u32 half, u32 (&draws)[UNIT]) {
+    if (DRAW_BITS == 32) return;
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) draws[i] = add_half(draws[i], half, 0);
 }
 
 // A permutation of 0..7 by Fisher and Yates, the word as a fraction: three bits an entry, the first one lowest.
@@ -78,11 +96,13 @@ __device__ inline u32 permutation(u32 word) {
     return order;
 }
 
-// The draws R of a unit of a group; `stratum` is the number of its block of eight, the others are as above.
-__device__ inline void rounding_draws(
-    const Source &source, u64 index, int place, u64 stratum, u32 rho, const u32 *tiles, u32 (&draws)[UNIT]
+// Own draws of a unit to its draws R: `index` is the logical index of its first element, `stratum` the number of its
+// block of eight. Returns the half of a word that they are.
+__device__ inline u32 rounding_draws(
+    const Source &source, u64 index, u64 stratum, u32 rho, u32 half, u32 (&draws)[UNIT]
 ) {
-    unit_draws(source, index, place, tiles, draws);
+    if (MODE != ANTITHETIC && MODE != STRATIFIED && !SHRINK) return half;
+    take_halves(half, draws);
     if (MODE == ANTITHETIC) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
@@ -101,4 +121,5 @@ __device__ inline void rounding_draws(
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) draws[i] = shrunk<DRAW_BITS>(draws[i], rho);
     }
+    return LOW_HALF;
 }

@@ -2,14 +2,15 @@
 
 // Whose bits: key and the upper words of the counter (docs/format.md, section 5).
 struct Source {
-    u32 key0, key1, stream, step;
+    u32 key0, key1;
+    u64 step, stream;
 };
 
-enum Purpose { ELEMENT, BLOCK };
+enum Purpose { ELEMENT, BLOCK, NOISE };
 
 // The four words of counter n.
 __device__ inline uint4 philox(const Source &source, Purpose purpose, u64 n) {
-    u32 c0 = (u32)n, c1 = (u32)(n >> 32) | (u32)purpose << 24, c2 = source.stream, c3 = source.step;
+    u32 c0 = (u32)n, c1 = (u32)(n >> 32) | (u32)purpose << 24, c2 = (u32)source.stream, c3 = (u32)source.step;
     u32 k0 = source.key0, k1 = source.key1;
 #pragma unroll
     for (int round = 0; round < 10; ++round) {

@@ -19,11 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_codes(
     const Place at = place_of(unit, rows, k, units_per_row);
     const u8 *from = codes + at.row * k + at.column;
     const int present = ALIGNED ? UNIT : (int)min((u64)UNIT, k - at.column);
-    const u64 bytes = load_bytes<8>(from, present, ALIGNED);
-    int unpacked[UNIT];
-#pragma unroll
-    for (int i = 0; i < UNIT; ++i) unpacked[i] = (int)(bytes >> 8 * i & 0xff);
-    Planes<0>::store(packed, at, unpacked, present);
+    Planes<0>::store(packed, at, load_bytes<8>(from, present, ALIGNED), present);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) unpack_codes(
@@ -32,11 +28,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack_codes(
     const u64 unit = (u64)blockIdx.x * THREADS + threadIdx.x;
     if (unit >= units) return;
     const Place at = place_of(unit, rows, k, units_per_row);
-    int unpacked[UNIT];
-    Planes<0>::load<READ>(packed, at, unpacked);
-    u64 bytes = 0;
-#pragma unroll
-    for (int i = 0; i < UNIT; ++i) bytes |= (u64)unpacked[i] << 8 * i;
     const int present = ALIGNED ? UNIT : (int)min((u64)UNIT, k - at.column);
-    store_bytes<8>(codes + at.row * k + at.column, bytes, present, ALIGNED);
+    store_bytes<8>(codes + at.row * k + at.column, Planes<0>::load<READ>(packed, at), present, ALIGNED);
 }

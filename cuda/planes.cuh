@@ -60,45 +60,88 @@ template <int PLANE> __device__ inline u64 plane_offset(const Place &at, int &co
     return start + at.row * length + column;
 }
 
-// Stores the planes from PLANE on of the eight codes of a unit.
+// The `width` low bits of four bytes, one after the other; `low` ones of a byte are not looked at.
+template <int WIDTH> __device__ inline u32 squeeze(u32 bytes, int low) {
+    const u32 fields = bytes >> low & 0x01010101u * ((1 << WIDTH) - 1);
+    if (WIDTH == 8) return fields;
+    if (WIDTH == 4) return __byte_perm(fields | fields >> 4, 0, 0x4420);
+    // Each field meets the factor that brings it behind the one before, above all other products.
+    if (WIDTH == 2) return fields * 0x01041040u >> 24;
+    return fields * 0x01020408u >> 24;
+}
+
+// The lowest four fields of `width` bits, a byte each.
+template <int WIDTH> __device__ inline u32 spread(u32 fields) {
+    if (WIDTH == 8) return fields;
+    if (WIDTH == 4) {
+        const u32 twice = __byte_perm(fields, 0, 0x1100);
+        return twice & 0x000f000f | twice >> 4 & 0x0f000f00;
+    }
+    if (WIDTH == 2) {
+        const u32 pairs = (fields | fields << 12) & 0x000f000f;
+        return (pairs | pairs << 6) & 0x03030303;
+    }
+    return (fields & 0xf) * 0x00204081u & 0x01010101;
+}
+
+// The planes from PLANE on of the eight codes of a unit, a byte each, the first one lowest.
 template <int PLANE> struct Planes {
-    static __device__ void store(u8 *packed, const Place &at, const int (&codes)[UNIT], int present) {
+    static __device__ void store(u8 *packed, const Place &at, u64 codes, int present) {
         constexpr int width = Widths::list[PLANE];
-        constexpr int shift = PLANE_BITS - Widths::before(PLANE + 1);
+        constexpr int below = PLANE_BITS - Widths::before(PLANE + 1);
         int count;
         u8 *to = packed + plane_offset<PLANE>(at, count);
-        u32 low = 0, high = 0;
-#pragma unroll
-        for (int i = 0; i < UNIT; ++i) {
-            u32 field = ((u32)codes[i] >> shift) & ((1 << width) - 1);
-            if (i * width < 32) low |= field << (i * width & 31);
-            else high |= field << (i * width & 31);
-        }
+        const u32 low = squeeze<width>((u32)codes, below), high = squeeze<width>((u32)(codes >> 32), below);
         // A plane of bytes may be cut anywhere, the others only at the end of a row.
         if (width == 8) count = min(count, present);
-        store_bytes<width>(to, (u64)high << 32 | low, count, ALIGNED);
+        store_bytes<width>(to, width == 8 ? (u64)high << 32 | low : low | high << 4 * width, count, ALIGNED);
         Planes<PLANE + 1>::store(packed, at, codes, present);
     }
 
+    // The same for COUNT units, of which `at` is the first, by as few stores as can be. ALIGNED, and planes begin on
+    // multiples of 16 bytes.
+    template <int COUNT> static __device__ void store_run(u8 *packed, const Place &at, const u64 (&codes)[COUNT]) {
+        constexpr int width = Widths::list[PLANE], bytes = COUNT * width;
+        constexpr int below = PLANE_BITS - Widths::before(PLANE + 1);
+        int count;
+        u8 *to = packed + plane_offset<PLANE>(at, count);
+        u32 words[(bytes + 3) / 4] = {};
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const u32 low = squeeze<width>((u32)codes[i], below), high = squeeze<width>((u32)(codes[i] >> 32), below);
+            if constexpr (width == 8) words[2 * i] = low, words[2 * i + 1] = high;
+            else words[i * width / 4] |= (low | high << 4 * width) << 8 * width * (i % (4 / width));
+        }
+        if constexpr (bytes % 16 == 0) {
+#pragma unroll
+            for (int i = 0; i < bytes / 4; i += 4)
+                *(uint4 *)(to + 4 * i) = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+        } else if constexpr (bytes % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < bytes / 4; ++i) ((u32 *)to)[i] = words[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < bytes; ++i) to[i] = (u8)(words[i / 4] >> 8 * (i % 4));
+        }
+        Planes<PLANE + 1>::store_run(packed, at, codes);
+    }
+
     // Puts the fields of the planes below COUNT, from PLANE on, behind the bits that codes have.
-    template <int COUNT> static __device__ void load(const u8 *packed, const Place &at, int (&codes)[UNIT]) {
+    template <int COUNT> static __device__ u64 load(const u8 *packed, const Place &at, u64 codes = 0) {
         if constexpr (PLANE < COUNT) {
             constexpr int width = Widths::list[PLANE];
             int count;
             const u8 *from = packed + plane_offset<PLANE>(at, count);
-            u64 bytes = load_bytes<width>(from, count, ALIGNED);
-            u32 low = (u32)bytes, high = (u32)(bytes >> 32);
-#pragma unroll
-            for (int i = 0; i < UNIT; ++i) {
-                u32 field = (i * width < 32 ? low : high) >> (i * width & 31) & ((1 << width) - 1);
-                codes[i] = PLANE ? codes[i] << width | (int)field : (int)field;
-            }
-            Planes<PLANE + 1>::template load<COUNT>(packed, at, codes);
+            const u64 bytes = load_bytes<width>(from, count, ALIGNED);
+            const u64 fields = (u64)spread<width>((u32)(bytes >> 4 * width)) << 32 | spread<width>((u32)bytes);
+            codes = Planes<PLANE + 1>::template load<COUNT>(packed, at, (PLANE ? codes << width : 0) | fields);
         }
+        return codes;
     }
 };
 
 template <> struct Planes<Widths::count> {
-    static __device__ void store(u8 *, const Place &, const int (&)[UNIT], int) {}
-    template <int> static __device__ void load(const u8 *, const Place &, int (&)[UNIT]) {}
+    static __device__ void store(u8 *, const Place &, u64, int) {}
+    template <int COUNT> static __device__ void store_run(u8 *, const Place &, const u64 (&)[COUNT]) {}
+    template <int> static __device__ u64 load(const u8 *, const Place &, u64 codes) { return codes; }
 };

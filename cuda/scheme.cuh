@@ -3,15 +3,15 @@
 // BITS, SYMMETRIC, NESTED     as in a scheme
 // LEVELS                      levels of the table, 0 for uniform ones
 // RULE                        how the scale is chosen: extreme, mse or rms
+// RMS_LEVEL                   of "rms": the largest level in units of 1/127
 // SCALE                       dtype of the scales
 // ZERO_POINTS                 dtype of the stored zero points: none, u8 or f32
-// MODE, DRAW_BITS, SHRINK     rounding; SHRINK: a variance other than 1
+// MODE, DRAW_BITS, SHRINK     rounding (draws.cuh); SHRINK: a variance other than 1
 // PRESERVE                    "mean+var"
 // PLANES                      widths, most significant first
 
 enum Rule { EXTREME, MSE, RMS };
 enum Stored { NONE, BYTES, FLOATS };
-enum Mode { NEAREST, IID, ANTITHETIC, STRATIFIED, SYSTEMATIC, SUBTRACTIVE };
 
 static const int TOP_CODE = (1 << BITS) - 1;
 

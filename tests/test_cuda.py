@@ -191,6 +191,70 @@ def test_in_a_graph_a_refused_group_is_nan_and_no_other() -> None:
     assert torch.equal(values.view(4, 2, 64).isnan().any(-1).cpu(), expected)
 
 
+def test_a_graph_captures_fake_quantization_and_its_gradients() -> None:
+    """Replayed on other data; a group of it that is refused is NaN, and no other."""
+    scheme = Scheme(bits=3, group_size=40, symmetric=False)
+    args = (*scheme.op_args(), *Rounding.nearest().op_args())
+    x, other = normal(24, 400).cuda(), normal(24, 400, seed=1).cuda()
+    widths = torch.ones(24, 10, device="cuda")
+
+    def passes() -> list[Tensor]:
+        y, scales, zero_points = ops.fake_quantize(x, None, None, *args, 3)
+        gradients = ops.fake_quantize_backward(x, x, scales, zero_points, *scheme.op_args(), 3)
+        noisy = ops.inject_noise(x, widths, 40, True, *Rounding.stochastic(1).op_args())
+        return [y, scales, zero_points, *gradients, noisy]
+
+    passes()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = passes()
+    x.copy_(other)
+    graph.replay()
+    for a, b in zip(got, passes(), strict=True):
+        assert_identical(a, b)
+    x[3, 57], widths[5, 2] = math.inf, -1.0
+    graph.replay()
+    y, scales, _, grad_x, grad_scales, noisy = got
+    refused = torch.zeros(24, 10, dtype=torch.bool)
+    refused[3, 1] = True
+    for part in (y.view(24, 10, 40).isnan().all(-1), grad_x.view(24, 10, 40).isnan().all(-1)):
+        assert torch.equal(part.cpu(), refused)
+    for part in (scales, grad_scales):
+        assert torch.equal(part.isnan().cpu(), refused)
+    refused[5, 2] = True
+    assert torch.equal(noisy.view(24, 10, 40).isnan().all(-1).cpu(), refused)
+
+
+def test_codes_on_given_scales_are_not_captured() -> None:
+    x, scheme = normal(4, 64).cuda(), Scheme(bits=4, group_size=64)
+    scales, none = torch.ones(4, 1, dtype=torch.bfloat16, device="cuda"), x.new_empty(0, dtype=torch.uint8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.add_(1)  # an empty graph is a warning
+        with pytest.raises(RuntimeError, match="no way to tell"):
+            ops.encode(x, scales, none, *scheme.op_args(), [4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [Scheme(bits=4, group_size=64), Scheme.nested(planes=(4, 4))], ids=str)
+def test_a_call_past_the_dispatcher_gives_what_the_operator_gives(scheme: Scheme, dtype: torch.dtype) -> None:
+    linear = nn.Linear(256, 96, dtype=dtype, device="cuda")
+    layer = tq.nn.QuantLinear.from_float(linear, scheme, activations="float")
+    with torch.no_grad():
+        for bias in (layer.bias, None, nn.Parameter(normal(96).cuda())):
+            layer.bias = bias
+            for shape in ((1,), (3,), (2, 8), (64,), (128,), (130,), (0,), ()):
+                x = normal(*shape, 256).to(dtype).cuda()
+                with torch.enable_grad():
+                    asked = layer(x.clone().requires_grad_())
+                assert_identical(layer(x), asked.detach(), (shape, bias is None))
+            wide = normal(5, 512).to(dtype).cuda()
+            for x in (wide[:, ::2], wide.view(-1)[3 : 3 + 256].view(1, 256)):
+                assert_identical(layer(x), layer(x.clone()))
+    with pytest.raises(ValueError, match="x is on cpu"):
+        layer(normal(1, 256).to(dtype))
+
+
 def test_threads_share_a_device() -> None:
     """Each on a stream of its own, some of them with values that are refused."""
     x = [normal(64, 1000, seed=i) for i in range(6)]

@@ -10,8 +10,9 @@ import torch
 
 from turboquant_rs import Rounding, Scheme
 from turboquant_rs.errors import BackendUnavailable
-from turboquant_rs.ops.cuda import launcher, planes, quantize, tiles
+from turboquant_rs.ops.cuda import fake_quantize, launcher, planes, quantize, tiles
 from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.macros import plane_macros
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100")
@@ -48,13 +49,31 @@ PACKED = (
 )
 
 
+# Between them: values read whole and as a prefix, levels, signs, zero points, groups of every kind of team.
+FAKE = (
+    (BF16, Scheme(bits=4, group_size=128), 4096, 4),
+    (F32, Scheme.nested(planes=(2, 1, 1, 1, 1, 2)), 4096, 3),
+    (F16, Scheme(bits=3, group_size=24, symmetric=False), 70, 3),
+    (F64, Scheme(bits=1, group_size=None), 40000, 1),
+    (F32, Scheme(bits=4, levels="nf4", scale_dtype="f16"), 1000, 4),
+)
+
+
 def kernels() -> Iterator[Kernel]:
     for dtype, scheme, rounding, k, whole in PACKED:
         args = SchemeArgs(*scheme.op_args()), RoundingArgs(*rounding.op_args())
-        macros = quantize.pack_macros(dtype, *args, scheme.widths, False, k, whole)
-        yield quantize.pack_kernel(tuple(macros.items()))
+        macros = quantize.encoder_macros(dtype, *args, k, whole)
+        yield quantize.pack_kernel((*macros.items(), *plane_macros(scheme.widths).items()))
         macros = quantize.unpack_macros(dtype, *args, scheme.widths, scheme.bits, k, whole)
         yield quantize.unpack_kernel(tuple(macros.items()))
+    for dtype, scheme, k, read_bits in FAKE:
+        args = SchemeArgs(*scheme.op_args()), RoundingArgs(*Rounding.nearest().op_args())
+        for entry in ("fake_quantize", "fake_quantize_backward"):
+            macros = fake_quantize.macros(dtype, *args, k, True, given=True, read_bits=read_bits)
+            yield fake_quantize.kernel(entry, tuple(macros.items()))
+        noise = RoundingArgs(*stochastic().op_args())
+        macros = fake_quantize.noise_macros(dtype, noise, k > 1000, k, scheme.group_size, True)
+        yield fake_quantize.noise_kernel(tuple(macros.items()))
     for whole in (True, False):
         yield planes.kernel("pack_codes", (4, 2, 1), 3, whole)
         yield planes.kernel("unpack_codes", (4, 2, 1), 2, whole)

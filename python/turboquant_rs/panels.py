@@ -30,7 +30,7 @@ class Panels:
     rounding: Rounding
     bits: int
     layout: str = field(init=False, repr=False)
-    _products: dict[tuple[str, int, bool], ops.cpu.Product] = field(
+    _products: dict[tuple[str, int, bool], ops.cpu.Product | ops.cuda.Product] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -76,7 +76,7 @@ class Panels:
 
     def matmul(self, x: Tensor, bias: Tensor | None, *, activations: str, bits: int) -> Tensor:
         """`tq.matmul` with this matrix, read at `bits`, of x as autocast wants it."""
-        if self.layout == "panels" and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             product = self._products.get((activations, bits, False)) or self._product(activations, bits)
             found = product(x, bias)
             if found is not None:
@@ -105,11 +105,14 @@ class Panels:
         tail = (refined_bits, threshold, "panels", self.shape[0])
         return ops.matmul_refined(x, *stored, bias, *arguments, *tail)
 
-    def _product(self, activations: str, bits: int, whole: bool = False) -> ops.cpu.Product:
+    def _product(
+        self, activations: str, bits: int, whole: bool = False
+    ) -> ops.cpu.Product | ops.cuda.Product:
         """The call for a number of bits; `whole`: with the planes that follow those at hand."""
         stored, arguments = self._operands(activations, bits)
         stored = (self.packed, *stored[1:]) if whole else stored
-        product = ops.cpu.Product(*stored, self.shape[1], *arguments)
+        kind = ops.cuda.Product if self.layout == "tiles" else ops.cpu.Product
+        product = kind(*stored, self.shape[1], *arguments)
         self._products[activations, bits, whole] = product
         return product
 

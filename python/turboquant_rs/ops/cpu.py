@@ -13,18 +13,10 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch._C import (
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import maybe_current_level
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 import turboquant_rs._core as _core
+from turboquant_rs.ops.direct import observed
 from turboquant_rs.ops.schema import FLOAT_NAMES, OUT_OPS, register, rows_and_k
 
 # One team of threads with PyTorch's operators where that can be: two would wait for each other.
@@ -307,7 +299,7 @@ class Product:
         That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler),
         where x is no plain tensor in the CPU's memory, and where the operands do not fit.
         """
-        if type(x) is not Tensor or _observed():
+        if type(x) is not Tensor or observed():
             return None
         shape, dtype = x.shape, x.dtype
         if not shape or shape[-1] != self._k or dtype not in FLOAT_NAMES:
@@ -349,19 +341,6 @@ class Product:
         array = _array(bias)
         self._bias = (bias, address, array)
         return array
-
-
-def _observed() -> bool:
-    """Whether anything in this thread wants to see the calls of operators."""
-    return bool(
-        _len_torch_function_stack()
-        or _len_torch_dispatch_stack()
-        or _is_any_autocast_enabled()
-        or _get_tracing_state() is not None
-        or maybe_current_level() is not None
-        or _profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
 
 
 register({name: globals()[name] for name in OUT_OPS}, "CPU")

@@ -1,11 +1,11 @@
-"""Kernels of `cuda/`: spliced into one text, compiled by NVRTC, cached on disk, loaded and launched by CuPy.
+"""Kernels of `cuda/`: spliced into one text, compiled by NVRTC, cached on disk, loaded by CuPy, launched.
 
     cuda/quantize.cu + its headers ── splice ──► text ── NVRTC ──► cubin ── load ──► function ── launch
                                                               (on disk)        (one a device)
 
-CuPy compiles, loads and launches, and does nothing else: memory is torch's, pointers travel as integers, and
-every launch goes to the stream that torch has made current, so it can be captured in a CUDA graph. CuPy is
-imported by the first launch.
+CuPy compiles and loads, and does nothing else; the driver launches. Memory is torch's, pointers travel as
+integers, and every launch goes to the stream that torch has made current, so it can be captured in a CUDA
+graph. CuPy is imported by the first launch.
 
 Environment: `TURBOQUANT_CUDA_DIR` names another folder of sources, for work on kernels;
 `TURBOQUANT_CACHE_DIR` another place for compiled kernels than `~/.cache/turboquant-rs`.
@@ -13,9 +13,12 @@ Environment: `TURBOQUANT_CUDA_DIR` names another folder of sources, for work on 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
+import struct
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -27,7 +30,7 @@ import torch
 
 from turboquant_rs.errors import BackendUnavailable
 
-__all__ = ["Kernel", "architecture", "compile_for"]
+__all__ = ["Call", "Kernel", "architecture", "compile_for", "wait"]
 
 # Subnormals are kept, division and square root are IEEE, and nothing is contracted to FMA: the number format
 # says where a fused operation stands, and a kernel that wants one writes `__fmaf_rn`.
@@ -221,19 +224,98 @@ def _write(key: str, cubin: bytes) -> None:
 # Launching ------------------------------------------------------------------------------------------------
 
 
-class _Stream:
-    """A stream as CuPy's launch wants it: an object with a pointer."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+MOST_ARGUMENTS = 64
+"""Arguments of a launch, at most, of 8 bytes each."""
 
 
+class _Thread(threading.local):
+    """What a thread launches with."""
+
+    def __init__(self) -> None:
+        # On which it has launched: without that it has no context, whatever device is current.
+        self.device = -1
+        self.arguments = (ctypes.c_int64 * MOST_ARGUMENTS)()
+        first = ctypes.addressof(self.arguments)
+        self._addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(first, first + 8 * MOST_ARGUMENTS, 8))
+        self.addresses = ctypes.c_void_p(ctypes.addressof(self._addresses))
+
+
+_THREAD = _Thread()
 _LOADING = threading.RLock()
-_THREAD = threading.local()
+_FILL = [struct.Struct(f"{count}q").pack_into for count in range(MOST_ARGUMENTS + 1)]
+_Pointer = ctypes.c_void_p
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+
+
+@cache
+def _driver() -> Any:
+    """The driver's library, through which a launch costs less than through CuPy.
+
+    Its functions are given objects of ctypes, which need no conversion at a call.
+    """
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _check(code: int, what: object) -> None:
+    """Raises: RuntimeError with the driver's words for its error."""
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        reason = (text.value or b"unknown").decode()
+        raise RuntimeError(f"the CUDA driver refused {what} (error {code}): {reason}")
+
+
+def wait(device: int) -> None:
+    """Waits for torch's current stream of a device, if this thread has launched anything there."""
+    if _THREAD.device != device:
+        return
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            wait(device)
+        return
+    _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a kernel")
+
+
+class Call:
+    """A kernel with its grid on a device: all of a launch that can be said before its arguments are known.
+
+    Args:
+        kernel: The kernel; loaded now.
+        device: Index of the device whose memory the pointers are of.
+        grid: Blocks in x, y, z; none of them 0.
+        block: Threads in x, y, z.
+        shared: Bytes of dynamic shared memory.
+    """
+
+    __slots__ = ("_device", "_head", "_kernel", "_launch")
+
+    def __init__(
+        self, kernel: Kernel, device: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int = 0
+    ) -> None:
+        sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
+        self._kernel, self._device, self._launch = kernel, device, _driver().cuLaunchKernel
+        self._head = (_Pointer(kernel.load(device).ptr), *map(ctypes.c_uint, sizes))
+
+    def __call__(self, *args: int) -> None:
+        """Launches it on torch's current stream.
+
+        Args:
+            args: Pointers and integers, for parameters of 4 or 8 bytes. The last parameter may be a struct of
+                fields of 8 bytes, an argument each.
+        """
+        device, thread = self._device, _THREAD
+        if _current_device() != device:
+            with torch.cuda.device(device):
+                self(*args)
+            return
+        if thread.device != device:
+            _cupy().runtime.setDevice(device)
+            thread.device = device
+        _FILL[len(args)](thread.arguments, 0, *args)
+        code = self._launch(*self._head, _Pointer(_raw_stream(device)), thread.addresses, None)
+        if code:
+            _check(code, f"to launch {self._kernel}")
 
 
 class Kernel:
@@ -270,6 +352,9 @@ class Kernel:
 
     def load(self, device: int) -> Any:
         """Its function on a device, CuPy's `Function`."""
+        function = self._functions.get(device)
+        if function is not None:
+            return function
         with _LOADING, torch.cuda.device(device):
             if device not in self._functions:
                 cupy = _cupy()
@@ -287,30 +372,11 @@ class Kernel:
         device: int,
         grid: tuple[int, ...],
         block: tuple[int, ...],
-        args: tuple[Any, ...],
+        args: tuple[int, ...],
         shared: int = 0,
     ) -> None:
-        """Launches it on torch's current stream of a device.
-
-        Args:
-            device: Index of the device whose memory the pointers are of.
-            grid: Blocks in x, y, z; none of them 0.
-            block: Threads in x, y, z.
-            args: Pointers and integers as int, for parameters of 4 or 8 bytes; np.float32 for floats.
-            shared: Bytes of dynamic shared memory.
-        """
-        function = self._functions.get(device)
-        if function is None:
-            function = self.load(device)
-        if _current_device() != device:
-            with torch.cuda.device(device):
-                self(device, grid, block, args, shared)
-            return
-        if getattr(_THREAD, "device", None) != device:
-            # A thread that has launched nothing yet has no context, whatever device is current.
-            _cupy().runtime.setDevice(device)
-            _THREAD.device = device
-        function(grid, block, args, shared, _Stream(_raw_stream(device)))
+        """Launches it once: `Call` says what the arguments are."""
+        Call(self, device, grid, block, shared)(*args)
 
 
 def _macro(value: object) -> object:

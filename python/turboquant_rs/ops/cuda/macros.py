@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from turboquant_rs.ops.reference import LLOYD_MAX
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, packed_nbytes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -34,6 +35,7 @@ def scheme_macros(scheme: SchemeArgs, preserve_variance: bool) -> dict[str, obje
         "NESTED": scheme.nested,
         "LEVELS": len(scheme.table),
         "RULE": RULES[scheme.scale],
+        "RMS_LEVEL": _literal(LLOYD_MAX.get(scheme.bits, 0.0) / 127),
         "SCALE": DTYPES[scheme.scale_dtype],
         "ZERO_POINTS": stored,
     }
@@ -51,10 +53,9 @@ def table_words(table: Sequence[int]) -> tuple[int, int]:
     return low, high
 
 
-def source_words(source: Sequence[int]) -> tuple[int, int, int, int]:
-    """Key, stream and step of the random bits of (seed, step, stream), as words of 32 bits."""
-    seed, step, stream = source
-    return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream, step
+def _literal(value: float) -> str:
+    """The f32 nearest a number, as C++ writes it."""
+    return float(torch.tensor(value, dtype=torch.float32)).hex() + "f"
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import planes as plane_kernels
-from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.launcher import Call, Kernel, wait
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
     FULL_VARIANCE,
@@ -25,11 +26,10 @@ from turboquant_rs.ops.cuda.macros import (
     device_of,
     plane_macros,
     scheme_macros,
-    source_words,
     table_words,
     variance_units,
 )
-from turboquant_rs.ops.reference import LLOYD_MAX, check_rounding, refusal_of_scale, refusal_of_value
+from turboquant_rs.ops.reference import check_rounding, refusal_of_scale, refusal_of_value
 from turboquant_rs.ops.schema import (
     BYTE_CODES,
     RoundingArgs,
@@ -47,13 +47,17 @@ WARP, THREADS, MOST_THREADS = 32, 256, 1024
 HELD = 4
 """Units that a thread holds in registers, at most."""
 
-UNPACK_UNITS = 4
-"""Units that a thread decodes."""
+UNPACK_UNITS = 2
+"""Units that a thread decodes: the fastest of 1, 2, 4 and 8 on a Hopper GPU."""
+
+NEAREST = ("nearest", 0, 0, 0, 16, 1.0, False, 0)
+"""ROUNDING where scales are given."""
 
 TILE = 128
 """Elements of the longest tile of random bits."""
 
-NOTHING_REFUSED = 2**63 - 1
+NOTHING_REFUSED = [2**63 - 1] * 3
+"""Of elements, scales and zero points."""
 
 
 class Team(NamedTuple):
@@ -97,47 +101,74 @@ def unpack_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
     return Kernel("dequantize.cu", "unpack", dict(macros))
 
 
-def pack_macros(
-    dtype: torch.dtype,
-    scheme: SchemeArgs,
-    rounding: RoundingArgs,
-    planes: Sequence[int],
-    nan_zero: bool,
-    k: int,
-    whole: bool,
-) -> dict[str, object]:
-    """What `pack` is compiled for; `whole`: all memory lies on multiples of the widest access."""
-    group = group_length(k, scheme.group_size)
+def team_macros(dtype: torch.dtype, k: int, group_size: int, whole: bool) -> dict[str, object]:
+    """What `groups.cuh` asks for; `whole`: all memory lies on multiples of the widest access."""
+    group = group_length(k, group_size)
     team = Team.of(group)
     exact = k % group == 0
-    full = exact and not team.long and group == team.size * team.units * UNIT
-    in_order = full if team.size < WARP else k % TILE == 0 and group % TILE == 0
     whole = whole and k % UNIT == 0 and (group % UNIT == 0 or group == k)
     return {
-        **scheme_macros(scheme, rounding.preserve_variance),
-        **plane_macros(planes),
-        **draw_macros(rounding, in_order),
-        "DRAWN": WARP * team.units if team.size < WARP else WARP,
         "X": DTYPES[dtype],
-        "NAN_ZERO": nan_zero,
-        "PRESERVE": rounding.preserve_variance,
         "EXACT": exact,
         "ALIGNED": whole,
-        "FULL": whole and full,
+        "FULL": whole and _fills(team, group, k),
         "TEAM": team.size,
         "VECTORS": team.units,
         "LONG": team.long,
         "THREADS": team.threads,
+        "DRAWN": WARP * team.units if team.size < WARP else WARP,
     }
 
 
-def draw_macros(rounding: RoundingArgs, in_order: bool) -> dict[str, object]:
-    """MODE to TILED; `in_order`: a warp has consecutive units, which begin a tile where the tensor does."""
+def _fills(team: Team, group: int, k: int) -> bool:
+    """Whether every group is as long as its team can hold."""
+    return k % group == 0 and not team.long and group == team.size * team.units * UNIT
+
+
+def in_order(k: int, group_size: int) -> bool:
+    """Whether the units that a warp draws for are consecutive, and begin a tile where the tensor does."""
+    group = group_length(k, group_size)
+    team = Team.of(group)
+    return _fills(team, group, k) if team.size < WARP else k % TILE == 0 and group % TILE == 0
+
+
+def encoder_macros(
+    dtype: torch.dtype,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    k: int,
+    whole: bool,
+    *,
+    nan_zero: bool = False,
+    given: bool = False,
+) -> dict[str, object]:
+    """What `encoder.cuh` asks for; `whole` as for `team_macros`."""
+    return {
+        **scheme_macros(scheme, rounding.preserve_variance),
+        **team_macros(dtype, k, scheme.group_size, whole),
+        **draw_macros(rounding, in_order(k, scheme.group_size)),
+        "NAN_ZERO": nan_zero,
+        "GIVEN": given,
+        "BLOCKS": _resident(scheme, rounding, Team.of(group_length(k, scheme.group_size))),
+        "PRESERVE": rounding.preserve_variance,
+    }
+
+
+def _resident(scheme: SchemeArgs, rounding: RoundingArgs, team: Team) -> int:
+    """Blocks a multiprocessor for which registers are kept free: the fastest of several on a Hopper GPU."""
+    if team.threads > THREADS:
+        return 1
+    passes = scheme.scale != "extreme" or rounding.preserve_variance
+    return 2 if passes else 4
+
+
+def draw_macros(rounding: RoundingArgs, ordered: bool) -> dict[str, object]:
+    """MODE to TILED; `ordered` as `in_order` says."""
     return {
         "MODE": MODES[rounding.mode],
         "DRAW_BITS": rounding.draw_bits,
         "SHRINK": variance_units(rounding) != FULL_VARIANCE,
-        "TILED": rounding.mode not in ("nearest", "systematic") and in_order and rounding.offset % TILE == 0,
+        "TILED": rounding.mode not in ("nearest", "systematic") and ordered and rounding.offset % TILE == 0,
     }
 
 
@@ -150,11 +181,11 @@ def unpack_macros(
     k: int,
     whole: bool,
 ) -> dict[str, object]:
-    """What `unpack` is compiled for; `whole` as for `pack_macros`."""
+    """What `unpack` is compiled for; `whole` as for `team_macros`."""
     group = group_length(k, scheme.group_size)
     whole = whole and k % UNIT == 0 and (group % UNIT == 0 or group == k)
     units = group // UNIT
-    in_order = whole and k % group == 0 and units & (units - 1) == 0
+    unbroken = whole and k % group == 0 and units & (units - 1) == 0
     bytes_ = list(planes) == BYTE_CODES
     return {
         **scheme_macros(scheme, rounding.preserve_variance),
@@ -165,7 +196,7 @@ def unpack_macros(
         "READ": plane_kernels.planes_read(planes, 8 if bytes_ else read_bits),
         "REST": scheme.bits - read_bits,
         "ALIGNED": whole,
-        "GROUP": units if in_order else 0,
+        "GROUP": units if unbroken else 0,
         "UNITS": UNPACK_UNITS if whole else 1,
         "THREADS": THREADS,
     }
@@ -178,30 +209,48 @@ def group_length(k: int, group_size: int) -> int:
 
 # Values that are refused ----------------------------------------------------------------------------------
 
-_STATUS = threading.local()
 
+class Report:
+    """Where kernels report the first element, scale and zero point that they refuse.
 
-def _status(device: int) -> Tensor:
-    """Where kernels of this thread report the first index they refuse: of an element, of a group's scale.
-
-    A thread waits for each kernel that reports, so one place for all of them is enough.
+    In the host's memory, so that looking costs no more than waiting for the kernel.
     """
-    places: dict[int, Tensor] = _STATUS.__dict__.setdefault("places", {})
-    if device not in places:
-        places[device] = torch.full((2,), NOTHING_REFUSED, dtype=torch.int64, device=f"cuda:{device}")
-        torch.cuda.synchronize(device)  # other streams are going to write there
-    return places[device]
+
+    def __init__(self) -> None:
+        self._status = torch.full((len(NOTHING_REFUSED),), NOTHING_REFUSED[0], pin_memory=True)
+        self._numbers = self._status.numpy()
+        self.address = self._status.data_ptr()
+
+    def wait(self, device: int) -> list[int] | None:
+        """Waits for the kernel. Returns what it has refused, None for nothing."""
+        wait(device)
+        numbers: list[int] = self._numbers.tolist()
+        if numbers == NOTHING_REFUSED:
+            return None
+        self._status.fill_(NOTHING_REFUSED[0])
+        return numbers
 
 
-def _raise_refused(status: Tensor, x: Tensor, scale_dtype: torch.dtype) -> None:
-    """Waits for the kernel. Raises: ValueError for the first element or scale that it refused."""
-    element, group = status.tolist()
-    if element == group == NOTHING_REFUSED:
-        return
-    status.fill_(NOTHING_REFUSED)
-    if element != NOTHING_REFUSED:
-        raise refusal_of_value(element, float(x.view(-1)[element]))
-    raise refusal_of_scale(group, scale_dtype)
+_THREAD = threading.local()
+
+
+def report() -> Report | None:
+    """That of this thread, which waits for each kernel that reports; None while a graph is captured, where
+    nobody can look."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    own: Report | None = getattr(_THREAD, "report", None)
+    if own is None:
+        own = _THREAD.report = Report()
+    return own
+
+
+def raise_refused(own: Report | None, device: int, specification: Callable[..., None], *args: Any) -> None:
+    """Waits for the kernel. What it has refused, the specification of the operator, with the same arguments,
+    refuses in words."""
+    if own is not None and own.wait(device) is not None:
+        specification(*args)
+        raise AssertionError(f"a CUDA kernel refused what {specification.__name__} takes")
 
 
 # Plans ----------------------------------------------------------------------------------------------------
@@ -237,14 +286,48 @@ class Memory(NamedTuple):
         check_dtype("zero_points", zero_points, self.zero_point_dtype)
 
 
-class Launch(NamedTuple):
-    """A kernel, its geometry, and its arguments up to the random source and from there on."""
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its geometry, and its arguments between pointers and random source, and behind that."""
 
     kernel: Kernel
     grid: tuple[int]
     block: tuple[int]
-    shape: tuple[Any, ...]
-    tail: tuple[Any, ...]
+    shape: tuple[int, ...]
+    tail: tuple[int, ...]
+    _calls: dict[int, Call] = field(default_factory=dict)
+
+    def __call__(self, device: int, pointers: tuple[int, ...], source: Sequence[int]) -> None:
+        """Launches it; `source` is seed, step and stream."""
+        call = self._calls.get(device)
+        if call is None:
+            call = self._calls[device] = Call(self.kernel, device, self.grid, self.block)
+        call(*pointers, *self.shape, *source, *self.tail)
+
+
+def shape_words(rows: int, k: int, group_size: int, offset: int) -> tuple[int, ...]:
+    """`Shape` of groups.cuh. Raises: ValueError for more groups than are numbered."""
+    per_row = groups_per_row(k, group_size)
+    check_count(max(rows * per_row, k), "groups or elements of a row")
+    return rows, k, group_length(k, group_size), per_row, rows * per_row, offset
+
+
+def team_grid(rows: int, k: int, group_size: int) -> tuple[tuple[int], tuple[int]]:
+    """Blocks and threads for a team a group."""
+    team = Team.of(group_length(k, group_size))
+    return (-(-rows * groups_per_row(k, group_size) // (team.threads // team.size)),), (team.threads,)
+
+
+def encoder_launch(kernel: Kernel, scheme: SchemeArgs, rounding: RoundingArgs, rows: int, k: int) -> Launch:
+    """A kernel whose last parameter is the `Encoding` of encoder.cuh."""
+    blocks = -(-(scheme.group_size or k) // (64 if rounding.mode == "systematic" else 8))
+    first_group = rounding.offset // k * groups_per_row(k, scheme.group_size)
+    return Launch(
+        kernel,
+        *team_grid(rows, k, scheme.group_size),
+        (*shape_words(rows, k, scheme.group_size, rounding.offset), *table_words(scheme.table)),
+        (variance_units(rounding), first_group * blocks, blocks),
+    )
 
 
 class Plan(NamedTuple):
@@ -257,7 +340,7 @@ class Plan(NamedTuple):
     """Whether bytes of a plane hold elements of two groups, so that codes are written before planes are."""
 
 
-def _named(key: Sequence[Any]) -> tuple[SchemeArgs, RoundingArgs]:
+def named(key: Sequence[Any]) -> tuple[SchemeArgs, RoundingArgs]:
     """The scheme and rounding of a plan, which depends on no seed, step or stream."""
     rounding, draw_bits, variance, preserve_variance, offset = key[7:12]
     return SchemeArgs(*key[:7]), RoundingArgs(
@@ -265,41 +348,35 @@ def _named(key: Sequence[Any]) -> tuple[SchemeArgs, RoundingArgs]:
     )
 
 
-def _key(args: Sequence[Any]) -> tuple[Any, ...]:
+def plan_key(args: Sequence[Any]) -> tuple[Any, ...]:
     """SCHEME and ROUNDING without seed, step and stream, to look a plan up by."""
     return (*args[:4], tuple(args[4]), *args[5:8], *args[11:15])
 
 
 @lru_cache(maxsize=4096)
 def pack_plan(
-    dtype: torch.dtype, planes: tuple[int, ...], nan_zero: bool, rows: int, k: int, whole: bool, *key: Any
+    dtype: torch.dtype,
+    planes: tuple[int, ...],
+    nan_zero: bool,
+    given: bool,
+    rows: int,
+    k: int,
+    whole: bool,
+    *key: Any,
 ) -> Plan:
-    """How x `(rows, k)` is packed; `whole`: all memory lies on multiples of the widest access."""
-    scheme, rounding = _named(key)
-    if dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}; convert it first")
+    """How x `(rows, k)` is packed, on `given` scales or its own; `whole` as for `team_macros`."""
+    scheme, rounding = named(key)
+    check_source(dtype)
     check_rounding(scheme, rounding, k)
     check_planes(scheme, planes)
     memory = Memory.of(scheme, rounding, planes, rows, k)
     if rows * k == 0:
         return Plan(memory, None)
-    size, per_row = group_length(k, scheme.group_size), groups_per_row(k, scheme.group_size)
+    size = group_length(k, scheme.group_size)
     codes_first = size % UNIT != 0 and size < k and planes != (8,)
-    check_count(max(memory.groups, k), "groups or elements of a row")
-    macros = pack_macros(dtype, scheme, rounding, (8,) if codes_first else planes, nan_zero, k, whole)
-    team, blocks = Team.of(size), -(-(scheme.group_size or k) // (64 if rounding.mode == "systematic" else 8))
-    launch = Launch(
-        pack_kernel(tuple(macros.items())),
-        (-(-memory.groups // (team.threads // team.size)),),
-        (team.threads,),
-        (
-            *(rows, k, size, per_row, memory.groups, rounding.offset),
-            *table_words(scheme.table),
-            np.float32(LLOYD_MAX.get(scheme.bits, 0.0) / 127),
-        ),
-        (variance_units(rounding), rounding.offset // k * per_row * blocks, blocks),
-    )
-    return Plan(memory, launch, codes_first)
+    macros = encoder_macros(dtype, scheme, rounding, k, whole, nan_zero=nan_zero, given=given)
+    kernel = pack_kernel((*macros.items(), *plane_macros((8,) if codes_first else planes).items()))
+    return Plan(memory, encoder_launch(kernel, scheme, rounding, rows, k), codes_first)
 
 
 @lru_cache(maxsize=4096)
@@ -307,7 +384,7 @@ def unpack_plan(
     dtype: torch.dtype, planes: tuple[int, ...], read_bits: int, rows: int, k: int, whole: bool, *key: Any
 ) -> Plan:
     """How a tensor `(rows, k)` of a dtype is unpacked; `whole` as for `pack_plan`."""
-    scheme, rounding = _named(key)
+    scheme, rounding = named(key)
     check_readable(scheme, rounding, planes, read_bits)
     if dtype not in DTYPES:
         raise TypeError(f"out must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -336,30 +413,57 @@ def unpack_plan(
 def pack_out(x: Tensor, *args: Any) -> None:
     """Quantize x `(..., k)` and pack the codes; fills packed, scales and zero_points."""
     planes, nan_zero, packed, scales, zero_points = args[15:]
-    rows, k = rows_and_k(x.shape)
     x = x.contiguous()
+    check_written(scales, zero_points)
+    own = report()
+    _pack(x, args[:15], planes, nan_zero, False, packed, scales, zero_points, own)
+    refused = None if own is None else own.wait(x.get_device())
+    if refused is None:
+        return
+    element, group, _ = refused
+    if element != NOTHING_REFUSED[0]:
+        raise refusal_of_value(element, float(x.view(-1)[element]))
+    raise refusal_of_scale(group, args[6])
+
+
+def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
+    """Pack the codes of x `(..., k)` on given scales and zero points; fills packed."""
+    planes, packed = args[7:]
+    own = report()
+    if own is None:
+        raise RuntimeError("encode has no way to tell of values that it refuses in a CUDA graph; use pack")
+    given = scales.contiguous(), zero_points.contiguous()
+    _pack(x.contiguous(), (*args[:7], *NEAREST), planes, False, True, packed, *given, own)
+    raise_refused(own, x.get_device(), reference.encode_out, x, scales, zero_points, *args)
+
+
+def _pack(
+    x: Tensor,
+    args: Sequence[Any],
+    planes: Sequence[int],
+    nan_zero: bool,
+    given: bool,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    own: Report | None,
+) -> None:
+    """Launches what packs x, on `given` scales or filling them; args: SCHEME and ROUNDING."""
+    rows, k = rows_and_k(x.shape)
     whole = aligned(x, packed)
-    plan = pack_plan(x.dtype, tuple(planes), nan_zero, rows, k, whole, *_key(args))
+    plan = pack_plan(x.dtype, tuple(planes), nan_zero, given, rows, k, whole, *plan_key(args))
     check_length("packed", packed, plan.memory.packed, rows, k)
     plan.memory.check_groups(scales, zero_points)
-    check_written(packed, scales, zero_points)
+    check_written(packed)
     check_dtype("packed", packed, torch.uint8)
     device = device_of(x, packed, scales, zero_points)
-    launch = plan.launch
-    if launch is None:
+    if plan.launch is None:
         return
     codes = torch.empty(rows, k, dtype=torch.uint8, device=x.device) if plan.codes_first else packed
-    status = None if torch.cuda.is_current_stream_capturing() else _status(device)
-    pointers = (
-        *(part.data_ptr() for part in (x, codes, scales, zero_points)),
-        0 if status is None else status.data_ptr(),
-    )
-    arguments = (*pointers, *launch.shape, *source_words(args[8:11]), *launch.tail)
-    launch.kernel(device, launch.grid, launch.block, arguments)
+    pointers = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
+    plan.launch(device, (*pointers, own.address if own else 0), args[8:11])
     if plan.codes_first:
         plane_kernels.pack_codes_out(codes, planes, packed)
-    if status is not None:
-        _raise_refused(status, x, args[6])
 
 
 def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:
@@ -368,21 +472,24 @@ def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) 
     rows, k = rows_and_k(out.shape)
     packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
     whole = aligned(packed, out)
-    plan = unpack_plan(out.dtype, tuple(planes), read_bits, rows, k, whole, *_key(args))
+    plan = unpack_plan(out.dtype, tuple(planes), read_bits, rows, k, whole, *plan_key(args))
     if packed.numel() < plan.memory.packed:  # planes behind those that are read are left alone
         check_length("packed", packed, plan.memory.packed, rows, k)
     plan.memory.check_groups(scales, zero_points)
     check_written(out)
     device = device_of(out, packed, scales, zero_points)
-    launch = plan.launch
-    if launch is None:
-        return
-    pointers = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), out.data_ptr())
-    arguments = (*pointers, *launch.shape, *source_words(args[8:11]), *launch.tail)
-    launch.kernel(device, launch.grid, launch.block, arguments)
+    if plan.launch is not None:
+        pointers = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), out.data_ptr())
+        plan.launch(device, pointers, args[8:11])
 
 
 # Checks ---------------------------------------------------------------------------------------------------
+
+
+def check_source(dtype: torch.dtype) -> None:
+    """Refuses tensors that are not floats."""
+    if dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}; convert it first")
 
 
 def check_planes(scheme: SchemeArgs, planes: Sequence[int]) -> None:

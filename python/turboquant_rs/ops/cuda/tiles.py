@@ -12,19 +12,21 @@ and on nothing else, so results are the same bits every time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import Kernel
-from turboquant_rs.ops.cuda.macros import aligned, plane_macros
-from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
+from turboquant_rs.ops.cuda.launcher import Call, Kernel
+from turboquant_rs.ops.cuda.macros import ALIGNMENT, aligned, plane_macros
+from turboquant_rs.ops.direct import observed
+from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, split_args
 from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, fits, prefix_of
 
-__all__ = ["Weight", "multiply", "takes"]
+__all__ = ["Product", "Weight", "multiply", "takes"]
 
 COLUMNS = 8
 """Rows of x that one instruction multiplies."""
@@ -87,10 +89,9 @@ class Launch(NamedTuple):
     shared: int
     rows: int  # of x, a block
 
-    def __call__(self, device: int, m: int, args: tuple[int, ...]) -> None:
-        """Launches it for m rows of x."""
-        grid = (*self.grid, -(-m // self.rows))
-        self.kernel(device, grid, (self.threads, 1, 1), args, shared=self.shared)
+    def on(self, device: int, m: int) -> Call:
+        """The launch for m rows of x."""
+        return Call(self.kernel, device, (*self.grid, -(-m // self.rows)), (self.threads,), self.shared)
 
 
 class Stream(NamedTuple):
@@ -134,14 +135,18 @@ FEW_ROWS = Block(2, 2, 4, 3, 1)
 """The shape where W has too few rows for two blocks a multiprocessor."""
 
 
+DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes of x that the matrix unit takes."""
+
+
 def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
     """Whether a product of x with such a weight in tiles has a kernel here."""
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
+        x.dtype in DTYPES
         and x.shape[-1] % ALIGNED_COLUMNS == 0
         and x.numel() > 0
         and fits(scheme, rounding)
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and _limits(x.get_device()).tensor_cores
     )
 
 
@@ -156,13 +161,13 @@ def multiply(
 ) -> None:
     """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds."""
     (m, k), n = x.shape, out.shape[1]
-    bf16, device = x.dtype == torch.bfloat16, x.device.index or 0
+    bf16, device = x.dtype == torch.bfloat16, x.get_device()
     stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
     if not aligned(x):
         x = x.clone()
     if m >= EXPAND_ROWS:
         values = torch.empty(n, k, dtype=x.dtype, device=x.device)
-        expand(weight, bf16, n, k)(device, 1, (*stored, values.data_ptr(), n, k))
+        expand(weight, bf16, n, k).on(device, 1)(*stored, values.data_ptr(), n, k)
         if bias is None:
             torch.mm(x, values.T, out=out)
         else:
@@ -174,8 +179,90 @@ def multiply(
     if bias is not None:
         bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
         address, wide = bias.data_ptr(), bias.dtype == torch.float32
-    args = (x.data_ptr(), *stored, address, int(wide), out.data_ptr(), m, n, k)
-    launch(weight, bf16, _columns(m), n, k, _limits(device))(device, m, args)
+    call_of(weight, bf16, m, n, k, device)(x.data_ptr(), *stored, address, int(wide), out.data_ptr(), m, n, k)
+
+
+@lru_cache(maxsize=4096)
+def call_of(weight: Weight, bf16: bool, m: int, n: int, k: int, device: int) -> Call:
+    """The launch for fewer rows of x than `EXPAND_ROWS`.
+
+    Its arguments: x, the weight's three tensors, bias and whether that is f32, the product, m, n, k.
+    """
+    return launch(weight, bf16, _columns(m), n, k, _limits(device)).on(device, m)
+
+
+class Product:
+    """x · Wᵀ (+ bias) with one weight in tiles and float activations, called past the dispatcher, which takes
+    longer than the GPU for few rows of x.
+
+    What a call has to check of the weight is checked once. Its memory stays that of its tensors.
+    """
+
+    def __init__(self, packed: Tensor, scales: Tensor, zero_points: Tensor, k: int, *args: Any) -> None:
+        """The weight of k columns; `args` are those that follow the bias in the operator's arguments."""
+        scheme, rounding, (planes, read_bits, activations, layout, n) = split_args(args)
+        self._kind = Weight.of(scheme, planes, read_bits)
+        self._weight = (packed, scales, zero_points)
+        self._device, self._n, self._k = packed.get_device(), n, k
+        whole = (activations, layout) == ("float", "tiles") and k % ALIGNED_COLUMNS == 0
+        self._fits = whole and fits(scheme, rounding) and _limits(self._device).tensor_cores
+        self._calls: dict[tuple[torch.dtype, int], Call | None] = {}
+        self._bias: tuple[Tensor, int, int] | None = None
+
+    def __call__(
+        self, x: Tensor, bias: Tensor | None, refinement: tuple[int, float] | None = None
+    ) -> tuple[Tensor, int] | None:
+        """What the operator returns, bit for bit, and no rows refined. None where the operator must be asked.
+
+        That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler),
+        where x is no plain tensor in the GPU's memory as a kernel takes it, where there are so many rows that
+        the weight is expanded, for a `refinement`, and where the operands do not fit.
+        """
+        if type(x) is not Tensor or observed() or x.get_device() != self._device:
+            return None
+        shape, dtype, address, n, k = x.shape, x.dtype, x.data_ptr(), self._n, self._k
+        if not shape or shape[-1] != k or address % ALIGNMENT or not x.is_contiguous() or x.is_neg():
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return None
+        m = x.numel() // k
+        try:
+            call = self._calls[dtype, m]
+        except KeyError:
+            call = self._calls[dtype, m] = self._call(dtype, m)
+        if call is None or refinement is not None:
+            return None
+        bias_address, wide = 0, 0
+        if bias is not None:
+            bias_address = bias.data_ptr()
+            known = self._bias
+            if known is None or known[0] is not bias or known[1] != bias_address:
+                known = self._known(bias, bias_address)
+            if known is None or (not known[2] and bias.dtype is not dtype):
+                return None
+            wide = known[2]
+        # Sizes one by one are parsed faster than a tuple of them.
+        out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
+        packed, scales, zeros = self._weight
+        weight = (packed.data_ptr(), scales.data_ptr(), zeros.data_ptr())
+        call(address, *weight, bias_address, wide, out.data_ptr(), m, n, k)
+        return out, 0
+
+    def _call(self, dtype: torch.dtype, m: int) -> Call | None:
+        """The launch for m rows of a dtype, if that is all there is to do."""
+        if not self._fits or dtype not in DTYPES or not 0 < m < EXPAND_ROWS:
+            return None
+        return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device)
+
+    def _known(self, bias: Tensor, address: int) -> tuple[Tensor, int, int] | None:
+        """A bias with its address and whether it is f32, if a kernel can take it as it lies."""
+        plain = type(bias) in (Tensor, Parameter) and bias.get_device() == self._device
+        if not plain or bias.shape != (self._n,) or not bias.is_contiguous() or bias.is_neg():
+            return None
+        if bias.dtype is not torch.float32 and bias.dtype not in DTYPES:
+            return None
+        self._bias = (bias, address, int(bias.dtype is torch.float32))
+        return self._bias
 
 
 class Limits(NamedTuple):
@@ -184,6 +271,7 @@ class Limits(NamedTuple):
     processors: int
     shared: int  # bytes a block may have
     clusters: bool
+    tensor_cores: bool = True  # that take bfloat16
 
 
 def _columns(m: int) -> int:
@@ -194,7 +282,9 @@ def _columns(m: int) -> int:
 @cache
 def _limits(device: int) -> Limits:
     found = torch.cuda.get_device_properties(device)
-    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
+    return Limits(
+        found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9, found.major >= 8
+    )
 
 
 @cache

@@ -1,0 +1,26 @@
+"""When an operator may be called past PyTorch's dispatcher, where small layers spend most of their time."""
+
+from __future__ import annotations
+
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+
+
+def observed() -> bool:
+    """Whether anything in this thread wants to see the calls of operators."""
+    return bool(
+        _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or maybe_current_level() is not None
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
