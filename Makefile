@@ -89,6 +89,7 @@ gpu: setup ## on a CUDA machine: every test that has a GPU part, compute-sanitiz
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitized.py
 	$(BIN)/python benches/bench_cuda.py
 	$(BIN)/python benches/cuda_matmul.py
+	$(BIN)/python benches/cuda_int8.py
 
 wheel: setup ## one wheel for CPython >= 3.10 in dist/
 	$(BIN)/maturin build --release --out dist

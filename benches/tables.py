@@ -27,6 +27,7 @@ HOW = {
     "control": "make quality",
     "cuda": "make gpu",
     "cuda_matmul": "make gpu",
+    "cuda_int8": "make gpu",
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -255,11 +256,40 @@ def cuda_matmul() -> str:
     return markdown(["n × k", "m", *columns], lines)
 
 
+def cuda_int8() -> str:
+    """One line a shape and m: a layer with int8 activations, quantizing them included, beside the float layer
+    and the bare product of int8."""
+    lines = []
+    for row in read("cuda_int8", "rows"):
+        seconds = row["seconds"]
+        whole = seconds["w8"]
+        bare = f"{seconds['_int_mm'] / whole:.2f}" if "_int_mm" in seconds else ""
+        grouped = [
+            f"{seconds['bf16 linear'] / seconds[name]:.2f}" for name in ("w8 g128", "w4 g128", "w4 g64")
+        ]
+        over = [f"{seconds['bf16 linear'] / whole:.2f}", bare, *grouped]
+        lines.append([f"{row['n']} × {row['k']}", str(row["m"]), f"{1e6 * whole:.1f}", *over])
+    columns = ["W8 rows, µs", "bf16 over W8", "_int_mm over W8", "bf16 over W8 g128", "W4 g128", "W4 g64"]
+    return markdown(["n × k", "m", *columns], lines)
+
+
+def cuda_int8_quantize() -> str:
+    """One line a size: share of the bandwidth of a copy of as many bytes."""
+    names = ("a row", "g128", "g64")
+    lines = [
+        [f"{row['m']} × {row['k']}", *(f"{row['copy'] / row['seconds'][name]:.0%}" for name in names)]
+        for row in read("cuda_int8", "quantize")
+    ]
+    return markdown(["x, bf16", *(f"scale {name}" if name == "a row" else name for name in names)], lines)
+
+
 TABLES = {
     "precision-plans": precision_plans,
     "control-burst": control_burst,
     "cuda-pack": cuda_pack,
     "cuda-matmul": cuda_matmul,
+    "cuda-int8": cuda_int8,
+    "cuda-int8-quantize": cuda_int8_quantize,
     "quality-encoder": encoder,
     "quality-language": language,
     "quality-perplexity": perplexity,

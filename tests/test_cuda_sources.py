@@ -10,7 +10,7 @@ import torch
 
 from turboquant_rs import Rounding, Scheme
 from turboquant_rs.errors import BackendUnavailable
-from turboquant_rs.ops.cuda import fake_quantize, launcher, planes, quantize, tiles
+from turboquant_rs.ops.cuda import fake_quantize, int8, launcher, planes, quantize, tiles
 from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.cuda.macros import plane_macros
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
@@ -104,9 +104,44 @@ def tile_kernels(clusters: bool) -> Iterator[Kernel]:
     yield from (tiles.spoil(bf16) for bf16 in (True, False))
 
 
+# Between them: scales and zero points of every kind, prefixes, bytes and nibbles, brackets of both kinds.
+INT8 = (
+    (BF16, Scheme(bits=8, group_size=None), 8, int8.Block(16, 32, 1, 1, 4, 4)),
+    (F32, Scheme(bits=4, group_size=64), 4, int8.Block(16, 32, 1, 4, 1, 8)),
+    (F16, Scheme.nested(group_size=None), 4, int8.Block(64, 64, 2, 2, 1, 6)),
+    (
+        F64,
+        Scheme(bits=8, group_size=128, symmetric=False, scale_dtype="f32"),
+        8,
+        int8.Block(128, 128, 2, 4, 1, 4),
+    ),
+)
+WIDE = (
+    (BF16, Scheme(bits=8, group_size=None), 8, int8.Wide(256, 4, 2)),
+    (F64, Scheme(bits=1, group_size=None), 1, int8.Wide(256, 4, 1)),
+    (F16, Scheme(bits=8, group_size=128, symmetric=False, scale_dtype="f16"), 8, int8.Wide(128, 6, 2)),
+    (F32, Scheme(bits=4, group_size=64), 4, int8.Wide(128, 6, 2)),
+)
+
+
+def int8_kernels(matrix_unit: bool, hopper: bool) -> Iterator[Kernel]:
+    """With a matrix unit for int8 of sm_80, and with Hopper's."""
+    for at, k in enumerate((4096, 130, 64, 10**5)):
+        columns = int8.Columns.of(k, 64 if at % 2 else 0)
+        yield int8.quantize_kernel((F32, BF16, F16, F64)[at], columns, at < 3, at > 1)
+    for scheme in (Scheme(levels="nf4"), Scheme(bits=7, group_size=9)):
+        args, columns = SchemeArgs(*scheme.op_args()), int8.Columns.of(512, scheme.group_size or 0)
+        yield int8.expand_kernel(args, tuple(scheme.widths), scheme.bits, columns, True)
+    for dtype, scheme, bits, shape in (*(INT8 if matrix_unit else ()), *(WIDE if hopper else ())):
+        columns = int8.Columns.of(512, scheme.group_size or 0)
+        weight = int8.Weight.of(SchemeArgs(*scheme.op_args()), bits, columns)
+        nibbles = bits == 4 and isinstance(shape, int8.Block)
+        yield int8.kernel_of(weight, dtype, shape, nibbles, (scheme.group_size or 0) // 32)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles(arch: str) -> None:
-    for kernel in kernels():
+    for kernel in (*kernels(), *int8_kernels(arch != "sm_75", arch == "sm_90a")):
         assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
     if arch == "sm_75":  # the matrix unit takes 16 columns of bfloat16 from sm_80 on
         return
@@ -116,7 +151,7 @@ def test_every_kernel_compiles(arch: str) -> None:
 
 def test_every_source_is_one_of_a_kernel_or_part_of_one() -> None:
     folder = launcher.source_folder()
-    every = (*kernels(), *tile_kernels(True))
+    every = (*kernels(), *tile_kernels(True), *int8_kernels(True, True))
     spliced = "".join(launcher.splice(name) for name in {kernel.source for kernel in every})
     files = {path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
     assert files == {name for name in files if f'#line 1 "{name}"' in spliced}

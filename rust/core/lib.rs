@@ -37,7 +37,7 @@ pub use allocate::{Choices, allocate, ladder};
 pub use bandwidth::{copy_bandwidth, read_bandwidth};
 pub use error::Error;
 pub use fake_quantize::{fake_quantize, fake_quantize_backward};
-pub use matmul::{PROFILE, Activations, Layout, from_panels, matmul, matmul_refined, panels_nbytes, to_panels};
+pub use matmul::{Activations, Layout, from_panels, matmul, matmul_refined, panels_nbytes, to_panels};
 pub use parallel::{Team, after_fork, lend_team};
 pub use philox::philox;
 pub use planes::{pack_codes, unpack_codes};

@@ -52,26 +52,6 @@ use panel::PANEL;
 pub use refined::matmul_refined;
 pub use repack::{from_panels, panels_nbytes, to_panels};
 
-/// Profile.
-pub static PROFILE: [std::sync::atomic::AtomicU64; 9] = [const { std::sync::atomic::AtomicU64::new(0) }; 9];
-/// Time.
-#[allow(unsafe_code, unused_unsafe, reason = "temporary")]
-#[inline(always)]
-pub(crate) fn clock() -> u64 { unsafe { std::arch::x86_64::_rdtsc() } }
-/// Adds.
-#[inline(always)]
-pub(crate) fn since(slot: usize, from: u64) { PROFILE[slot].fetch_add(clock() - from, std::sync::atomic::Ordering::Relaxed); }
-
-/// Profile.
-pub static PROFILE: [std::sync::atomic::AtomicU64; 9] = [const { std::sync::atomic::AtomicU64::new(0) }; 9];
-/// Time.
-#[allow(unsafe_code, unused_unsafe, reason = "temporary")]
-#[inline(always)]
-pub(crate) fn clock() -> u64 { unsafe { std::arch::x86_64::_rdtsc() } }
-/// Adds.
-#[inline(always)]
-pub(crate) fn since(slot: usize, from: u64) { PROFILE[slot].fetch_add(clock() - from, std::sync::atomic::Ordering::Relaxed); }
-
 /// How the codes, scales and zero points of a weight lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
@@ -263,22 +243,10 @@ fn by_codes(
     threads: usize,
 ) {
     let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts, numbers != Numbers::Int8);
-    PROFILE[0].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let t = clock();
-    PROFILE[0].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let t = clock();
     let mut x = activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, threads);
-    since(1, t);
-    let t = clock();
-    since(1, t);
-    let t = clock();
     if blocks {
         x.tile(strips::laid(cuts).step(), threads);
     }
-    since(2, t);
-    let t = clock();
-    since(2, t);
-    let t = clock();
     let x = &x;
     let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
     parallel::for_each(threads, parts, |Part { rows, columns, out }| {
@@ -289,8 +257,6 @@ fn by_codes(
             Numbers::F32 => dispatch_floats(isa, false, max_code, part),
         }
     });
-    since(3, t);
-    since(3, t);
 }
 
 /// Multiplies part by part with dequantized weights.

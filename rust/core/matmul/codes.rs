@@ -53,16 +53,8 @@ impl MultiplyKernel for Panels<'_> {
         let isa = by.isa();
         let mut scratch = Scratch::new(self.cuts, self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
-            let t = super::clock();
-            let t = super::clock();
             scratch.load_scales(isa, self.weight, self.layout, self.affine, panel);
-            super::since(4, t);
-            let t = super::clock();
-            super::since(4, t);
-            let t = super::clock();
             scratch.sums.begin(panel.vectors(), M::TILE_VECTORS);
-            super::since(8, t);
-            super::since(8, t);
             let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
             let table = scheme.table();
             let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
@@ -70,10 +62,7 @@ impl MultiplyKernel for Panels<'_> {
                 self.multiply(by, panel, block, &mut codes, &mut scratch);
             }
             let (finite, first) = (self.x.finite(&self.rows), panel.first - self.outputs.start);
-            let t = super::clock();
-            let t = super::clock();
             scratch.sums.write(isa, panel, self.bias, finite, &mut self.out, first);
-            super::since(7, t);
         }
     }
 }
@@ -118,16 +107,9 @@ impl Panels<'_> {
         {
             let order = strips::laid(cuts);
             let to = &mut expanded.lines_mut()[..order.words(block.units.len(), vectors)];
-            let t = super::clock();
-            let t = super::clock();
             codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, order);
-            super::since(5, t);
-            super::since(5, t);
             let (rows, planes) = (self.rows.clone(), codes.planes());
-            let t = super::clock();
-            let t = super::clock();
             by.vectorize(Strips { on, amx, order, codes: to, rows, planes, sums, carried });
-            super::since(6, t);
             return;
         }
         let direct = match codes {

@@ -2,7 +2,8 @@
 
 Float activations, weight in tiles: kernels that read the codes (`tiles`). Otherwise the weight is dequantized
 to the dtype of x and multiplied by cuBLAS, which sums in f32.
-Integer activations: as the specification, in exact f64 products.
+Integer activations: kernels that multiply integers (`int8`), or where there is none the specification, whose
+f64 products are exact.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda import tiles
+from turboquant_rs.ops.cuda import int8, tiles
 from turboquant_rs.ops.cuda.macros import check_written
 from turboquant_rs.ops.cuda.quantize import unpack_out
-from turboquant_rs.ops.schema import SchemeArgs, split_args
+from turboquant_rs.ops.schema import split_args
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 _TENSOR_CORES = (torch.bfloat16, torch.float16)
@@ -37,14 +38,21 @@ def matmul_out(
         read = prefix_of(planes, read_bits)
         packed, scales, zero_points = from_tiles(packed, scales, zero_points, read, n, x.shape[-1])
         args = (*args[:18], "canonical", n, out)
-    if activations != "float":
-        reference.matmul_out(x, packed, scales, zero_points, bias, *args)
-        return
     k = x.shape[-1]
     if layout == "panels":
         stored = (packed, scales, zero_points)
-        packed, scales, zero_points = reference.from_panels(*stored, SchemeArgs(*args[:7]), planes, n, k)
+        packed, scales, zero_points = reference.from_panels(*stored, scheme, planes, n, k)
+        args = (*args[:18], "canonical", n, out)
     x = x.detach()
+    if activations != "float":
+        if out.numel() and int8.takes(x, scheme, rounding):
+            check_written(out)
+            stored = (packed, scales, zero_points)
+            rows = x.reshape(-1, k).contiguous()
+            int8.multiply(rows, *stored, bias, scheme, rounding, planes, read_bits, out.view(-1, n))
+        else:
+            reference.matmul_out(x, packed, scales, zero_points, bias, *args)
+        return
     dtype = x.dtype if x.dtype in _TENSOR_CORES else torch.float32
     rows = x.reshape(-1, k) if k else x.new_zeros(out.numel() // max(n, 1), 0)
     weight = torch.empty(n, k, dtype=dtype, device=packed.device)

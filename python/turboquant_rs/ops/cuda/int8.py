@@ -1,0 +1,408 @@
+"""Products of int8 activations with packed matrices: `cuda/matmul_int8_*.cu`, and how each is launched.
+
+    x ── quantize ──► codes, scales, sums ─┬─ block   mma.sync, bytes or nibbles of W, any number of rows of x
+    W ── expand ──► bytes ─────────────────┴─ wide    wgmma on Hopper, bytes of W, many rows of x
+
+A plane of 8 or of 4 bits is read as it lies; other weights are expanded to bytes first, a code or the level
+of a table each. Sums are of integers and the few roundings are those of the contract in its order, so results
+are the bits of every other backend, whatever the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from turboquant_rs.ops import reference
+from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.macros import (
+    DTYPES,
+    aligned,
+    check_count,
+    check_holds,
+    device_of,
+    plane_macros,
+    scheme_macros,
+    table_words,
+)
+from turboquant_rs.ops.cuda.planes import planes_read
+from turboquant_rs.ops.cuda.quantize import check_planes, check_readable, group_length
+from turboquant_rs.ops.cuda.tensor_map import tensor_map
+from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row
+
+__all__ = ["Weight", "multiply", "takes"]
+
+STEP = 32
+"""Columns that one instruction multiplies; groups begin at multiples of it."""
+
+SEGMENT = reference.SEGMENT
+"""Columns whose bracket is an integer of 32 bits."""
+
+SLICE = 128
+"""Columns of a warp in a stage of `block`, and of a stage of `wide`."""
+
+WIDE_ROWS = 128
+"""Rows of x of a tile of `wide`."""
+
+WIDE_THREADS = 384
+"""A warp group that copies and two that multiply."""
+
+THREADS = 256
+"""Threads of a block that quantizes small groups or expands codes."""
+
+EXPANDED = 4
+"""Units of eight codes that a thread expands."""
+
+
+# What there is to multiply --------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """A packed matrix, as far as kernels are compiled for it: macros of `matmul_int8.cuh`."""
+
+    scale: int
+    asymmetric: bool
+    zero: int
+    rest: int
+    small: bool
+
+    @classmethod
+    def of(cls, scheme: SchemeArgs, read_bits: int, columns: Columns) -> Weight:
+        """The weight of a scheme, read at `read_bits`."""
+        zero = int(2 * reference.fixed_zero_point(scheme)) if scheme.symmetric else 0
+        rest = scheme.bits - read_bits
+        top = 255 if scheme.table else 2**scheme.bits - 1
+        halves = 2 if rest or zero % 2 else 1
+        small = halves * top * 127 * columns.segment <= 2**22
+        return cls(DTYPES[scheme.scale_dtype], not scheme.symmetric, zero, rest, small)
+
+    def macros(self, dtype: torch.dtype) -> dict[str, object]:
+        """With the dtype of the result."""
+        return {"Y": DTYPES[dtype], **{key.upper(): value for key, value in self._asdict().items()}}
+
+
+class Columns(NamedTuple):
+    """Where the columns of x lie in its codes: groups begin at multiples of STEP, zeros fill the gaps."""
+
+    k: int
+    size: int  # of a group
+    groups: int
+    padded: int  # columns from one group to the next
+    stride: int  # columns of a row
+    segment: int  # columns of a bracket
+    segments: int
+
+    @classmethod
+    def of(cls, k: int, group_size: int) -> Columns:
+        """The columns of rows of k elements, k > 0."""
+        size, groups = group_length(k, group_size), groups_per_row(k, group_size)
+        padded = -(-size // STEP) * STEP
+        last = k - (groups - 1) * size
+        stride = (groups - 1) * padded + -(-last // STEP) * STEP
+        segment = min(padded, SEGMENT)
+        return cls(k, size, groups, padded, stride, segment, groups * -(-padded // segment))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is more than one bracket."""
+        return self.segments > 1
+
+    @property
+    def bracket_steps(self) -> int:
+        """Steps of a bracket, 0 where there is only one."""
+        return self.segment // STEP if self.grouped else 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are no gaps but at the end of a row."""
+        return self.groups == 1 or self.padded == self.size
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
+    """Whether a product of x with such a weight has a kernel here."""
+    if x.dtype not in DTYPES or x.numel() == 0 or _capability(x.device) < (8, 0):
+        return False
+    if rounding.preserve_variance or rounding.mode == "subtractive":
+        return False
+    columns = Columns.of(x.shape[-1], scheme.group_size)
+    return columns.groups == 1 or columns.padded <= SEGMENT or columns.size % SEGMENT == 0
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    bias: Tensor | None,
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    planes: Sequence[int],
+    read_bits: int,
+    out: Tensor,
+) -> None:
+    """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds; W is canonical."""
+    check_planes(scheme, planes)
+    check_readable(scheme, rounding, planes, read_bits)
+    (m, k), n = x.shape, out.shape[1]
+    columns = Columns.of(k, scheme.group_size)
+    bits = 8 if list(planes) == BYTE_CODES else read_bits
+    check_holds(packed, planes[: planes_read(planes, bits)], n, k)
+    device = device_of(x, packed, scales, out)
+    shape = shape_for(m, n, columns, _limits(device))
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+
+    stored = planes[0] if planes[0] == bits and not scheme.table and aligned(packed) and columns.dense else 0
+    nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
+    if not nibbles and not (stored == 8 and k % 16 == 0):
+        packed = expand(packed, scheme, planes, bits, n, columns, device)
+        row_bytes = columns.stride
+    else:
+        row_bytes = k * stored // 8
+
+    codes = torch.empty(m, columns.stride, dtype=torch.int8, device=x.device)
+    terms = torch.empty(m * (columns.groups + columns.segments), dtype=torch.float32, device=x.device)
+    x_scales, x_sums = terms.data_ptr(), terms.data_ptr() + 4 * columns.groups * m
+    quantize(x, codes, x_scales, x_sums, columns, nibbles, device)
+
+    address, wide_bias = 0, False
+    if bias is not None:
+        bias = (bias if bias.dtype == x.dtype else bias.float()).detach().contiguous()
+        address, wide_bias = bias.data_ptr(), bias.dtype == torch.float32
+    weight = Weight.of(scheme, read_bits, columns)
+    tail = (scales.data_ptr(), zero_points.data_ptr(), address, int(wide_bias), out.data_ptr(), m, n)
+    kernel = kernel_of(weight, x.dtype, shape, nibbles, columns.bracket_steps)
+    arguments: tuple[int, ...]
+    if isinstance(shape, Wide):
+        maps = (
+            tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
+            tensor_map(packed.data_ptr(), n, row_bytes, shape.n_tile // shape.cluster),
+        )
+        arguments = (x_scales, x_sums, *tail, columns.stride, columns.groups, *maps[0], *maps[1])
+        kernel(device, shape.grid(m, n, _limits(device)), (WIDE_THREADS,), arguments, kernel.shared)
+    else:
+        pointers = (codes.data_ptr(), x_scales, x_sums, packed.data_ptr())
+        arguments = (*pointers, *tail, columns.stride, row_bytes, columns.groups, columns.segments)
+        kernel(device, shape.grid(m, n), (shape.threads,), arguments, kernel.shared)
+
+
+# Activations and weights as the kernels want them ---------------------------------------------------------
+
+
+class Team(NamedTuple):
+    """The threads that quantize a group, the units of eight elements each of them holds, those of a block."""
+
+    size: int
+    units: int
+    threads: int
+    long: bool
+
+    @classmethod
+    def of(cls, columns: Columns) -> Team:
+        """As many as there are units, up to a warp; then 4 units each, in long rows 8."""
+        units = columns.padded // 8
+        if units <= 128:
+            size = min(_power_of_2(units), 32)
+        else:
+            size = min(_power_of_2(-(-units // (4 if units <= 1024 else 8))), 512)
+        return cls(size, min(-(-units // size), 8), max(size, THREADS if size <= 32 else 0), units > 8 * size)
+
+
+def _power_of_2(count: int) -> int:
+    """The smallest power of 2 that is not less."""
+    return 1 << (count - 1).bit_length()
+
+
+def quantize(
+    x: Tensor, codes: Tensor, scales: int, sums: int, columns: Columns, nibbles: bool, device: int
+) -> None:
+    """The codes, scales and sums of x, for weights in bytes or in nibbles."""
+    m, k = x.shape
+    check_count(m * columns.groups, "groups of x")
+    team = Team.of(columns)
+    kernel = quantize_kernel(x.dtype, columns, aligned(x), nibbles)
+    blocks = -(-m * columns.groups // (team.threads // team.size))
+    sizes = (m, k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
+    kernel(device, (blocks,), (team.threads,), (x.data_ptr(), codes.data_ptr(), scales, sums, *sizes))
+
+
+def quantize_kernel(dtype: torch.dtype, columns: Columns, whole: bool, nibbles: bool) -> Kernel:
+    """`whole`: x lies on multiples of the widest access."""
+    team = Team.of(columns)
+    whole = whole and columns.k % 8 == 0 and (columns.groups == 1 or columns.size % 8 == 0)
+    return _quantize_kernel(dtype, team, whole, nibbles)
+
+
+@cache
+def _quantize_kernel(dtype: torch.dtype, team: Team, whole: bool, nibbles: bool) -> Kernel:
+    macros = {"X": DTYPES[dtype], "WHOLE": whole, "NIBBLES": nibbles}
+    macros |= {"TEAM": team.size, "VECTORS": team.units, "THREADS": team.threads, "LONG": team.long}
+    return Kernel("matmul_int8_quantize.cu", "matmul_int8_quantize", macros)
+
+
+def expand(
+    packed: Tensor,
+    scheme: SchemeArgs,
+    planes: Sequence[int],
+    bits: int,
+    n: int,
+    columns: Columns,
+    device: int,
+) -> Tensor:
+    """The top `bits` bits of each code, or its level, as rows (n, stride) of bytes; gaps are undefined."""
+    units_per_row = -(-columns.k // 8)
+    units = n * units_per_row
+    check_count(max(units, columns.stride), "units of eight codes or columns")
+    levels = torch.empty(n, columns.stride, dtype=torch.uint8, device=packed.device)
+    kernel = expand_kernel(scheme, tuple(planes), bits, columns, aligned(packed))
+    sizes = (n, columns.k, columns.size, columns.padded, columns.stride, units_per_row, units)
+    arguments = (packed.data_ptr(), levels.data_ptr(), *sizes, *table_words(scheme.table))
+    kernel(device, (-(-units // (EXPANDED * THREADS)),), (THREADS,), arguments)
+    return levels
+
+
+def expand_kernel(
+    scheme: SchemeArgs, planes: tuple[int, ...], bits: int, columns: Columns, whole: bool
+) -> Kernel:
+    """`whole`: the blob lies on multiples of the widest access."""
+    whole = whole and columns.k % 8 == 0 and (columns.groups == 1 or columns.size % 8 == 0)
+    macros = {**scheme_macros(scheme, False), **plane_macros(planes), "READ": planes_read(planes, bits)}
+    return _expand_kernel(tuple({**macros, "ALIGNED": whole}.items()))
+
+
+@cache
+def _expand_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
+    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", dict(macros))
+
+
+# Shapes ---------------------------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """What shapes depend on of a device."""
+
+    processors: int
+    shared: int  # bytes a block may have
+    hopper: bool
+
+
+@cache
+def _limits(device: int) -> Limits:
+    found = torch.cuda.get_device_properties(device)
+    hopper = (found.major, found.minor) == (9, 0)
+    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin, hopper)
+
+
+class Block(NamedTuple):
+    """How `matmul_int8_block.cu` is shaped: macros of the same names."""
+
+    m_tile: int
+    n_tile: int
+    warps_m: int
+    warps_n: int
+    warps_k: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps_m * self.warps_n * self.warps_k
+
+    def grid(self, m: int, n: int) -> tuple[int, int]:
+        """The blocks that cover a product."""
+        return -(-n // self.n_tile), -(-m // self.m_tile)
+
+    def shared(self, nibbles: bool, steps: int, asymmetric: bool) -> int:
+        """Bytes of shared memory: of the stages, or of the sums of warps that meet there in the end.
+
+        steps: of a bracket, 0 where it is the row.
+        """
+        slots = max(1, -(-SLICE // STEP // steps)) if steps else 0
+        terms = slots * (2 * self.m_tile + (2 if asymmetric else 1) * self.n_tile)
+        stage = self.warps_k * SLICE * (self.m_tile + self.n_tile // (2 if nibbles else 1))
+        stage += -(-4 * terms // 128) * 128
+        return max(self.stages * stage, (self.warps_k - 1) * self.m_tile * self.n_tile * 4)
+
+
+class Wide(NamedTuple):
+    """How `matmul_int8_wide.cu` is shaped: macros of the same names."""
+
+    n_tile: int
+    stages: int
+    cluster: int
+
+    def fits(self, columns: Columns) -> bool:
+        """Whether brackets end where an instruction or a stage does, and belong to a group each."""
+        if not columns.grouped:
+            return True
+        ends = columns.padded in (STEP, 2 * STEP) or columns.padded % SLICE == 0
+        return self.n_tile == 128 and ends and columns.segments == columns.groups
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of a cluster that cover a product."""
+        return -(-m // (WIDE_ROWS * self.cluster)) * -(-n // self.n_tile)
+
+    def grid(self, m: int, n: int, limits: Limits) -> tuple[int]:
+        """As many blocks as there is room for, in whole clusters."""
+        return (min(limits.processors // self.cluster, self.tiles(m, n)) * self.cluster,)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024."""
+        return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
+
+
+def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Wide:
+    """The kernel for a product: the fastest of many on a Hopper GPU."""
+    if m > 64 and limits.hopper:
+        cluster, most = 2 if m > WIDE_ROWS else 1, 3 * limits.processors // 4
+        fewest = most if columns.grouped else 3 * limits.processors // 8
+        for wide, least in ((Wide(256, 4, cluster), most), (Wide(128, 6, cluster), fewest)):
+            if wide.fits(columns) and wide.grid(m, n, limits)[0] >= least:
+                return wide
+    block = _block_for(m, n, columns.grouped, limits.processors)
+    while block.stages > 2 and block.shared(False, columns.bracket_steps, True) > limits.shared:
+        block = block._replace(stages=block.stages - 1)
+    return block
+
+
+def _block_for(m: int, n: int, grouped: bool, processors: int) -> Block:
+    few = n <= 32 * processors  # rows of W: a block of 32 for each multiprocessor at most
+    many = n > 64 * processors
+    if grouped:
+        if m <= 16:
+            return Block(16, 64, 1, 4, 1, 6) if many else Block(16, 32, 1, 4, 1, 8)
+        if m <= 32:
+            return Block(32, 32, 1, 4, 1, 8) if few else Block(32, 64, 1, 4, 1, 6)
+        if m <= 64 and few:
+            return Block(64, 32, 2, 2, 1, 6)
+        return Block(64, 64, 2, 2, 1, 6) if m <= 256 else Block(128, 128, 2, 4, 1, 4)
+    if m <= 16:
+        return Block(16, 64, 1, 2, 2, 4) if many else Block(16, 32, 1, 1, 4, 4)
+    if m <= 32:
+        return Block(32, 64, 1, 2, 2, 4) if many else Block(32, 32, 1, 2, 4, 3)
+    if m <= 64 and not many:
+        return Block(64, 32, 2, 1, 4, 3) if few else Block(64, 32, 2, 1, 2, 4)
+    if m <= 256:
+        return Block(64, 64, 2, 2, 2, 3)
+    return Block(128, 256, 2, 4, 1, 4) if m * n > 128 * 256 * processors else Block(128, 128, 2, 2, 1, 4)
+
+
+@lru_cache(maxsize=4096)
+def kernel_of(weight: Weight, dtype: torch.dtype, shape: Block | Wide, nibbles: bool, steps: int) -> Kernel:
+    """The kernel of a shape; `steps`: of a bracket, 0 where it is the row."""
+    macros = {**weight.macros(dtype), **{key.upper(): value for key, value in shape._asdict().items()}}
+    macros["FLUSH"] = steps
+    if isinstance(shape, Wide):
+        return Kernel("matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared)
+    shared = shape.shared(nibbles, steps, weight.asymmetric)
+    macros["NIBBLES"] = nibbles
+    return Kernel("matmul_int8_block.cu", "matmul_int8_block", macros, shared=shared)
