@@ -6,6 +6,10 @@
 torch.Size([2, 8])
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from turboquant_rs import nn
 from turboquant_rs.errors import BackendUnavailable, NoLayersMatched, QuantizationFormatError
 from turboquant_rs.formats.store import load, save
@@ -33,9 +37,24 @@ from turboquant_rs.precision import (
     sensitivity,
     set_precision,
 )
-from turboquant_rs.qat import QAT, PrecisionSchedule, fake_quantize, inject_noise, sandwich
 from turboquant_rs.report import Report
 from turboquant_rs.scheme import Rounding, Scheme
+
+if TYPE_CHECKING:
+    from turboquant_rs.qat import QAT, PrecisionSchedule, fake_quantize, inject_noise
+    from turboquant_rs.qat.sandwich import sandwich
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Training, imported when it is asked for: it brings PyTorch's compiler, a second of import."""
+        from importlib import import_module
+
+        if name == "qat" or name in ("QAT", "PrecisionSchedule", "fake_quantize", "inject_noise", "sandwich"):
+            room = import_module("turboquant_rs.qat")
+            found = globals()[name] = room if name == "qat" else getattr(room, name)
+            return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = version()
 
