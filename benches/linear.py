@@ -48,7 +48,7 @@ class Effort:
     turn: float = 0.02
 
 
-QUICK = Effort(shapes=((4096, 4096),), batches=(1, 16, 128), rounds=3, turn=0.01)
+QUICK = Effort(shapes=((4096, 4096),), rounds=3, turn=0.01)
 
 
 def quant_linear(
