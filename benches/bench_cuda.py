@@ -229,6 +229,13 @@ def clocks() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
+def write(path: Path, **found: Any) -> None:
+    """Records what was found beside the machine and its GPU as it is now."""
+    gpu = {"gpu": torch.cuda.get_device_name(), "clocks": {CLOCKS: clocks()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine.describe(), **gpu, **found}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="no rivals")
@@ -244,18 +251,9 @@ def main() -> None:
         recorded.append(row)
         shares = "  ".join(f"{name} {share:6.1%}" for name, share in row["of_copy"].items())
         print(f"{row['row']:36} {row['seconds'] * 1e6:8.1f} us   of copy: {shares}", flush=True)
-    record = {
-        "machine": machine.describe(),
-        "gpu": torch.cuda.get_device_name(),
-        "clocks": {CLOCKS: clocks()},
-        "shape": [ROWS, K],
-        "rounds": ROUNDS,
-        "rows": recorded,
-        "eager_call_microseconds": eager_calls(),
-    }
-    print(record["eager_call_microseconds"])
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(record, indent=1) + "\n")
+    eager = eager_calls()
+    print(eager)
+    write(options.results, shape=[ROWS, K], rounds=ROUNDS, rows=recorded, eager_call_microseconds=eager)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ leaves int32.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import machine
-from bench_cuda import CLOCKS, clocks
+from bench_cuda import write
 from cuda_matmul import Call, copies, noise, seconds
 from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.ops.cuda import int8
@@ -128,16 +126,7 @@ def main() -> None:
     for row in products(shapes, (1, 16, 256, 2048) if options.quick else ROWS):
         rows.append(row)
         print(line(row), flush=True)
-    record = {
-        "machine": machine.describe(),
-        "gpu": torch.cuda.get_device_name(),
-        "clocks": {CLOCKS: clocks()},
-        "rounds": ROUNDS,
-        "quantize": quantize,
-        "rows": rows,
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.results, rounds=ROUNDS, quantize=quantize, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -23,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import machine
-from bench_cuda import CLOCKS, clocks
+from bench_cuda import write
 from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.ops.tiles import tiles_nbytes
 
@@ -201,15 +199,7 @@ def main() -> None:
     for row in table(SHAPES, options.quick):
         rows.append(row)
         print(line(row), flush=True)
-    record = {
-        "machine": machine.describe(),
-        "gpu": torch.cuda.get_device_name(),
-        "clocks": {CLOCKS: clocks()},
-        "rounds": ROUNDS,
-        "rows": rows,
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.results, rounds=ROUNDS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from turboquant_rs import Rounding, Scheme
 from turboquant_rs.errors import BackendUnavailable
 from turboquant_rs.ops.cuda import fake_quantize, int8, launcher, planes, quantize, tiles
 from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.limits import Limits
 from turboquant_rs.ops.cuda.macros import plane_macros
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs
 
@@ -94,7 +95,7 @@ TILES = (
 
 def tile_kernels(clusters: bool) -> Iterator[Kernel]:
     """Of few rows, which share columns in clusters, and of many."""
-    limits = tiles.Limits(132, 99 * 1024, clusters)
+    limits = Limits(132, 99 * 1024, (9, 0) if clusters else (8, 6))
     for at, (scheme, bits) in enumerate(TILES):
         weight = tiles.Weight.of(SchemeArgs(*scheme.op_args()), scheme.widths, bits)
         columns, n, bf16 = 1 << at % 4, 256 if at % 2 else 40000, at % 3 > 0

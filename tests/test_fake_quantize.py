@@ -307,4 +307,4 @@ def test_arrays_are_tensors_and_what_is_no_dense_tensor_is_refused() -> None:
         with pytest.raises(TypeError, match=r"x is sparse \(torch.sparse_coo\); .* x.to_dense\(\)"):
             use(x.to_sparse(), 4)
     with pytest.raises(TypeError, match=r"scales must be a torch.Tensor or a numpy.ndarray, got list"):
-        tq.fake_quantize(x, 4, scales=[1.0])  # type: ignore[arg-type]
+        tq.fake_quantize(x, 4, scales=[1.0])  # type: ignore[arg-type]  # the mistake

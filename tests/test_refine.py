@@ -294,7 +294,7 @@ def test_targets_of_no_layer_are_refused() -> None:
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model is a int; expected an nn.Module"):
-        tq.refine(3, 4.8, batches(), progress=False)  # type: ignore[arg-type]
+        tq.refine(3, 4.8, batches(), progress=False)  # type: ignore[arg-type]  # the mistake
 
 
 def test_empty_batches_and_a_batch_in_their_place_are_refused() -> None:

@@ -42,7 +42,7 @@ from turboquant_rs.scheme import Rounding, Scheme
 
 if TYPE_CHECKING:
     from turboquant_rs.qat import QAT, PrecisionSchedule, fake_quantize, inject_noise
-    from turboquant_rs.qat.sandwich import sandwich
+    from turboquant_rs.qat.sandwich import sandwich  # mypy takes that of the room for the file
 else:
 
     def __getattr__(name: str) -> Any:

@@ -169,6 +169,7 @@ impl Streams<'_> {
         let mut done = 0;
         while done < self.rows.len() {
             done += match self.rows.len() - done {
+                // Bytes come one row at a time, see `STREAM_ROWS_OF_BYTES`: nothing else is compiled for them.
                 rows if rows == 1 || STACK == BYTES => self.rows_of::<M, STACK, 1>(by, done),
                 2 | 3 => self.rows_of::<M, STACK, 2>(by, done),
                 _ => self.rows_of::<M, STACK, 4>(by, done),

@@ -397,6 +397,7 @@ impl<const STACK: u32> Kernel for Expand<'_, '_, STACK> {
             let unit = self.planes.unit::<STACK>(unit, vectors);
             for c in 0..vectors {
                 let to = &mut self.to[self.order.at(number, c, vectors)..][..UNIT];
+                // In a hurry as a single row is: nothing is multiplied meanwhile.
                 let words = unit.words::<I, STACK>(isa, c, ahead(1));
                 for j in 0..UNIT {
                     isa.store_u8(&mut to[j], words[j]);

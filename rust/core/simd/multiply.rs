@@ -29,7 +29,7 @@ pub(crate) trait Multiply: Copy + Send + Sync {
     /// Whether few rows have a kernel of their own for every number of bits, not only for the common ones: each is
     /// compiled for each instruction set, and takes its time and room.
     const EVERY_STACK: bool = false;
-    /// Rows of x up to which codes of a single plane are better expanded again for every few rows than once, in
+    /// Rows of x up to which codes of less than a byte are better expanded again for every few rows than once, in
     /// memory, for all: measured.
     const STREAM_ROWS: usize = 8;
     /// Rows of a tile whose sums fit the registers, [`Multiply::TILE_VECTORS`] vectors wide.

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
     aligned,
+    as_bias,
     check_count,
     check_holds,
     device_of,
@@ -30,7 +32,16 @@ from turboquant_rs.ops.cuda.macros import (
     table_words,
 )
 from turboquant_rs.ops.cuda.planes import planes_read
-from turboquant_rs.ops.cuda.quantize import check_planes, check_readable, group_length
+from turboquant_rs.ops.cuda.quantize import (
+    THREADS,
+    UNIT,
+    WARP,
+    Team,
+    check_planes,
+    check_readable,
+    group_length,
+    power_of_2,
+)
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
 from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row
 
@@ -50,9 +61,6 @@ WIDE_ROWS = 128
 
 WIDE_THREADS = 384
 """A warp group that copies and two that multiply."""
-
-THREADS = 256
-"""Threads of a block that quantizes small groups or expands codes."""
 
 EXPANDED = 4
 """Units of eight codes that a thread expands."""
@@ -122,14 +130,9 @@ class Columns(NamedTuple):
         return self.groups == 1 or self.padded == self.size
 
 
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
     """Whether a product of x with such a weight has a kernel here."""
-    if x.dtype not in DTYPES or x.numel() == 0 or _capability(x.device) < (8, 0):
+    if x.dtype not in DTYPES or x.numel() == 0 or not limits_of(x.get_device()).tensor_cores:
         return False
     if rounding.preserve_variance or rounding.mode == "subtractive":
         return False
@@ -157,7 +160,7 @@ def multiply(
     bits = 8 if list(planes) == BYTE_CODES else read_bits
     check_holds(packed, planes[: planes_read(planes, bits)], n, k)
     device = device_of(x, packed, scales, out)
-    shape = shape_for(m, n, columns, _limits(device))
+    shape = shape_for(m, n, columns, limits_of(device))
     packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
 
     stored = planes[0] if planes[0] == bits and not scheme.table and aligned(packed) and columns.dense else 0
@@ -173,12 +176,9 @@ def multiply(
     x_scales, x_sums = terms.data_ptr(), terms.data_ptr() + 4 * columns.groups * m
     quantize(x, codes, x_scales, x_sums, columns, nibbles, device)
 
-    address, wide_bias = 0, False
-    if bias is not None:
-        bias = (bias if bias.dtype == x.dtype else bias.float()).detach().contiguous()
-        address, wide_bias = bias.data_ptr(), bias.dtype == torch.float32
+    bias, address, wide_bias = as_bias(bias, x.dtype)
     weight = Weight.of(scheme, read_bits, columns)
-    tail = (scales.data_ptr(), zero_points.data_ptr(), address, int(wide_bias), out.data_ptr(), m, n)
+    tail = (scales.data_ptr(), zero_points.data_ptr(), address, wide_bias, out.data_ptr(), m, n)
     kernel = kernel_of(weight, x.dtype, shape, nibbles, columns.bracket_steps)
     arguments: tuple[int, ...]
     if isinstance(shape, Wide):
@@ -187,7 +187,7 @@ def multiply(
             tensor_map(packed.data_ptr(), n, row_bytes, shape.n_tile // shape.cluster),
         )
         arguments = (x_scales, x_sums, *tail, columns.stride, columns.groups, *maps[0], *maps[1])
-        kernel(device, shape.grid(m, n, _limits(device)), (WIDE_THREADS,), arguments, kernel.shared)
+        kernel(device, shape.grid(m, n, limits_of(device)), (WIDE_THREADS,), arguments, kernel.shared)
     else:
         pointers = (codes.data_ptr(), x_scales, x_sums, packed.data_ptr())
         arguments = (*pointers, *tail, columns.stride, row_bytes, columns.groups, columns.segments)
@@ -197,28 +197,15 @@ def multiply(
 # Activations and weights as the kernels want them ---------------------------------------------------------
 
 
-class Team(NamedTuple):
-    """The threads that quantize a group, the units of eight elements each of them holds, those of a block."""
-
-    size: int
-    units: int
-    threads: int
-    long: bool
-
-    @classmethod
-    def of(cls, columns: Columns) -> Team:
-        """As many as there are units, up to a warp; then 4 units each, in long rows 8."""
-        units = columns.padded // 8
-        if units <= 128:
-            size = min(_power_of_2(units), 32)
-        else:
-            size = min(_power_of_2(-(-units // (4 if units <= 1024 else 8))), 512)
-        return cls(size, min(-(-units // size), 8), max(size, THREADS if size <= 32 else 0), units > 8 * size)
-
-
-def _power_of_2(count: int) -> int:
-    """The smallest power of 2 that is not less."""
-    return 1 << (count - 1).bit_length()
+def team_of(columns: Columns) -> Team:
+    """As many threads as there are units in a group, up to a warp; then 4 units each, in long rows 8."""
+    units = columns.padded // UNIT
+    if units <= 128:
+        size = min(power_of_2(units), WARP)
+    else:
+        size = min(power_of_2(-(-units // (4 if units <= 1024 else 8))), 512)
+    threads = max(size, THREADS if size <= WARP else 0)
+    return Team(size, min(-(-units // size), 8), threads, units > 8 * size)
 
 
 def quantize(
@@ -227,7 +214,7 @@ def quantize(
     """The codes, scales and sums of x, for weights in bytes or in nibbles."""
     m, k = x.shape
     check_count(m * columns.groups, "groups of x")
-    team = Team.of(columns)
+    team = team_of(columns)
     kernel = quantize_kernel(x.dtype, columns, aligned(x), nibbles)
     blocks = -(-m * columns.groups // (team.threads // team.size))
     sizes = (m, k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
@@ -236,7 +223,7 @@ def quantize(
 
 def quantize_kernel(dtype: torch.dtype, columns: Columns, whole: bool, nibbles: bool) -> Kernel:
     """`whole`: x lies on multiples of the widest access."""
-    team = Team.of(columns)
+    team = team_of(columns)
     whole = whole and columns.k % 8 == 0 and (columns.groups == 1 or columns.size % 8 == 0)
     return _quantize_kernel(dtype, team, whole, nibbles)
 
@@ -284,21 +271,6 @@ def _expand_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
 
 
 # Shapes ---------------------------------------------------------------------------------------------------
-
-
-class Limits(NamedTuple):
-    """What shapes depend on of a device."""
-
-    processors: int
-    shared: int  # bytes a block may have
-    hopper: bool
-
-
-@cache
-def _limits(device: int) -> Limits:
-    found = torch.cuda.get_device_properties(device)
-    hopper = (found.major, found.minor) == (9, 0)
-    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin, hopper)
 
 
 class Block(NamedTuple):

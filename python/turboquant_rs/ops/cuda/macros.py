@@ -63,6 +63,17 @@ def aligned(*tensors: Tensor) -> bool:
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
 
 
+def as_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int, int]:
+    """A bias as kernels with results of `dtype` take it, in that or in f32; its address; whether it is f32.
+
+    The tensor has to outlive the launch.
+    """
+    if bias is None:
+        return None, 0, 0
+    bias = (bias if bias.dtype == dtype else bias.float()).detach().contiguous()
+    return bias, bias.data_ptr(), int(bias.dtype == torch.float32)
+
+
 def device_of(*tensors: Tensor) -> int:
     """The index of the device that all tensors are on. Raises: ValueError if there is more than one."""
     device = tensors[0].get_device()

@@ -76,7 +76,7 @@ class Team(NamedTuple):
         side read the 32 bytes that memory gives at a time.
         """
         units = -(-group // UNIT)
-        size = max(_power_of_2(-(-units // HELD)), min(units, 2))
+        size = max(power_of_2(-(-units // HELD)), min(units, 2))
         if size <= WARP:
             return cls(size, -(-units // size), THREADS, False)
         if size <= MOST_THREADS:
@@ -84,7 +84,7 @@ class Team(NamedTuple):
         return cls(MOST_THREADS, 1, MOST_THREADS, True)
 
 
-def _power_of_2(count: int) -> int:
+def power_of_2(count: int) -> int:
     """The smallest power of 2 that is not less."""
     return 1 << max(count - 1, 0).bit_length()
 

@@ -21,7 +21,8 @@ from torch.nn import Parameter
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
-from turboquant_rs.ops.cuda.macros import ALIGNMENT, aligned, plane_macros
+from turboquant_rs.ops.cuda.limits import Limits, limits_of
+from turboquant_rs.ops.cuda.macros import ALIGNMENT, aligned, as_bias, plane_macros
 from turboquant_rs.ops.direct import observed
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, split_args
 from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, fits, prefix_of
@@ -146,7 +147,7 @@ def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
         and x.shape[-1] % ALIGNED_COLUMNS == 0
         and x.numel() > 0
         and fits(scheme, rounding)
-        and _limits(x.get_device()).tensor_cores
+        and limits_of(x.get_device()).tensor_cores
     )
 
 
@@ -175,11 +176,8 @@ def multiply(
         # A row that is not finite is NaN throughout; cuBLAS leaves infinities.
         spoil(bf16)(device, (m, 1, 1), (256, 1, 1), (x.data_ptr(), out.data_ptr(), n, k))
         return
-    address, wide = 0, False
-    if bias is not None:
-        bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
-        address, wide = bias.data_ptr(), bias.dtype == torch.float32
-    call_of(weight, bf16, m, n, k, device)(x.data_ptr(), *stored, address, int(wide), out.data_ptr(), m, n, k)
+    bias, address, wide = as_bias(bias, x.dtype)
+    call_of(weight, bf16, m, n, k, device)(x.data_ptr(), *stored, address, wide, out.data_ptr(), m, n, k)
 
 
 @lru_cache(maxsize=4096)
@@ -188,7 +186,7 @@ def call_of(weight: Weight, bf16: bool, m: int, n: int, k: int, device: int) -> 
 
     Its arguments: x, the weight's three tensors, bias and whether that is f32, the product, m, n, k.
     """
-    return launch(weight, bf16, _columns(m), n, k, _limits(device)).on(device, m)
+    return launch(weight, bf16, _columns(m), n, k, limits_of(device)).on(device, m)
 
 
 class Product:
@@ -205,7 +203,7 @@ class Product:
         self._weight = (packed, scales, zero_points)
         self._device, self._n, self._k = packed.get_device(), n, k
         whole = (activations, layout) == ("float", "tiles") and k % ALIGNED_COLUMNS == 0
-        self._fits = whole and fits(scheme, rounding) and _limits(self._device).tensor_cores
+        self._fits = whole and fits(scheme, rounding) and limits_of(self._device).tensor_cores
         self._calls: dict[tuple[torch.dtype, int], Call | None] = {}
         self._bias: tuple[Tensor, int, int] | None = None
 
@@ -265,26 +263,9 @@ class Product:
         return self._bias
 
 
-class Limits(NamedTuple):
-    """What shapes depend on of a device."""
-
-    processors: int
-    shared: int  # bytes a block may have
-    clusters: bool
-    tensor_cores: bool = True  # that take bfloat16
-
-
 def _columns(m: int) -> int:
     """Rows of x that a block takes, in steps of what an instruction takes: 1, 2, 4 or 8."""
     return min(8, 1 << (-(-m // COLUMNS) - 1).bit_length())
-
-
-@cache
-def _limits(device: int) -> Limits:
-    found = torch.cuda.get_device_properties(device)
-    return Limits(
-        found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9, found.major >= 8
-    )
 
 
 @cache
