@@ -333,9 +333,14 @@ class PackedWeight(nn.Module):
     # Module machinery
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Codes and scales follow the device, never the dtype; the compute dtype follows the dtype."""
+        """Codes and scales follow the device, never the dtype; the compute dtype follows the dtype.
+
+        Where `fn` fails, for want of memory say, nothing has moved.
+        """
         ours = [buffer for name in BUFFERS if (buffer := self._buffers[name]) is not None]
         probe = torch.empty(0, dtype=self.weight_dtype, device=self.weight_packed.device)
+        before = (self.weight_dtype, dict(self._parameters), dict(self._buffers))
+        values = [(part, part.data) for part in self._parameters.values() if part is not None]
         self.weight_dtype = fn(probe).dtype
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -344,7 +349,15 @@ class PackedWeight(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        try:
+            super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        except BaseException:
+            self.weight_dtype, parameters, buffers = before
+            self._parameters.update(parameters)
+            self._buffers.update(buffers)
+            for part, value in values:
+                part.data = value
+            raise
         return self
 
     def get_extra_state(self) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd
 
-from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS
+from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS, panels_nbytes
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 
@@ -47,12 +47,15 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _weight(ctx: Any, stored: tuple[Tensor, ...], read_bits: int, dtype: torch.dtype) -> Tensor:
     """The dequantized weight (n, k), read at that many bits."""
-    shape, scheme, planes = (ctx.n, ctx.x_shape[-1]), ctx.args[:7], ctx.args[15]
-    if ctx.layout == "panels":
-        stored = OPS.from_panels.default(*stored, *scheme, planes, *shape)
-    elif ctx.layout == "tiles":
-        packed, scales, zero_points = stored
-        stored = from_tiles(packed, scales, zero_points, prefix_of(planes, read_bits), *shape)
+    shape, scheme = (ctx.n, ctx.x_shape[-1]), ctx.args[:7]
+    if ctx.layout != "canonical":
+        packed, *groups = stored
+        read = list(prefix_of(ctx.args[15], read_bits))
+        if ctx.layout == "tiles":
+            stored = from_tiles(packed, *groups, read, *shape)
+        else:
+            packed = packed[: panels_nbytes(*shape, scheme[1], read)]
+            stored = OPS.from_panels.default(packed, *groups, *scheme, read, *shape)
     weight: Tensor = OPS.unpack.default(*stored, *ctx.args[:16], read_bits, shape, dtype)
     return weight
 
