@@ -7,6 +7,7 @@
 // and group size, and all memory lies on multiples of 16 bytes. GROUP: units of a group where groups follow each
 // other without a break and their number of units is a power of two, else 0.
 
+#include "choice.cuh"
 #include "floats.cuh"
 #include "philox.cuh"
 #include "scheme.cuh"
@@ -61,9 +62,10 @@ struct Found {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) unpack(
-    const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, Number<X>::Bits *out,
+    CHOICE const u8 *packed, const Number<SCALE>::Bits *scales, const void *zero_points, Number<X>::Bits *out,
     const Decoding by
 ) {
+    UNLESS_CHOSEN;
     __shared__ __align__(16) u32 shared[THREADS / 32][WARP_WORDS];
     u32 *tiles = shared[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;

@@ -1,6 +1,7 @@
 // More rows of x: a block of 16·R_TILES·WARPS_R rows of W shares them through shared memory. Codes and activations
 // arrive in STAGES stages of 64·WARPS_K columns, each of WARPS_K warps takes 64 of them; the blocks of a cluster
 // share the columns too.
+#include "choice.cuh"
 #include "sums.cuh"
 
 #if !defined(N_TILES) || !defined(R_TILES) || !defined(WARPS_R) || !defined(WARPS_K) || !defined(STAGES) || !defined(BLOCKS)
@@ -108,8 +109,9 @@ __device__ __forceinline__ void read_unit(Words<BITS>& to, u32 stage, int tile, 
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: BLOCK_ROWS rows of W, SPLITS, blocks of BLOCK_COLS rows of x.
 // k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
-    matmul_block(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
+    matmul_block(CHOICE const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
                  int bias_f32, u16* y, int m, int n, int k) {
+  UNLESS_CHOSEN;
   extern __shared__ __align__(128) u8 memory[];
   const Matrix w = matrix(packed, scales, zero_points, n, k);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

@@ -1,4 +1,5 @@
 // A matrix in tiles as plain rows of 16-bit floats, for products with so many rows of x that cuBLAS wins.
+#include "choice.cuh"
 #include "tiles.cuh"
 
 // s · (code − zero point), rounded once in float32 and once more to 16 bits: the bits of `unpack`.
@@ -9,8 +10,9 @@ __device__ __forceinline__ u32 scaled(u32 codes, float scale, float fraction) {
 }
 
 // weight (n, k), whose rows begin at a multiple of 16 bytes. A warp a unit: grid of as many blocks as it takes.
-extern "C" __global__ void matmul_expand(const u8* packed, const void* scales, const u8* zero_points, u16* weight,
+extern "C" __global__ void matmul_expand(CHOICE const u8* packed, const void* scales, const u8* zero_points, u16* weight,
                                          int n, int k) {
+  UNLESS_CHOSEN;
   const Matrix w = matrix(packed, scales, zero_points, n, k);
   const u32 warp = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
   const int lane = threadIdx.x % WARP, tile = warp / w.units, unit = warp % w.units;

@@ -3,6 +3,7 @@
 // order gives the same bits; brackets meet their scales in float32, one after another.
 //
 // NIBBLES: W has two codes a byte. FLUSH: brackets end every so many times 32 columns; 0: with the row.
+#include "choice.cuh"
 #include "matmul_int8.cuh"
 
 #if !defined(M_TILE) || !defined(N_TILE) || !defined(WARPS_M) || !defined(WARPS_N) || !defined(WARPS_K) || !defined(STAGES)
@@ -182,9 +183,10 @@ struct TermReader {
 
 // y (m, n) = x · Wᵀ (+ bias). Grid: blocks of N_TILE rows of W, of M_TILE rows of x.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    matmul_int8_block(const u8* codes, const float* x_scales, const int* x_sums, const u8* packed, const void* scales,
+    matmul_int8_block(CHOICE const u8* codes, const float* x_scales, const int* x_sums, const u8* packed, const void* scales,
                       const u8* zero_points, const void* bias, int bias_f32, Number<Y>::Bits* y, int m, int n, int stride,
                       u64 w_stride, int groups, int segments) {
+  UNLESS_CHOSEN;
   extern __shared__ __align__(128) u8 memory[];
   const u32 base = shared_address(memory);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

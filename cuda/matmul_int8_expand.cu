@@ -1,6 +1,7 @@
 // A packed matrix as bytes, a code or the level of a table each, in the columns that `matmul_int8.cuh` wants.
 //
 // READ: planes read. ALIGNED: a multiple of 8 divides k and group size, and the blob lies on a multiple of 8 bytes.
+#include "choice.cuh"
 #include "floats.cuh"
 #include "scheme.cuh"
 #include "planes.cuh"
@@ -8,8 +9,9 @@
 constexpr int UNITS = 4;  // of eight codes, a thread
 
 // n rows of k codes in groups of `size`, to rows of `stride` bytes whose groups begin at multiples of `padded`.
-extern "C" __global__ void matmul_int8_expand(const u8* packed, u8* levels, u64 n, u64 k, u64 size, u64 padded, u64 stride,
+extern "C" __global__ void matmul_int8_expand(CHOICE const u8* packed, u8* levels, u64 n, u64 k, u64 size, u64 padded, u64 stride,
                                               u64 units_per_row, u64 units, u64 table_low, u64 table_high) {
+  UNLESS_CHOSEN;
   const Table table = {table_low, table_high};
 #pragma unroll
   for (int turn = 0; turn < UNITS; ++turn) {

@@ -5,6 +5,7 @@
 //
 // X: dtype of x. WHOLE: units are whole and lie on multiples of 16 bytes. NIBBLES: the weight has two codes a byte;
 // in every 32 columns, those of even and of odd index of a unit go to the half of the row where its codes will be.
+#include "choice.cuh"
 #include "floats.cuh"
 
 constexpr int WARP = 32, SEGMENT = 32768;
@@ -96,8 +97,9 @@ __device__ __forceinline__ int store(const Unit<X>& from, float inverse, signed 
 
 // x (m, k) in groups of `size`, which begin at multiples of `padded` columns of rows of `stride` codes.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    matmul_int8_quantize(const Number<X>::Bits* x, signed char* codes, float* scales, int* sums, int m, int k, int size,
+    matmul_int8_quantize(CHOICE const Number<X>::Bits* x, signed char* codes, float* scales, int* sums, int m, int k, int size,
                          int padded, int stride, int groups, int segments) {
+  UNLESS_CHOSEN;
   const u32 number = blockIdx.x * (THREADS / TEAM) + threadIdx.x / TEAM;
   const u32 row = number / static_cast<u32>(groups), group = number % static_cast<u32>(groups);
   const bool there = row < m;

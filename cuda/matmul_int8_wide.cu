@@ -3,6 +3,7 @@
 //
 // CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them. FLUSH: brackets end
 // every so many times 32 columns, a divisor or a multiple of 4; 0: with the row.
+#include "choice.cuh"
 #include "matmul_int8.cuh"
 
 #if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER) || !defined(FLUSH)
@@ -186,9 +187,10 @@ __device__ __forceinline__ uint4 gather_words(const u32 (&words)[4], int lane) {
 
 // y (m, n) = x · Wᵀ (+ bias), by as many clusters as there is room for. Rows of codes are `stride` bytes.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GROUP_THREADS*(1 + MULTIPLIERS), 1)
-    matmul_int8_wide(const float* x_scales, const int* x_sums, const void* scales, const u8* zero_points,
+    matmul_int8_wide(CHOICE const float* x_scales, const int* x_sums, const void* scales, const u8* zero_points,
                      const void* bias, int bias_f32, Number<Y>::Bits* y, int m, int n, int stride, int groups,
                      const __grid_constant__ TensorMaps maps) {
+  UNLESS_CHOSEN;
   extern __shared__ u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES];
   __shared__ Columns shared_columns[MULTIPLIERS];

@@ -1,6 +1,7 @@
 // Few rows of x: memory is the limit. Every warp streams its part of 16 rows of W through registers, DEPTH units
 // ahead of the one it multiplies, and goes on to other rows without a pause; the warps of a block, and the blocks
 // of a cluster, share the columns.
+#include "choice.cuh"
 #include "sums.cuh"
 
 #if !defined(N_TILES) || !defined(WARPS) || !defined(DEPTH) || DEPTH % 2 || !defined(BLOCKS)
@@ -16,8 +17,9 @@ struct Flight {
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: any number of blocks, which share the tiles of 16 rows of W; SPLITS;
 // blocks of 8·N_TILES rows of x. k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
-    matmul_stream(const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
+    matmul_stream(CHOICE const u16* x, const u8* packed, const void* scales, const u8* zero_points, const void* bias,
                   int bias_f32, u16* y, int m, int n, int k) {
+  UNLESS_CHOSEN;
   __shared__ float sums[2][WARPS * 8 * N_TILES * padded(ROWS)];
   const Matrix w = matrix(packed, scales, zero_points, n, k);
   const int lane = threadIdx.x % WARP, m0 = blockIdx.z * 8 * N_TILES;

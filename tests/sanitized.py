@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import turboquant_rs as tq
-from turboquant_rs import Rounding, Scheme
+from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.packed import matmul_refined
 
 WAYS = (
     (Scheme(group_size=128), Rounding.nearest()),
@@ -21,13 +22,78 @@ WAYS = (
 )
 
 
-def main() -> None:
+INT8 = (Scheme(bits=8, group_size=None), Scheme(bits=4), Scheme(bits=3, group_size=12, symmetric=False))
+
+
+def packing() -> None:
+    """Packed and decoded."""
     for scheme, rounding in WAYS:
         for shape in ((6, 256), (3, 77), (2, 5000)):
             p = tq.pack(torch.randn(shape, device="cuda"), scheme=scheme, rounding=rounding)
             p.dequantize()
             p.codes()
-    torch.cuda.synchronize()
+
+
+def training() -> None:
+    """Codes on scales that are given, values as they are trained, their gradients, noise."""
+    for scheme, rounding in WAYS:
+        args = (*scheme.op_args(), *rounding.op_args(), scheme.bits)
+        for shape in ((6, 256), (3, 77)):
+            x = torch.randn(shape, device="cuda")
+            y, scales, zero_points = ops.fake_quantize(x, None, None, *args)
+            if rounding.mode == "nearest":
+                ops.fake_quantize_backward(y, x, scales, zero_points, *scheme.op_args(), scheme.bits)
+                ops.encode(x, scales, zero_points, *scheme.op_args(), scheme.widths)
+    for preserve in (False, True):
+        widths = torch.ones(3, 2, device="cuda")
+        x = torch.randn(3, 77, device="cuda")
+        ops.inject_noise(x, widths, 64, preserve, *Rounding.stochastic(1).op_args())
+
+
+def products() -> None:
+    """Of floats and of integers, for few rows and many, with weights of every layout."""
+    for scheme in INT8:
+        p = tq.pack(torch.randn(40, 160, device="cuda"), scheme=scheme)
+        for m in (1, 20, 80, 300):
+            tq.matmul(torch.randn(m, 160, device="cuda"), p)
+    # On Hopper tiles for many rows: of rows, and of groups.
+    for scheme in (Scheme(bits=8, group_size=None), Scheme(bits=8, group_size=128)):
+        p = tq.pack(torch.randn(4096, 256, device="cuda"), scheme=scheme)
+        tq.matmul(torch.randn(600, 256, device="cuda").bfloat16(), p)
+    for dtype, scheme in (
+        (torch.bfloat16, Scheme.nested()),
+        (torch.float16, Scheme(bits=3, symmetric=False)),
+    ):
+        layer = tq.nn.QuantLinear(192, 72, scheme=scheme, dtype=dtype, device="cuda", activations="float")
+        with torch.no_grad():
+            for m in (1, 12, 60, 200):
+                layer(torch.randn(m, 192, device="cuda").to(dtype))
+
+
+def choices() -> None:
+    """Launches that are chosen when they run: in a graph, and by rows."""
+    for activations, dtype in (("float", torch.bfloat16), ("float", torch.float32), ("int8", torch.float16)):
+        layer = tq.nn.QuantLinear(
+            192, 72, scheme=Scheme.nested(), dtype=dtype, device="cuda", activations=activations
+        )
+        for m in (1, 60, 200):
+            x, graph = torch.randn(m, 192, device="cuda").to(dtype), torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(graph):
+                layer(x)
+            for bits in (4, 8):
+                layer.read_bits = bits
+                graph.replay()
+    p = tq.pack(torch.randn(40, 160, device="cuda"), scheme=Scheme.nested())
+    for threshold in (-1.0, 0.03, 1e9):
+        matmul_refined(
+            torch.randn(9, 160, device="cuda"), p, None, bits=4, refined_bits=8, threshold=threshold
+        )
+
+
+def main() -> None:
+    for part in (packing, training, products, choices):
+        part()
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

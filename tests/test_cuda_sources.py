@@ -10,7 +10,7 @@ import torch
 
 from turboquant_rs import Rounding, Scheme
 from turboquant_rs.errors import BackendUnavailable
-from turboquant_rs.ops.cuda import fake_quantize, int8, launcher, planes, quantize, tiles
+from turboquant_rs.ops.cuda import fake_quantize, int8, launcher, planes, quantize, refined, tiles
 from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.cuda.limits import Limits
 from turboquant_rs.ops.cuda.macros import plane_macros
@@ -75,6 +75,7 @@ def kernels() -> Iterator[Kernel]:
         noise = RoundingArgs(*stochastic().op_args())
         macros = fake_quantize.noise_macros(dtype, noise, k > 1000, k, scheme.group_size, True)
         yield fake_quantize.noise_kernel(tuple(macros.items()))
+    yield refined.kernel()
     for whole in (True, False):
         yield planes.kernel("pack_codes", (4, 2, 1), 3, whole)
         yield planes.kernel("unpack_codes", (4, 2, 1), 2, whole)
@@ -148,6 +149,22 @@ def test_every_kernel_compiles(arch: str) -> None:
         return
     for kernel in tile_kernels(arch in ("sm_90a", "sm_100")):
         assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
+
+
+CHOSEN = ("dequantize.cu", "matmul_stream.cu", "matmul_block.cu", "matmul_expand.cu", "matmul_int8_")
+"""What a graph may choose: kernels that read planes, and those that serve them."""
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_every_kernel_that_reads_planes_can_be_chosen(arch: str) -> None:
+    every = (*kernels(), *tile_kernels(arch == "sm_90a"), *int8_kernels(True, arch == "sm_90a"))
+    found = {kernel.source: kernel for kernel in every if kernel.source.startswith(CHOSEN)}
+    assert len(found) == (8 if arch == "sm_90a" else 7)
+    for kernel in found.values():
+        plain, chosen = kernel.compile(arch), kernel.chosen.compile(arch)
+        assert chosen.startswith(b"\x7fELF") and chosen != plain, kernel
+    with pytest.raises(RuntimeError, match=r"planes\.cu cannot be chosen"):
+        planes.kernel("pack_codes", (4, 4), 8, True).chosen  # noqa: B018 - made when asked for
 
 
 def test_every_source_is_one_of_a_kernel_or_part_of_one() -> None:

@@ -633,6 +633,12 @@ def matmul_refined(
     return ops.matmul_refined(x, *p._stored, bias, *p._op_args(), *tail)
 
 
+def chosen(p: PackedTensor, choice: ops.cuda.chosen.Choice) -> ops.cuda.chosen.Weight:
+    """The matrix p (n, k) for a CUDA graph that chooses among its widths when it is replayed."""
+    n, k = p.shape
+    return ops.cuda.chosen.Weight(p._stored, "canonical", (n, k), choice, *p._op_args())
+
+
 def check_linear(x: Tensor, shape: tuple[int, int], device: torch.device, bias: Tensor | None) -> None:
     """Refuses operands that do not fit a packed matrix of that shape (n, k) on that device."""
     _check_operand(x, "x", device)

@@ -86,6 +86,12 @@ class Panels:
         stored, arguments = self._operands(activations, bits)
         return ops.matmul(x, *stored, bias, *arguments)
 
+    def chosen(self, choice: ops.cuda.chosen.Choice) -> ops.cuda.chosen.Weight:
+        """This matrix for a CUDA graph that chooses among its widths when it is replayed."""
+        arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths)
+        stored = (self.packed, self.scales, self.zero_points)
+        return ops.cuda.chosen.Weight(stored, self.layout, self.shape, choice, *arguments)
+
     def matmul_refined(
         self, x: Tensor, bias: Tensor | None, *, bits: int, refined_bits: int, threshold: float
     ) -> tuple[Tensor, int | Tensor]:

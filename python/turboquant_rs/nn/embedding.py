@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.packed import PackedTensor, pack
+from turboquant_rs.ops.cuda.chosen import capturing
+from turboquant_rs.packed import PackedTensor, chosen, pack
 from turboquant_rs.scheme import Rounding, Scheme
 
 from .weight import PackedWeight
@@ -129,8 +130,13 @@ class QuantEmbedding(PackedWeight, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (...) integers in 0 … num_embeddings-1 -> (..., embedding_dim)."""
-        rows = gather_rows(self.packed, input.reshape(-1))
-        return rows.dequantize().reshape(*input.shape, self.embedding_dim)
+        choice = self._choice(self.weight_packed.device) if capturing() else None
+        if choice is None:
+            values = gather_rows(self.packed, input.reshape(-1)).dequantize()
+        else:
+            rows = gather_rows(self._packed_at(self._stored_bits), input.reshape(-1))
+            values = chosen(rows, choice).dequantize(rows.dtype)
+        return values.reshape(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """nn.Embedding's line, then the scheme."""

@@ -6,12 +6,15 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.packed import PackedTensor, autocast, matmul, matmul_refined, pack
+from turboquant_rs.ops.cuda.chosen import Choice, capturing
+from turboquant_rs.ops.cuda.launcher import not_captured
+from turboquant_rs.packed import PackedTensor, autocast, check_linear, chosen, matmul, matmul_refined, pack
 from turboquant_rs.panels import Panels
 from turboquant_rs.scheme import Rounding, Scheme
 
@@ -45,6 +48,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     """
 
     _panels: Panels | None = None
+    _captured: Panels | None = None  # the last ones that a CUDA graph reads, whatever becomes of the layer
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
     transposed: bool
@@ -165,9 +169,32 @@ class QuantLinear(PackedWeight, nn.Linear):
         rows = self._rows
         if rows is not None:
             return self._forward_by_rows(input, bias, panels, rows)
+        follows = panels is None or panels.layout == "tiles"
+        if follows and capturing() and (choice := self._captured_choice()) is not None:
+            return self._forward_chosen(input, bias, panels, choice)
         if panels is None:
             return matmul(autocast(input), self.packed, bias, activations=self.activations)
         return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+
+    def _captured_choice(self) -> Choice | None:
+        """What the graph that captures this chooses the bits by, if there is a choice."""
+        panels = self._panels
+        if panels is None:
+            return self._choice(self.weight_packed.device)
+        self._captured = panels
+        return self._choice(panels.packed.device)
+
+    def _forward_chosen(
+        self, input: Tensor, bias: Tensor | None, panels: Panels | None, choice: Choice
+    ) -> Tensor:
+        """`forward` in a graph that reads as many bits as a number in memory says when it is replayed."""
+        x = autocast(input)
+        if panels is None:
+            weight = chosen(self._packed_at(self._stored_bits), choice)
+        else:
+            weight = panels.chosen(choice)
+        check_linear(x, self._weight_shape, choice.number.device, bias)
+        return weight.matmul(x, bias, self.activations)
 
     def _forward_by_rows(
         self, input: Tensor, bias: Tensor | None, panels: Panels | None, rows: RowPrecision
@@ -217,7 +244,10 @@ class QuantLinear(PackedWeight, nn.Linear):
             if self._panels is None and self._owns_packed():
                 packed = self._packed_at(self._stored_bits)
                 if Panels.fits(packed):
-                    self._keep(Panels.of(packed))
+                    # A graph would do it again at every replay, from bytes that are no longer there.
+                    with not_captured(packed.device.index) if capturing() else nullcontext():
+                        panels = Panels.of(packed)
+                    self._keep(panels)
 
     def _restore(self) -> None:
         """Brings the canonical bytes back, if the weight is in panels."""
@@ -305,7 +335,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         with _REARRANGING:
             self._restore()
-            state = self.__dict__.copy()
+            state = {key: value for key, value in self.__dict__.items() if key != "_captured"}
             state["_buffers"] = dict(self._buffers)
             return state
 

@@ -20,7 +20,9 @@ Layers = dict[str, PackedWeight]
 def set_precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> None:
     """Makes the quantized layers of `model` read the first `bits` bits of every code (None: all of them).
 
-    Nothing is copied or repacked; refinement (`tq.refine`) of these layers ends. With a mapping of patterns
+    Nothing is copied, repacked or waited for. CUDA graphs that have captured the layers read that many bits
+    from their next replay on, bit for bit what a new graph would give. Refinement (`tq.refine`) of these
+    layers ends. With a mapping of patterns
     (globs on module names, or `re:` and a regular expression; the first match wins) the layers that no
     pattern matches keep the precision they have.
 
@@ -51,7 +53,7 @@ def precision(model: nn.Module, bits: int | Mapping[str, int | None] | None) -> 
         for layer, width, rows in before:
             if isinstance(width, Rungs) and width.switch.removed:
                 width = width.now()
-            layer._read_bits, layer._rows = width, rows
+            layer._read_as(width, rows)
 
 
 def switchable(model: nn.Module, levels: Sequence[Mapping[str, int]], choose: Choose | None = None) -> Switch:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from turboquant_rs import ops
 from turboquant_rs.errors import QuantizationFormatError
+from turboquant_rs.ops.cuda.chosen import Choice, Number, capturing
 from turboquant_rs.packed import PackedTensor, check_values, pack
 from turboquant_rs.scheme import Rounding, Scheme
 
 from .rows import RowPrecision
+from .switch import Rungs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from .switch import Rungs
 
 BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
 
@@ -163,6 +163,7 @@ class PackedWeight(nn.Module):
     _stored_bits: int
     _read_bits: int | Rungs | None
     _rows: RowPrecision | None = None  # goes before `_read_bits`; set by `tq.refine`
+    _number: Number | None = None  # `read_bits` where CUDA graphs find it, once one has captured this module
 
     def _init_packed(
         self,
@@ -244,7 +245,8 @@ class PackedWeight(nn.Module):
     def read_bits(self) -> int:
         """Bits read of each code, most significant first. Set it to change precision; None reads all of them.
 
-        Each forward reads it once, so another thread may set it at any time. Setting it ends `tq.refine`.
+        Each forward reads it once, so another thread may set it at any time; CUDA graphs read it at each
+        replay. Setting it ends `tq.refine`.
         Raises `ValueError` for a width that is no prefix of the planes in memory.
         """
         bits = self._read_bits
@@ -259,7 +261,26 @@ class PackedWeight(nn.Module):
                 f"this layer cannot be read at {bits!r} bits; its planes allow {_listed(self.readable_bits)} "
                 "(tq.Scheme.nested makes more prefixes readable)"
             )
-        self._read_bits, self._rows = bits, None
+        self._read_as(bits)
+
+    def _read_as(self, bits: int | Rungs | None, rows: RowPrecision | None = None) -> None:
+        """Sets what is read from now on, by forwards and by replays of graphs."""
+        if self._number is None and capturing():  # the graph itself sets it
+            self._number = Number(self.read_bits)
+        self._read_bits, self._rows = bits, rows
+        if self._number is not None and not isinstance(bits, Rungs):
+            self._number.set(self.read_bits)
+
+    def _choice(self, device: torch.device) -> Choice | None:
+        """What a graph that is being captured chooses the bits by; None where they are constants of it."""
+        readable = self.readable_bits
+        if device.type != "cuda" or len(readable) == 1:
+            return None
+        if isinstance(self._read_bits, Rungs):
+            return self._read_bits.choice(device.index)
+        if self._number is None:
+            self._number = Number(self.read_bits)
+        return Choice(self._number.on(device.index), {bits: 1 << bits for bits in readable})
 
     @property
     def weight(self) -> Tensor:
@@ -447,7 +468,7 @@ class PackedWeight(nn.Module):
 
     def _packed_repr(self) -> str:
         """What extra_repr adds to that of the float module."""
-        if self.weight_packed.device.type == "cpu":
+        if self._weight_source()[0].type == "cpu":
             return f"{self._scheme_repr()}, isa={ops.cpu.active_isa()}"
         return self._scheme_repr()
 

@@ -49,13 +49,13 @@ def _weight(ctx: Any, stored: tuple[Tensor, ...], read_bits: int, dtype: torch.d
     """The dequantized weight (n, k), read at that many bits."""
     shape, scheme = (ctx.n, ctx.x_shape[-1]), ctx.args[:7]
     if ctx.layout != "canonical":
-        packed, *groups = stored
+        packed, scales, zero_points = stored
         read = list(prefix_of(ctx.args[15], read_bits))
         if ctx.layout == "tiles":
-            stored = from_tiles(packed, *groups, read, *shape)
+            stored = from_tiles(packed, scales, zero_points, read, *shape)
         else:
             packed = packed[: panels_nbytes(*shape, scheme[1], read)]
-            stored = OPS.from_panels.default(packed, *groups, *scheme, read, *shape)
+            stored = OPS.from_panels.default(packed, scales, zero_points, *scheme, read, *shape)
     weight: Tensor = OPS.unpack.default(*stored, *ctx.args[:16], read_bits, shape, dtype)
     return weight
 

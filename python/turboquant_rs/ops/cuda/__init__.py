@@ -20,6 +20,7 @@ from turboquant_rs.ops.cuda.fake_quantize import (
 from turboquant_rs.ops.cuda.matmul import matmul_out
 from turboquant_rs.ops.cuda.planes import pack_codes_out, unpack_codes_out
 from turboquant_rs.ops.cuda.quantize import encode_out, pack_out, unpack_out
+from turboquant_rs.ops.cuda.refined import matmul_refined_out
 from turboquant_rs.ops.cuda.tiles import Product
 from turboquant_rs.ops.schema import register
 
@@ -36,7 +37,7 @@ register(
         "fake_quantize_out": fake_quantize_out,
         "fake_quantize_backward_out": fake_quantize_backward_out,
         "inject_noise_out": inject_noise_out,
-        "matmul_refined_out": reference.matmul_refined_out,
+        "matmul_refined_out": matmul_refined_out,
         # The order of the CPU's kernels: of no use here but for what comes from there.
         "to_panels_out": reference.to_panels_out,
         "from_panels_out": reference.from_panels_out,

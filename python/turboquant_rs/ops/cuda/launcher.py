@@ -13,6 +13,7 @@ Environment: `TURBOQUANT_CUDA_DIR` names another folder of sources, for work on 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import os
@@ -21,8 +22,9 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,16 @@ import torch
 
 from turboquant_rs.errors import BackendUnavailable
 
-__all__ = ["Call", "Kernel", "architecture", "compile_for", "wait"]
+__all__ = [
+    "Call",
+    "Kernel",
+    "architecture",
+    "compile_for",
+    "not_captured",
+    "only_if",
+    "wait",
+    "write",
+]
 
 # Subnormals are kept, division and square root are IEEE, and nothing is contracted to FMA: the number format
 # says where a fused operation stands, and a kernel that wants one writes `__fmaf_rn`.
@@ -38,6 +49,9 @@ OPTIONS = ("-std=c++17", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "-fm
 
 DYNAMIC_SHARED_SIZE = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h."""
+
+RELAXED_CAPTURE = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED of cuda.h: other streams may do as they please."""
 
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a block may have without asking."""
@@ -234,6 +248,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         # On which it has launched: without that it has no context, whatever device is current.
         self.device = -1
+        self.choice: tuple[int, int] | None = None  # of `only_if`
         self.arguments = (ctypes.c_int64 * MOST_ARGUMENTS)()
         first = ctypes.addressof(self.arguments)
         self._addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(first, first + 8 * MOST_ARGUMENTS, 8))
@@ -277,6 +292,65 @@ def wait(device: int) -> None:
     _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a kernel")
 
 
+def write(address: int, word: int, device: int) -> None:
+    """Writes a u32 on torch's current stream of a device."""
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            write(address, word, device)
+        return
+    _on(device)
+    stream = _Pointer(_raw_stream(device))
+    code = _driver().cuMemsetD32Async(
+        ctypes.c_uint64(address), ctypes.c_uint(word), ctypes.c_size_t(1), stream
+    )
+    _check(code, "to write a number")
+
+
+def _on(device: int) -> None:
+    """Makes the context of the current device that of this thread, if it is not yet."""
+    if _THREAD.device != device:
+        _cupy().runtime.setDevice(device)
+        _THREAD.device = device
+
+
+@contextmanager
+def not_captured(device: int) -> Iterator[None]:
+    """Within the block, work on a device is done at once, even if torch's current stream is captured."""
+    stream: Any = torch.cuda.Stream
+    with torch.cuda.device(device), torch.cuda.stream(stream()):
+        _on(device)
+        mode = ctypes.c_int(RELAXED_CAPTURE)
+        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "to leave a capture")
+        try:
+            yield
+            _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a stream")
+        finally:
+            _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+@contextmanager
+def only_if(number: int, choices: int) -> Iterator[None]:
+    """Within the block, a launch of this thread does nothing unless the number in memory chooses it.
+
+    That is asked when the launch runs, not when it is queued; a graph asks again at every replay. Kernels
+    that can be chosen include `choice.cuh`.
+
+    Args:
+        number: Address of a u32 below 64 on the device.
+        choices: The numbers that choose the launches, a bit each.
+    """
+    before, _THREAD.choice = _THREAD.choice, (number, _signed(choices))
+    try:
+        yield
+    finally:
+        _THREAD.choice = before
+
+
+def _signed(word: int) -> int:
+    """64 bits in two's complement."""
+    return word - 2**64 if word >> 63 else word
+
+
 class Call:
     """A kernel with its grid on a device: all of a launch that can be said before its arguments are known.
 
@@ -288,13 +362,15 @@ class Call:
         shared: Bytes of dynamic shared memory.
     """
 
-    __slots__ = ("_device", "_head", "_kernel", "_launch")
+    __slots__ = ("_chosen", "_device", "_head", "_kernel", "_launch", "_sizes")
 
     def __init__(
         self, kernel: Kernel, device: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int = 0
     ) -> None:
+        self._sizes = (grid, block, shared)
         sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
         self._kernel, self._device, self._launch = kernel, device, _driver().cuLaunchKernel
+        self._chosen: Call | None = None
         self._head = (_Pointer(kernel.load(device).ptr), *map(ctypes.c_uint, sizes))
 
     def __call__(self, *args: int) -> None:
@@ -305,17 +381,29 @@ class Call:
                 fields of 8 bytes, an argument each.
         """
         device, thread = self._device, _THREAD
+        if thread.choice is not None:
+            choice, thread.choice = thread.choice, None
+            try:
+                self._if_chosen()(*choice, *args)
+            finally:
+                thread.choice = choice
+            return
         if _current_device() != device:
             with torch.cuda.device(device):
                 self(*args)
             return
         if thread.device != device:
-            _cupy().runtime.setDevice(device)
-            thread.device = device
+            _on(device)
         _FILL[len(args)](thread.arguments, 0, *args)
         code = self._launch(*self._head, _Pointer(_raw_stream(device)), thread.addresses, None)
         if code:
             _check(code, f"to launch {self._kernel}")
+
+    def _if_chosen(self) -> Call:
+        """The same launch, of the kernel that asks first."""
+        if self._chosen is None:
+            self._chosen = Call(self._kernel.chosen, self._device, *self._sizes)
+        return self._chosen
 
 
 class Kernel:
@@ -345,6 +433,15 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"Kernel({self.source!r}, {self.entry!r}, {self.options})"
+
+    @cached_property
+    def chosen(self) -> Kernel:
+        """The same function for launches within `only_if`. Raises: RuntimeError for a source without it."""
+        if "UNLESS_CHOSEN;" not in splice(self.source):
+            raise RuntimeError(f"{self.source} cannot be chosen; it has to ask, as choice.cuh says")
+        twin = copy.copy(self)
+        twin.options, twin._functions = (*self.options, "-DCHOSEN=1"), {}
+        return twin
 
     def compile(self, arch: str) -> bytes:
         """The cubin for an architecture such as "sm_90a". Needs no GPU. Raises: as `compile_for`."""

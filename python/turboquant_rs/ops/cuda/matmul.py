@@ -8,6 +8,7 @@ f64 products are exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,12 +54,23 @@ def matmul_out(
         else:
             reference.matmul_out(x, packed, scales, zero_points, bias, *args)
         return
-    dtype = x.dtype if x.dtype in _TENSOR_CORES else torch.float32
     rows = x.reshape(-1, k) if k else x.new_zeros(out.numel() // max(n, 1), 0)
-    weight = torch.empty(n, k, dtype=dtype, device=packed.device)
-    unpack_out(packed, scales, zero_points, *args[:15], planes, read_bits, weight)
-    product = (rows.to(dtype) @ weight.T).float()
+
+    def dequantized(dtype: torch.dtype) -> Tensor:
+        weight = torch.empty(n, k, dtype=dtype, device=packed.device)
+        unpack_out(packed, scales, zero_points, *args[:15], planes, read_bits, weight)
+        return weight
+
+    by_dequantized(rows, dequantized, bias, out)
+
+
+def by_dequantized(
+    x: Tensor, dequantized: Callable[[torch.dtype], Tensor], bias: Tensor | None, out: Tensor
+) -> None:
+    """x (m, k) times the transposed weight (n, k), in a dtype that cuBLAS takes, plus bias, into out."""
+    weight = dequantized(x.dtype if x.dtype in _TENSOR_CORES else torch.float32)
+    product = (x.to(weight.dtype) @ weight.T).float()
     if bias is not None:
         product += bias.detach().float()
-    broken = ~rows.float().isfinite().all(1, keepdim=True)
+    broken = ~x.float().isfinite().all(1, keepdim=True)
     out.copy_(product.masked_fill_(broken, float("nan")).view_as(out))

@@ -167,17 +167,33 @@ def multiply(
     if not aligned(x):
         x = x.clone()
     if m >= EXPAND_ROWS:
-        values = torch.empty(n, k, dtype=x.dtype, device=x.device)
-        expand(weight, bf16, n, k).on(device, 1)(*stored, values.data_ptr(), n, k)
-        if bias is None:
-            torch.mm(x, values.T, out=out)
-        else:
-            torch.addmm(bias.detach().to(x.dtype), x, values.T, out=out)
-        # A row that is not finite is NaN throughout; cuBLAS leaves infinities.
-        spoil(bf16)(device, (m, 1, 1), (256, 1, 1), (x.data_ptr(), out.data_ptr(), n, k))
+        values = x.new_empty(n, k)
+        expand_into(values, packed, scales, zero_points, weight)
+        multiply_expanded(x, values, bias, out)
         return
     bias, address, wide = as_bias(bias, x.dtype)
     call_of(weight, bf16, m, n, k, device)(x.data_ptr(), *stored, address, wide, out.data_ptr(), m, n, k)
+
+
+def expand_into(values: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, weight: Weight) -> None:
+    """The weight as plain rows (n, k) of 16-bit floats."""
+    stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
+    n, k = values.shape
+    call = expand(weight, values.dtype == torch.bfloat16, n, k).on(values.get_device(), 1)
+    call(*stored, values.data_ptr(), n, k)
+
+
+def multiply_expanded(x: Tensor, values: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x (m, k) · Wᵀ (+ bias) into out (m, n) by cuBLAS."""
+    (m, k), n = x.shape, out.shape[1]
+    if bias is None:
+        torch.mm(x, values.T, out=out)
+    else:
+        torch.addmm(bias.detach().to(x.dtype), x, values.T, out=out)
+    # A row that is not finite is NaN throughout; cuBLAS leaves infinities.
+    spoil(x.dtype == torch.bfloat16)(
+        x.get_device(), (m, 1, 1), (256, 1, 1), (x.data_ptr(), out.data_ptr(), n, k)
+    )
 
 
 @lru_cache(maxsize=4096)
