@@ -90,6 +90,8 @@ gpu: setup ## on a CUDA machine: every test that has a GPU part, compute-sanitiz
 	$(BIN)/python benches/bench_cuda.py
 	$(BIN)/python benches/cuda_matmul.py
 	$(BIN)/python benches/cuda_int8.py
+	$(BIN)/python benches/cuda_models.py $(INPUTS)
+	$(BIN)/python benches/tables.py
 
 wheel: setup ## one wheel for CPython >= 3.10 in dist/
 	$(BIN)/maturin build --release --out dist

@@ -1,7 +1,7 @@
 """Decoders on a GPU, one token a step: bf16 and ours taking turns in one process, how fast, how far from f32.
 
-    python benches/cuda_models.py                            eight layers of Llama 3 8B's shapes, random weights
-    python benches/cuda_models.py --model DIR --text FILE    and a Llama that transformers saved, on a text
+    python benches/cuda_models.py                          eight layers of Llama 3 8B's shapes, random weights
+    python benches/cuda_models.py --model DIR --text FILE  and a Llama that transformers saved, on a text
 
 A step takes a token for each row of the batch to the next one, greedily: the model with a key-value cache of
 fixed size, which is always full, the choice of the token, the place of the next. It is captured in a CUDA

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ HOW = {
     "cuda": "make gpu",
     "cuda_matmul": "make gpu",
     "cuda_int8": "make gpu",
+    "cuda_models": "make gpu",
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -283,7 +285,23 @@ def cuda_int8_quantize() -> str:
     return markdown(["x, bf16", *(f"scale {name}" if name == "a row" else name for name in names)], lines)
 
 
+def cuda_models(section: str) -> str:
+    """One line a contender: tokens a second by batch, the time of bf16 over ours, distance from f32."""
+    rows = read("cuda_models", section)["rows"]
+    batches = list(rows[0]["per_second"])
+    lines = []
+    for row in rows:
+        rates = [f"{row['per_second'][batch]:.0f} ({row['ratios'][batch]:.2f})" for batch in batches]
+        distance = [f"{row['distance']['kl']:.5f}"] if "distance" in row else []
+        lines.append([row["variant"], f"{row['megabytes']:.0f}", *rates, *distance])
+    columns = [f"batch {batch}, tokens/s (bf16 over it)" for batch in batches]
+    kl = ["mean KL"] if "distance" in rows[0] else []
+    return markdown(["layers", "MB", *columns, *kl], lines)
+
+
 TABLES = {
+    "cuda-models-language": partial(cuda_models, "language"),
+    "cuda-models-large": partial(cuda_models, "large"),
     "precision-plans": precision_plans,
     "control-burst": control_burst,
     "cuda-pack": cuda_pack,

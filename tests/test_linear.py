@@ -77,6 +77,39 @@ def test_gradients_reach_input_and_bias():
 
 
 @pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradients_are_those_of_the_prefix_that_is_read(bits, activations):
+    """Before and after the weight is brought to panels."""
+    layer, x = quant_layer(NESTED, activations=activations), torch.randn(3, 70, requires_grad=True)
+    layer.read_bits = bits
+    expected = layer.packed.dequantize().sum(0).expand(3, 70)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(layer(x).sum(), x)
+        torch.testing.assert_close(grad, expected)
+        layer.arrange()
+        assert layer._panels is not None
+
+
+def test_a_move_that_fails_leaves_the_layer_whole():
+    layer, x = quant_layer(), torch.randn(3, 70)
+    expected, before = layer(x), {name: part.clone() for name, part in layer.state_dict().items()}
+    calls = 0
+
+    def move(tensor):
+        nonlocal calls
+        calls += tensor.numel() > 0
+        if calls == 3:
+            raise MemoryError
+        return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+    with pytest.raises(MemoryError):
+        layer._apply(move)
+    assert layer.bias.dtype == layer.weight_dtype == torch.float32
+    assert all(torch.equal(part, before[name]) for name, part in layer.state_dict().items())
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
 def test_autocast_decides_the_output_dtype_as_for_a_linear_layer(activations):
     layer, x = quant_layer(activations=activations), torch.randn(3, 70)
     with torch.autocast("cpu", torch.bfloat16):
