@@ -66,7 +66,7 @@ def leave() -> Iterator[Callable[[int], None]]:
 def test_packing_without_memory_is_torchs_error_and_works_afterwards(leave: Callable[[int], None]) -> None:
     x = torch.randn(64, MIB, device="cuda")
     expected = packed_digest(tq.pack(x))
-    leave(8 * MIB)
+    leave(24 * MIB)
     with pytest.raises(torch.OutOfMemoryError):
         tq.pack(x)
     part = tq.pack(x[:4])
@@ -165,8 +165,6 @@ def test_given_scales_and_outputs_elsewhere_are_refused() -> None:
     scales, none = torch.ones(4, 1, dtype=torch.bfloat16), torch.empty(0, dtype=torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match=r"device|cpu"):
         ops.encode(x, scales, none, *scheme.op_args(), [4])
-    with pytest.raises((ValueError, RuntimeError), match=r"device|cpu"):
-        ops.fake_quantize(x, scales, None, *scheme.op_args(), *NEAREST.op_args(), 4)
     with pytest.raises(ValueError, match="cpu"):
         tq.pack(x, scheme=scheme, out=tq.pack(x.cpu(), scheme=scheme))
 
