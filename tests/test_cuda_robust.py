@@ -192,7 +192,7 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
 
     def everything(device: str) -> list[Tensor]:
         x = normal(40, 512).to(device)
-        p = tq.pack(x, scheme=scheme, rounding=Rounding.stochastic(3))
+        p, drawn = tq.pack(x, scheme=scheme), tq.pack(x, rounding=Rounding.stochastic(3))
         fake = ops.fake_quantize(x, None, None, *args, 8)
         gradients = ops.fake_quantize_backward(x, x, *fake[1:], *scheme.op_args(), 8)
         widths = torch.ones(40, 8, device=device)
@@ -202,6 +202,8 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
         layer = QuantEmbedding.from_float(nn.Embedding.from_pretrained(x), scheme)
         looked_up = layer(torch.arange(5, device=device))
         return [
+            drawn.packed,
+            drawn.scales,
             p.packed,
             p.scales,
             p.dequantize(),
