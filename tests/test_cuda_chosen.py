@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import turboquant_rs as tq
 from backends import assert_identical
+from test_controller import controlled, ticking
+from tiny import batches
 from turboquant_rs import Scheme, ops
 from turboquant_rs.nn import QuantEmbedding, QuantLinear
 from turboquant_rs.nn.precision import switchable
@@ -166,6 +168,18 @@ def test_gradients_within_a_graph_follow_too(activations: str, dtype: torch.dtyp
         layer.read_bits = bits
         graph.replay()
         for a, b in zip(got, passes(), strict=True):
+            assert_identical(a, b, bits)
+
+
+def test_a_graphed_callable_follows_forwards_and_backwards() -> None:
+    layer = linear("float", torch.bfloat16)
+    x = normal(5, 512).bfloat16().cuda().requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (x.detach().requires_grad_(),))
+    for bits in (4, 8, 4):
+        layer.read_bits = graphed.read_bits = bits
+        got, expected = graphed(x), layer(x)
+        assert_identical(got.detach(), expected.detach(), bits)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), x) for y in (got, expected)), strict=True):
             assert_identical(a, b, bits)
 
 
@@ -340,6 +354,28 @@ def test_a_forward_in_a_graph_reads_one_level_whatever_happens_meanwhile() -> No
         thread.join()
     assert len(seen) > 1
     switch.remove()
+
+
+def test_a_controller_moves_graphs() -> None:
+    """Captured once; steps that come too late bring it down, as they bring down a forward."""
+    net, control = controlled(clock=ticking(0.001), dwell=2)
+    net.cuda()
+    x = batches(1)[0].cuda()
+    graph, y = captured(net, x)
+    levels = set()
+    with control:
+        for latency in (1, 90, 90, 90, 1, 1, 1, 1, 1, 1, 60, 1, 1, 1):
+            control.observe(latency_ms=latency)
+            levels.add(control.level)
+            graph.replay()
+            with torch.no_grad():
+                assert_identical(y, net(x), control.level)
+        for level in range(len(control.ladder)):
+            control.level = level
+            graph.replay()
+            with torch.no_grad():
+                assert_identical(y, net(x), level)
+    assert len(levels) > 1
 
 
 def test_layers_of_a_ladder_follow_it_on_their_own() -> None:

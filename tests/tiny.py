@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        count = torch.arange(1, x.shape[1] + 1, dtype=x.dtype).view(1, -1, 1)
+        count = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device).view(1, -1, 1)
         x = x + self.weight * self.v_proj(x).cumsum(1) / count * torch.sigmoid(self.q_proj(x))
         return x + self.weight * self.down(torch.relu(self.up(x)))
 

@@ -317,13 +317,14 @@ def _on(device: int) -> None:
 def not_captured(device: int) -> Iterator[None]:
     """Within the block, work on a device is done at once, even if torch's current stream is captured."""
     stream: Any = torch.cuda.Stream
-    with torch.cuda.device(device), torch.cuda.stream(stream()):
+    with torch.cuda.device(device):
         _on(device)
         mode = ctypes.c_int(RELAXED_CAPTURE)
         _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "to leave a capture")
         try:
-            yield
-            _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a stream")
+            with torch.cuda.stream(stream()):
+                yield
+                _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a stream")
         finally:
             _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
