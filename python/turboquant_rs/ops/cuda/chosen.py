@@ -12,7 +12,7 @@ or waited for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 __all__ = ["NUMBERS", "Choice", "Number", "Weight", "capturing"]
 
+EARLY = __import__("os").environ.get("TQ_EARLY", "1") == "1"
 _is_initialized: Any = torch.cuda.is_initialized
 
 NUMBERS = 63
@@ -87,9 +88,14 @@ class Choice:
     number: Tensor
     widths: Mapping[int, int]
 
-    def only_if(self, bits: int) -> Any:
-        """Launches in the block are those of this number of bits."""
-        return only_if(self.number.data_ptr(), self.widths[bits])
+    def each(self) -> Iterator[int]:
+        """The numbers of bits in turn, in each of which launches are those of that number.
+
+        Launches behind those of the first are brought up while another runs: it takes but one.
+        """
+        for at, (bits, choices) in enumerate(self.widths.items()):
+            with only_if(self.number.data_ptr(), choices, early=at > 0 and EARLY):
+                yield bits
 
     def is_chosen(self, bits: int) -> Tensor:
         """Whether it is this number of bits, bool (1,)."""
@@ -125,9 +131,8 @@ class Weight:
         """The matrix at the bits chosen."""
         out = torch.empty(self._shape, dtype=dtype, device=self._stored[0].device)
         stored = self._canonical()
-        for bits in self._choice.widths:
-            with self._choice.only_if(bits):
-                unpack_out(*stored, *self._args, self._planes, bits, out)
+        for bits in self._choice.each():
+            unpack_out(*stored, *self._args, self._planes, bits, out)
         return out
 
     def _canonical(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,21 +162,18 @@ class Weight:
         kinds = {bits: tiles.Weight.of(self._scheme, self._planes, bits) for bits in self._choice.widths}
         if len(x) >= tiles.EXPAND_ROWS:
             values = x.new_empty(self._shape)
-            for bits, kind in kinds.items():
-                with self._choice.only_if(bits):
-                    tiles.expand_into(values, *self._stored, kind)
+            for bits in self._choice.each():
+                tiles.expand_into(values, *self._stored, kinds[bits])
             tiles.multiply_expanded(x, values, bias, out)
             return
-        for bits, kind in kinds.items():
-            with self._choice.only_if(bits):
-                tiles.multiply(x, *self._stored, bias, kind, out)
+        for bits in self._choice.each():
+            tiles.multiply(x, *self._stored, bias, kinds[bits], out)
 
     def _by_integers(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         stored, scheme, rounding = self._canonical(), self._scheme, self._rounding
         if int8.takes(x, scheme, rounding):
-            for bits in self._choice.widths:
-                with self._choice.only_if(bits):
-                    int8.multiply(x, *stored, bias, scheme, rounding, self._planes, bits, out)
+            for bits in self._choice.each():
+                int8.multiply(x, *stored, bias, scheme, rounding, self._planes, bits, out)
             return
         tail = ("int8", "canonical", self._shape[0])
         for bits in self._choice.widths:  # no kernel: the specification at all of them

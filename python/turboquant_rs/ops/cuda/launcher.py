@@ -242,13 +242,34 @@ MOST_ARGUMENTS = 64
 """Arguments of a launch, at most, of 8 bytes each."""
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a number, and 64 bytes of which one says yes."""
+
+    _fields_ = (("id", ctypes.c_int64), ("value", ctypes.c_int64 * 8))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = _Attribute(6, (1,))
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel in front need not have ended."""
+
+
 class _Thread(threading.local):
     """What a thread launches with."""
 
     def __init__(self) -> None:
         # On which it has launched: without that it has no context, whatever device is current.
         self.device = -1
-        self.choice: tuple[int, int] | None = None  # of `only_if`
+        self.choice: tuple[int, int, bool] | None = None  # of `only_if`
         self.arguments = (ctypes.c_int64 * MOST_ARGUMENTS)()
         first = ctypes.addressof(self.arguments)
         self._addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(first, first + 8 * MOST_ARGUMENTS, 8))
@@ -330,7 +351,7 @@ def not_captured(device: int) -> Iterator[None]:
 
 
 @contextmanager
-def only_if(number: int, choices: int) -> Iterator[None]:
+def only_if(number: int, choices: int, early: bool = False) -> Iterator[None]:
     """Within the block, a launch of this thread does nothing unless the number in memory chooses it.
 
     That is asked when the launch runs, not when it is queued; a graph asks again at every replay. Kernels
@@ -339,8 +360,9 @@ def only_if(number: int, choices: int) -> Iterator[None]:
     Args:
         number: Address of a u32 below 64 on the device.
         choices: The numbers that choose the launches, a bit each.
+        early: A kernel is in front of them, and they are brought up while it runs (Hopper and later).
     """
-    before, _THREAD.choice = _THREAD.choice, (number, _signed(choices))
+    before, _THREAD.choice = _THREAD.choice, (number, _signed(choices), early)
     try:
         yield
     finally:
@@ -361,18 +383,30 @@ class Call:
         grid: Blocks in x, y, z; none of them 0.
         block: Threads in x, y, z.
         shared: Bytes of dynamic shared memory.
+        early: The kernel may start once all blocks of the one before it say so, and waits for the end of that
+            by itself (`griddepcontrol`).
     """
 
-    __slots__ = ("_chosen", "_device", "_head", "_kernel", "_launch", "_sizes")
+    __slots__ = ("_chosen", "_device", "_early", "_head", "_kernel", "_launch", "_sizes")
 
     def __init__(
-        self, kernel: Kernel, device: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int = 0
+        self,
+        kernel: Kernel,
+        device: int,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        shared: int = 0,
+        early: bool = False,
     ) -> None:
         self._sizes = (grid, block, shared)
         sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
-        self._kernel, self._device, self._launch = kernel, device, _driver().cuLaunchKernel
-        self._chosen: Call | None = None
-        self._head = (_Pointer(kernel.load(device).ptr), *map(ctypes.c_uint, sizes))
+        self._kernel, self._device, self._early = kernel, device, early
+        self._launch = _driver().cuLaunchKernelEx if early else _driver().cuLaunchKernel
+        self._chosen: dict[bool, Call] = {}
+        function = _Pointer(kernel.load(device).ptr)
+        self._head: tuple[Any, ...] = (function, *map(ctypes.c_uint, sizes))
+        if early:
+            self._head = (function, (ctypes.c_uint * 7)(*sizes))
 
     def __call__(self, *args: int) -> None:
         """Launches it on torch's current stream.
@@ -384,8 +418,9 @@ class Call:
         device, thread = self._device, _THREAD
         if thread.choice is not None:
             choice, thread.choice = thread.choice, None
+            number, choices, early = choice
             try:
-                self._if_chosen()(*choice, *args)
+                self._if_chosen(early)(number, choices, *args)
             finally:
                 thread.choice = choice
             return
@@ -396,15 +431,22 @@ class Call:
         if thread.device != device:
             _on(device)
         _FILL[len(args)](thread.arguments, 0, *args)
-        code = self._launch(*self._head, _Pointer(_raw_stream(device)), thread.addresses, None)
+        stream = _Pointer(_raw_stream(device))
+        if self._early:
+            function, sizes = self._head
+            config = _Config(sizes, stream, ctypes.pointer(_EARLY), 1)
+            code = self._launch(ctypes.byref(config), function, thread.addresses, None)
+        else:
+            code = self._launch(*self._head, stream, thread.addresses, None)
         if code:
             _check(code, f"to launch {self._kernel}")
 
-    def _if_chosen(self) -> Call:
+    def _if_chosen(self, early: bool) -> Call:
         """The same launch, of the kernel that asks first."""
-        if self._chosen is None:
-            self._chosen = Call(self._kernel.chosen, self._device, *self._sizes)
-        return self._chosen
+        if early not in self._chosen:
+            early = early and torch.cuda.get_device_capability(self._device) >= (9, 0)
+            self._chosen[early] = Call(self._kernel.chosen, self._device, *self._sizes, early)
+        return self._chosen[early]
 
 
 class Kernel:
