@@ -48,7 +48,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     """
 
     _panels: Panels | None = None
-    _captured: Panels | None = None  # the last ones that a CUDA graph reads, whatever becomes of the layer
+    _captured: tuple[Panels, ...] = ()  # what CUDA graphs read of it, whatever has become of the layer since
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
     transposed: bool
@@ -181,7 +181,8 @@ class QuantLinear(PackedWeight, nn.Linear):
         panels = self._panels
         if panels is None:
             return self._choice(self.weight_packed.device)
-        self._captured = panels
+        if panels not in self._captured:
+            self._captured = (*self._captured, panels)
         return self._choice(panels.packed.device)
 
     def _forward_chosen(

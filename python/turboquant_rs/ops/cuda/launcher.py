@@ -337,17 +337,26 @@ def _on(device: int) -> None:
 @contextmanager
 def not_captured(device: int) -> Iterator[None]:
     """Within the block, work on a device is done at once, even if torch's current stream is captured."""
-    stream: Any = torch.cuda.Stream
     with torch.cuda.device(device):
         _on(device)
         mode = ctypes.c_int(RELAXED_CAPTURE)
         _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "to leave a capture")
         try:
-            with torch.cuda.stream(stream()):
+            with torch.cuda.stream(_free_stream()):
                 yield
                 _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a stream")
         finally:
             _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+def _free_stream() -> Any:
+    """A stream of the current device that nobody captures. Torch hands out the same ones in turn."""
+    make: Any = torch.cuda.Stream
+    while True:
+        stream = make()
+        with torch.cuda.stream(stream):
+            if not torch.cuda.is_current_stream_capturing():
+                return stream
 
 
 @contextmanager
