@@ -8,22 +8,23 @@ fixed size, which is always full, the choice of the token, the place of the next
 graph, as nobody would launch so much from Python; a turn of one contender is a run of replays. Rates are
 medians over the rounds; so are the ratios, each taken within a round. The decoder is written out here, name
 for name that of transformers, so that nothing but its linear layers differs; the rest stays bf16, the output
-head too. Nested contenders share one graph, whose precision is set between turns; `nested alone` has no more
-planes than it reads, and so no choice.
+head too. Nested contenders share one graph, whose precision is set between turns; those `alone` are captured
+at their bits, without a choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ import turboquant_rs as tq
 from bench_cuda import write
 from models import digits, sizes
 from quality import KL_WINDOWS
+from turboquant_rs.nn.precision import switchable
+from turboquant_rs.nn.weight import PackedWeight
 from turboquant_rs.quality import compare_logits, log_probabilities, windows
 
 RESULTS = Path(__file__).parent / "results" / "cuda_models.json"
@@ -219,7 +222,6 @@ VARIANTS: dict[str, Callable[[nn.Module], object]] = {
     "4 bits": quantized(4, "float"),
     "8 bits, int8 activations": quantized(8, "int8"),
     "4 bits, int8 activations": quantized(4, "int8"),
-    "nested alone, 4 bits": quantized(tq.Scheme.nested(), "float"),
     "nested": quantized(tq.Scheme.nested(), "float"),
 }
 """What is done to the bf16 model, in place."""
@@ -252,7 +254,7 @@ class Contender:
 
 
 @torch.no_grad()
-def contender(model: Decoder, batch: int, bits: int | None = None) -> Contender:
+def contender(model: Decoder, batch: int) -> Contender:
     """The step of a model, captured."""
     cache = model.cache(batch)
     tokens = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
@@ -268,27 +270,24 @@ def contender(model: Decoder, batch: int, bits: int | None = None) -> Contender:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return Contender(graph, model, bits, (cache, tokens))
+    return Contender(graph, model, None, (cache, tokens))
 
 
 def contenders(models: dict[str, Decoder], batch: int) -> dict[str, Contender]:
-    """One for each model; of the nested one, one for each width, of the same graph."""
+    """One for each model; of the nested one, one for each width, of one graph and alone."""
     found = {}
     for name, model in models.items():
-        if name == "nested":
-            shared = contender(model, batch)
-            for bits in WIDTHS:
-                found[f"{NESTED}{bits} bits"] = Contender(shared.graph, model, bits, shared.held)
-        else:
+        if name != "nested":
             found[name] = contender(model, batch)
+            continue
+        shared = contender(model, batch)
+        for bits in WIDTHS:
+            found[f"{NESTED}{bits} bits"] = Contender(shared.graph, model, bits, shared.held)
+        for bits in WIDTHS:
+            tq.set_precision(model, bits)
+            with patch.object(PackedWeight, "_choice", return_value=None):
+                found[f"{NESTED}{bits} bits alone"] = contender(model, batch)
     return found
-
-
-def nested_alone(model: nn.Module) -> None:
-    """Leaves the upper planes as all there is to read: a graph has no choice."""
-    for layer in model.modules():
-        if isinstance(layer, tq.nn.QuantLinear):
-            layer.load_packed("weight", layer.packed.at(4))
 
 
 def build(model: nn.Module) -> dict[str, Decoder]:
@@ -297,8 +296,6 @@ def build(model: nn.Module) -> dict[str, Decoder]:
     for name, change in VARIANTS.items():
         models[name] = copy.deepcopy(model)
         change(models[name])
-        if name.startswith("nested alone"):
-            nested_alone(models[name])
     return models
 
 
@@ -322,18 +319,33 @@ def measure(models: dict[str, Decoder], batches: tuple[int, ...]) -> dict[str, d
     return rows
 
 
-def switch_microseconds(model: nn.Module, count: int = 50) -> float:
-    """Of the host, to set the precision of a model that graphs have captured."""
-    import time
+@torch.no_grad()
+def switch_microseconds(model: Decoder, count: int = 51) -> dict[str, float]:
+    """Of the host, to change the bits that a captured model reads: layer by layer, and by a ladder."""
 
-    torch.cuda.synchronize()
-    times = []
-    for bits in itertools.islice(itertools.cycle(WIDTHS), count):
-        start = time.perf_counter()
-        tq.set_precision(model, bits)
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return digits(1e6 * statistics.median(times))
+    def median(switch: Callable[[int], None]) -> float:
+        torch.cuda.synchronize()
+        times = []
+        for at in range(count):
+            start = time.perf_counter()
+            switch(at % 2)
+            times.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        return digits(1e6 * statistics.median(times))
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedWeight)}
+    held = contender(model, 1)
+    found = {"set_precision": median(lambda at: tq.set_precision(model, WIDTHS[at]))}
+    ladder = switchable(model, [dict.fromkeys(layers, bits) for bits in WIDTHS])
+    held = contender(model, 1)
+
+    def climb(level: int) -> None:
+        ladder.level = level
+
+    found["ladder"] = median(climb)
+    ladder.remove()
+    del held
+    return found | {"layers": len(layers)}
 
 
 def section(model: nn.Module, distance: Callable[[nn.Module], dict[str, float]] | None) -> dict[str, Any]:
@@ -348,10 +360,9 @@ def section(model: nn.Module, distance: Callable[[nn.Module], dict[str, float]] 
         if distance is not None:
             row["distance"] = distance(ours)
             print(f"{name:26} KL {row['distance']['kl']:.5f}", flush=True)
-    layers = sum(isinstance(layer, tq.nn.QuantLinear) for layer in models["nested"].modules())
     switch = switch_microseconds(models["nested"])
-    print(f"set_precision of {layers} layers: {switch} us")
-    return {"rows": list(rows.values()), "set_precision_microseconds": switch, "layers": layers}
+    print(f"microseconds to switch: {switch}", flush=True)
+    return {"rows": list(rows.values()), "switch_microseconds": switch}
 
 
 def small(folder: Path, text: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def choices() -> None:
         layer = tq.nn.QuantLinear(
             192, 72, scheme=Scheme.nested(), dtype=dtype, device="cuda", activations=activations
         )
-        for m in (1, 60, 200):
+        for m in (1, 200):
             x, graph = torch.randn(m, 192, device="cuda").to(dtype), torch.cuda.CUDAGraph()
             with torch.no_grad(), torch.cuda.graph(graph):
                 layer(x)

@@ -30,7 +30,6 @@ from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 __all__ = ["NUMBERS", "Choice", "Number", "Weight", "capturing"]
 
-EARLY = __import__("os").environ.get("TQ_EARLY", "1") == "1"
 _is_initialized: Any = torch.cuda.is_initialized
 
 NUMBERS = 63
@@ -91,10 +90,10 @@ class Choice:
     def each(self) -> Iterator[int]:
         """The numbers of bits in turn, in each of which launches are those of that number.
 
-        Launches behind those of the first are brought up while another runs: it takes but one.
+        Launches behind those of the first are brought up while another runs.
         """
         for at, (bits, choices) in enumerate(self.widths.items()):
-            with only_if(self.number.data_ptr(), choices, early=at > 0 and EARLY):
+            with only_if(self.number.data_ptr(), choices, early=at > 0):
                 yield bits
 
     def is_chosen(self, bits: int) -> Tensor:
