@@ -211,25 +211,23 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
         if (ZERO_POINTS == FLOATS) ((float *)numbers.zero_points)[group.number] = stored.zero;
     }
 
-    const Divisor divisor(chosen.scale);
+    const Quotients<SYSTEMATIC_TIMES> quotients(MODE == SYSTEMATIC ? chosen.scale : 1.0f);
+    const float inverse = inverse_of(chosen.scale);
     const u64 block = by.first_block + group.number * by.blocks_per_group;
     const BlockDraws phases(by.source, MODE == SYSTEMATIC ? block : 0);
     u32 carry = 0;
     held.each([&](u32 chunk, const float (&x)[UNIT]) {
         u64 codes;
         if constexpr (MODE == NEAREST) {
-            u32 words[UNIT];
-#pragma unroll
-            for (int i = 0; i < UNIT; ++i) words[i] = nearest_code(x[i], divisor.high, chosen.zero, by.table);
-            codes = gather<0>(words);
+            codes = nearest_codes(x, inverse, chosen.zero, by.table);
         } else if constexpr (MODE == SYSTEMATIC) {
             if (BlockDraws::begins(chunk)) carry = shrunk<24>(phases(chunk) >> 8, (u32)by.rho);
-            codes = systematic_codes(x, divisor, chosen.zero, carry);
+            codes = systematic_codes(x, quotients, chosen.zero, carry);
         } else {
             u32 draws[UNIT], half;
             const u64 index = drawn.unit(chunk, draws, half);
             half = rounding_draws(by.source, index, block + unit_of(chunk), (u32)by.rho, half, draws);
-            codes = drawn_codes(x, divisor, chosen.zero, draws, half);
+            codes = drawn_codes(x, chosen.scale, chosen.zero, draws, half);
         }
         sink(chunk, x, codes, stored);
     });
