@@ -42,10 +42,19 @@ struct Weight {
   }
 };
 
+// Added to an integer of less than 2^22, these are the bits of 1.5·2^23 and the integer: a conversion at full rate.
+constexpr u32 FLOAT_BITS = SMALL ? 0x4b400000u : 0;
+
 // What a row of x brings to a segment.
 struct RowTerms {
   float scale;  // NaN where an element of the group is not finite, which makes the result NaN
-  int sum;
+  u32 sum;      // Σ q; with a constant zero point, what is to be added to Σ k·q: FLOAT_BITS − z·Σ q
+
+  static __device__ __forceinline__ RowTerms of(float scale, int sum) {
+    RowTerms terms = {scale, ASYMMETRIC ? sum : FLOAT_BITS - static_cast<u32>(scaled_zero_point(ZERO)) * sum};
+    asm("" : "+r"(terms.sum));  // worked out once for all columns
+    return terms;
+  }
 };
 
 struct RowReader {
@@ -55,7 +64,7 @@ struct RowReader {
 
   __device__ __forceinline__ RowTerms load(int row, int group, int segment) const {
     const u64 own = min(row, m - 1);
-    return {__ldg(scales + own * groups + group), __ldg(sums + own * segments + segment)};
+    return RowTerms::of(__ldg(scales + own * groups + group), __ldg(sums + own * segments + segment));
   }
 };
 
@@ -67,10 +76,11 @@ struct ColumnTerms {
 
 // acc + s_w·s_x·bracket, where `products` is Σ k·q of the segment.
 __device__ __forceinline__ float add_bracket(float acc, int products, RowTerms row, ColumnTerms column) {
-  const u32 bracket = (static_cast<u32>(products) << SHIFT) - static_cast<u32>(column.zero_point) * row.sum;
+  const u32 base = ASYMMETRIC ? FLOAT_BITS - static_cast<u32>(column.zero_point) * row.sum : row.sum;
+  const u32 bracket = (static_cast<u32>(products) << SHIFT) + base;
   float value;
   if constexpr (SMALL) {
-    value = __fsub_rn(__uint_as_float(bracket + 0x4b400000u), 12582912.0f);  // 1.5·2^23, at full rate
+    value = __fsub_rn(__uint_as_float(bracket), 12582912.0f);
   } else {
     value = __int2float_rn(static_cast<int>(bracket));
   }

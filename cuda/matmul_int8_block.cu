@@ -161,8 +161,8 @@ struct TermReader {
   __device__ __forceinline__ void read(Terms& to, u32 from, int group) const {
 #pragma unroll
     for (int i = 0; i < 2 * M_BLOCKS; ++i) {
-      to.rows[i].scale = __uint_as_float(read_word(from + 4 * (row + 8 * i)));
-      to.rows[i].sum = static_cast<int>(read_word(from + 4 * (M_TILE + row + 8 * i)));
+      const float scale = __uint_as_float(read_word(from + 4 * (row + 8 * i)));
+      to.rows[i] = RowTerms::of(scale, static_cast<int>(read_word(from + 4 * (M_TILE + row + 8 * i))));
     }
 #pragma unroll
     for (int i = 0; i < 2 * N_BLOCKS; ++i) {

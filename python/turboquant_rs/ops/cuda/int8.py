@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.launcher import Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
@@ -153,45 +153,76 @@ def multiply(
     out: Tensor,
 ) -> None:
     """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds; W is canonical."""
-    check_planes(scheme, planes)
-    check_readable(scheme, rounding, planes, read_bits)
     (m, k), n = x.shape, out.shape[1]
-    columns = Columns.of(k, scheme.group_size)
-    bits = 8 if list(planes) == BYTE_CODES else read_bits
-    check_holds(packed, planes[: planes_read(planes, bits)], n, k)
     device = device_of(x, packed, scales, out)
-    shape = shape_for(m, n, columns, limits_of(device))
+    scheme = scheme._replace(table=tuple(scheme.table))
+    plan = plan_of(scheme, rounding, tuple(planes), read_bits, m, n, k, x.dtype, aligned(packed), device)
+    columns = plan.columns
+    check_holds(packed, planes[: plan.planes_read], n, k)
     packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
-
-    stored = planes[0] if planes[0] == bits and not scheme.table and aligned(packed) and columns.dense else 0
-    nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
-    if not nibbles and not (stored == 8 and k % 16 == 0):
-        packed = expand(packed, scheme, planes, bits, n, columns, device)
-        row_bytes = columns.stride
-    else:
-        row_bytes = k * stored // 8
+    if plan.expands:
+        packed = expand(packed, scheme, planes, plan.bits, n, columns, device)
 
     codes = torch.empty(m, columns.stride, dtype=torch.int8, device=x.device)
     terms = torch.empty(m * (columns.groups + columns.segments), dtype=torch.float32, device=x.device)
     x_scales, x_sums = terms.data_ptr(), terms.data_ptr() + 4 * columns.groups * m
-    quantize(x, codes, x_scales, x_sums, columns, nibbles, device)
+    quantize(x, codes, x_scales, x_sums, columns, plan.nibbles, device)
 
     bias, address, wide_bias = as_bias(bias, x.dtype)
-    weight = Weight.of(scheme, read_bits, columns)
     tail = (scales.data_ptr(), zero_points.data_ptr(), address, wide_bias, out.data_ptr(), m, n)
-    kernel = kernel_of(weight, x.dtype, shape, nibbles, columns.bracket_steps)
-    arguments: tuple[int, ...]
-    if isinstance(shape, Wide):
+    if isinstance(plan.shape, Wide):
         maps = (
-            tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
-            tensor_map(packed.data_ptr(), n, row_bytes, shape.n_tile // shape.cluster),
+            *tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, plan.shape.n_tile // plan.shape.cluster),
         )
-        arguments = (x_scales, x_sums, *tail, columns.stride, columns.groups, *maps[0], *maps[1])
-        kernel(device, shape.grid(m, n, limits_of(device)), (WIDE_THREADS,), arguments, kernel.shared)
+        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
     else:
         pointers = (codes.data_ptr(), x_scales, x_sums, packed.data_ptr())
-        arguments = (*pointers, *tail, columns.stride, row_bytes, columns.groups, columns.segments)
-        kernel(device, shape.grid(m, n), (shape.threads,), arguments, kernel.shared)
+        plan.call(*pointers, *tail, columns.stride, plan.row_bytes, columns.groups, columns.segments)
+
+
+class Plan(NamedTuple):
+    """What a product needs besides its memory: worked out once."""
+
+    columns: Columns
+    shape: Block | Wide
+    bits: int  # read of each code
+    planes_read: int
+    nibbles: bool  # whether the kernel reads two codes a byte
+    expands: bool  # whether the weight becomes bytes first
+    row_bytes: int  # of the weight as the kernel reads it
+    call: Call
+
+
+@lru_cache(maxsize=4096)
+def plan_of(
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    planes: tuple[int, ...],
+    read_bits: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    whole: bool,
+    device: int,
+) -> Plan:
+    """That of x (m, k) of a dtype with W (n, k); `whole`: W lies on multiples of the widest access."""
+    check_planes(scheme, planes)
+    check_readable(scheme, rounding, planes, read_bits)
+    columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
+    bits = 8 if list(planes) == BYTE_CODES else read_bits
+    shape = shape_for(m, n, columns, limits)
+    stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
+    nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
+    expands = not nibbles and not (stored == 8 and k % 16 == 0)
+    row_bytes = columns.stride if expands else k * stored // 8
+    kernel = kernel_of(Weight.of(scheme, read_bits, columns), dtype, shape, nibbles, columns.bracket_steps)
+    if isinstance(shape, Wide):
+        call = Call(kernel, device, shape.grid(m, n, limits), (WIDE_THREADS,), kernel.shared)
+    else:
+        call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
+    return Plan(columns, shape, bits, planes_read(planes, bits), nibbles, expands, row_bytes, call)
 
 
 # Activations and weights as the kernels want them ---------------------------------------------------------
@@ -261,13 +292,13 @@ def expand_kernel(
 ) -> Kernel:
     """`whole`: the blob lies on multiples of the widest access."""
     whole = whole and columns.k % 8 == 0 and (columns.groups == 1 or columns.size % 8 == 0)
+    return _expand_kernel(scheme._replace(table=tuple(scheme.table)), planes, bits, whole)
+
+
+@lru_cache(maxsize=4096)
+def _expand_kernel(scheme: SchemeArgs, planes: tuple[int, ...], bits: int, whole: bool) -> Kernel:
     macros = {**scheme_macros(scheme, False), **plane_macros(planes), "READ": planes_read(planes, bits)}
-    return _expand_kernel(tuple({**macros, "ALIGNED": whole}.items()))
-
-
-@cache
-def _expand_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
-    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", dict(macros))
+    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", {**macros, "ALIGNED": whole})
 
 
 # Shapes ---------------------------------------------------------------------------------------------------
@@ -326,10 +357,14 @@ class Wide(NamedTuple):
         """As many blocks as there is room for, in whole clusters."""
         return (min(limits.processors // self.cluster, self.tiles(m, n)) * self.cluster,)
 
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024."""
-        return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
+    def shared(self, steps: int, asymmetric: bool) -> int:
+        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024.
+
+        steps: of a bracket, 0 where it is the row.
+        """
+        slots = max(1, SLICE // STEP // steps) if steps else 0
+        terms = 4 * (2 * WIDE_ROWS + (self.n_tile if asymmetric else 4) + self.n_tile)
+        return self.stages * (SLICE * (WIDE_ROWS + self.n_tile) + slots * terms) + 1024
 
 
 def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Wide:
@@ -337,7 +372,8 @@ def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Wide:
     if m > 64 and limits.hopper:
         cluster, most = 2 if m > WIDE_ROWS else 1, 3 * limits.processors // 4
         fewest = most if columns.grouped else 3 * limits.processors // 8
-        for wide, least in ((Wide(256, 4, cluster), most), (Wide(128, 6, cluster), fewest)):
+        stages = 5 if columns.bracket_steps == 1 else 6  # terms of four groups lie beside a stage
+        for wide, least in ((Wide(256, 4, cluster), most), (Wide(128, stages, cluster), fewest)):
             if wide.fits(columns) and wide.grid(m, n, limits)[0] >= least:
                 return wide
     block = _block_for(m, n, columns.grouped, limits.processors)
@@ -374,7 +410,9 @@ def kernel_of(weight: Weight, dtype: torch.dtype, shape: Block | Wide, nibbles: 
     macros = {**weight.macros(dtype), **{key.upper(): value for key, value in shape._asdict().items()}}
     macros["FLUSH"] = steps
     if isinstance(shape, Wide):
-        return Kernel("matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared)
+        return Kernel(
+            "matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared(steps, weight.asymmetric)
+        )
     shared = shape.shared(nibbles, steps, weight.asymmetric)
     macros["NIBBLES"] = nibbles
     return Kernel("matmul_int8_block.cu", "matmul_int8_block", macros, shared=shared)

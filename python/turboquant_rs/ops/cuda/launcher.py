@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -376,7 +376,12 @@ class Kernel:
         shared: int = 0,
     ) -> None:
         """Launches it once: `Call` says what the arguments are."""
-        Call(self, device, grid, block, shared)(*args)
+        _call(self, device, grid, block, shared)(*args)
+
+
+@lru_cache(maxsize=4096)
+def _call(kernel: Kernel, device: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> Call:
+    return Call(kernel, device, grid, block, shared)
 
 
 def _macro(value: object) -> object:

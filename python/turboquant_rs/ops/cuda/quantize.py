@@ -109,9 +109,7 @@ def team_for(dtype: torch.dtype, rounding: RoundingArgs, k: int, group_size: int
     return Team.of(group_length(k, group_size), HELD_DRAWN if drawn else HELD)
 
 
-def team_macros(
-    team: Team, dtype: torch.dtype, k: int, group_size: int, whole: bool
-) -> dict[str, object]:
+def team_macros(team: Team, dtype: torch.dtype, k: int, group_size: int, whole: bool) -> dict[str, object]:
     """What `groups.cuh` asks for; `whole`: all memory lies on multiples of the widest access."""
     group = group_length(k, group_size)
     exact = k % group == 0
