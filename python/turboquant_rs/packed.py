@@ -495,8 +495,8 @@ def pack(
     x = x.detach()
     if out is not None:
         _check_out(out, x, scheme, rounding)
-        stored = out._stored
-        operator("pack_out", x, *stored)(x, *arguments, *stored)
+        outputs = out._stored
+        operator("pack_out", x, *outputs)(x, *arguments, *outputs)
         out.dtype, out.rounding, out.offset = x.dtype, rounding, 0
         return out
     packed, scales, zero_points = operator("pack", x)(x, *arguments)

@@ -471,8 +471,9 @@ def register(backend: dict[str, Fill], key: str) -> None:
         backend: An implementation of each of `OUT_OPS`.
         key: The dispatch key of its tensors.
     """
-    every = {name: partial(compose, backend[out_op]) for name, (compose, out_op, _rule) in RULES.items()}
-    every |= {name: backend[name] for name in OUT_OPS}
+    every: dict[str, Callable[..., Any]] = {name: backend[name] for name in OUT_OPS}
+    for name, (compose, out_op, _rule) in RULES.items():
+        every[name] = partial(compose, backend[out_op])
     for name, function in every.items():
         LIBRARY.impl(name, function, key)
     IMPLEMENTATIONS[key.lower()] = every
