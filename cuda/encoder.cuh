@@ -184,8 +184,9 @@ __device__ inline Affine given(const Group &group, const Numbers &numbers) {
 }
 
 // Encodes the group of a team. For each chunk, `sink` is called with its number, its values (subnormals as they are, or
-// as zeros), their codes, a byte each, and the scale and zero point that are stored: the scale NaN where anything of
-// the group is refused. Elements that are not there have value 0 and some code.
+// as zeros), their codes, a byte each, the scale and zero point that are stored (the scale NaN where anything of the
+// group is refused), and the inverse of the scale that was chosen. Elements that are not there have value 0 and some
+// code.
 template <class Sink>
 __device__ void encode(const Loading &loading, const Numbers &numbers, const Encoding &by, Sink sink) {
     const Group &group = loading.group;
@@ -229,6 +230,6 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
             half = rounding_draws(by.source, index, block + unit_of(chunk), (u32)by.rho, half, draws);
             codes = drawn_codes(x, chosen.scale, chosen.zero, draws, half);
         }
-        sink(chunk, x, codes, stored);
+        sink(chunk, x, codes, stored, inverse);
     });
 }

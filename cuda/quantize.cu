@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) pack(
         Planes<0>::store(packed, at, codes, present);
     };
     encode(loading, {scales, zero_points, status}, by,
-           [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &) {
+           [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &, float) {
         if (STAGED) stage[chunk] = codes;
         else store(chunk, codes);
     });

@@ -58,10 +58,12 @@ def macros(
     *,
     given: bool,
     read_bits: int,
+    tensors: int = 1,
 ) -> dict[str, object]:
-    """What fake_quantize.cu is compiled for; `whole` as for `quantize.team_macros`."""
-    rest = scheme.bits - read_bits
-    return {**encoder_macros(dtype, scheme, rounding, k, whole, given=given), "REST": rest}
+    """What fake_quantize.cu is compiled for; `whole` as for `quantize.team_macros`, `tensors` as for
+    `quantize.encoder_macros`."""
+    names = encoder_macros(dtype, scheme, rounding, k, whole, given=given, tensors=tensors)
+    return {**names, "REST": scheme.bits - read_bits}
 
 
 def noise_team(k: int, group_size: int) -> Team:
@@ -102,7 +104,8 @@ def plan(
     memory = Memory.of(scheme, rounding, (), rows, k)
     if rows * k == 0:
         return Plan(memory, None)
-    names = macros(dtype, scheme, rounding, k, whole, given=given, read_bits=read_bits)
+    tensors = 2 if entry == "fake_quantize_backward" else 1
+    names = macros(dtype, scheme, rounding, k, whole, given=given, read_bits=read_bits, tensors=tensors)
     launch = encoder_launch(kernel(entry, tuple(names.items())), dtype, scheme, rounding, rows, k)
     return Plan(memory, launch)
 

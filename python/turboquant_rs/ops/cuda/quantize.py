@@ -147,8 +147,9 @@ def encoder_macros(
     *,
     nan_zero: bool = False,
     given: bool = False,
+    tensors: int = 1,
 ) -> dict[str, object]:
-    """What `encoder.cuh` asks for; `whole` as for `team_macros`."""
+    """What `encoder.cuh` asks for; `whole` as for `team_macros`; `tensors` like x that a thread holds."""
     team = team_for(dtype, rounding, k, scheme.group_size)
     return {
         **scheme_macros(scheme, rounding.preserve_variance),
@@ -156,19 +157,19 @@ def encoder_macros(
         **draw_macros(rounding, in_order(team, k, scheme.group_size)),
         "NAN_ZERO": nan_zero,
         "GIVEN": given,
-        "BLOCKS": _resident(scheme, rounding, team),
+        "BLOCKS": _resident(scheme, rounding, team, tensors * dtype.itemsize),
         "PRESERVE": rounding.preserve_variance,
     }
 
 
-def _resident(scheme: SchemeArgs, rounding: RoundingArgs, team: Team) -> int:
+def _resident(scheme: SchemeArgs, rounding: RoundingArgs, team: Team, element_bytes: int) -> int:
     """Blocks a multiprocessor for which registers are kept free: the fastest of several on a Hopper GPU."""
     if team.threads > THREADS:
         return 1
     if team.threads < THREADS:
         return 6
     passes = scheme.scale != "extreme" or rounding.preserve_variance
-    return 2 if passes else 4
+    return 2 if passes or element_bytes > 4 else 4
 
 
 def draw_macros(rounding: RoundingArgs, ordered: bool) -> dict[str, object]:
