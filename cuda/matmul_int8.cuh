@@ -7,9 +7,9 @@
 #include "floats.cuh"
 #include "words.cuh"
 
-#if !defined(Y) || !defined(SCALE) || !defined(ASYMMETRIC) || !defined(ZERO) || !defined(REST) || !defined(SMALL)
+#if !defined(Y) || !defined(SCALE) || !defined(ASYMMETRIC) || !defined(ZERO) || !defined(REST) || !defined(SMALL) || !defined(SIGNED)
 #error "Y, SCALE: dtypes of results and of scales; ASYMMETRIC; ZERO: twice the constant zero point; REST: bits not read"
-#error "SMALL: brackets, times 2^SHIFT, are at most 2^22"
+#error "SMALL: brackets, times 2^SHIFT, are at most 2^22; SIGNED: W is there as k − z, so sums of products are brackets"
 #endif
 
 // A bracket Σ k·q − z·Σ q times 2^SHIFT is an integer, of less than 2^31 for any codes of a segment.
@@ -48,9 +48,10 @@ constexpr u32 FLOAT_BITS = SMALL ? 0x4b400000u : 0;
 // What a row of x brings to a segment.
 struct RowTerms {
   float scale;  // NaN where an element of the group is not finite, which makes the result NaN
-  u32 sum;      // Σ q; with a constant zero point, what is to be added to Σ k·q: FLOAT_BITS − z·Σ q
+  u32 sum;      // Σ q; with a constant zero point, what is to be added to Σ k·q: FLOAT_BITS − z·Σ q; or nothing
 
   static __device__ __forceinline__ RowTerms of(float scale, int sum) {
+    if constexpr (SIGNED) return {scale, 0};
     RowTerms terms = {scale, ASYMMETRIC ? sum : FLOAT_BITS - static_cast<u32>(scaled_zero_point(ZERO)) * sum};
     asm("" : "+r"(terms.sum));  // worked out once for all columns
     return terms;
@@ -76,7 +77,7 @@ struct ColumnTerms {
 
 // acc + s_w·s_x·bracket, where `products` is Σ k·q of the segment.
 __device__ __forceinline__ float add_bracket(float acc, int products, RowTerms row, ColumnTerms column) {
-  const u32 base = ASYMMETRIC ? FLOAT_BITS - static_cast<u32>(column.zero_point) * row.sum : row.sum;
+  const u32 base = SIGNED ? 0 : ASYMMETRIC ? FLOAT_BITS - static_cast<u32>(column.zero_point) * row.sum : row.sum;
   const u32 bracket = (static_cast<u32>(products) << SHIFT) + base;
   float value;
   if constexpr (SMALL) {

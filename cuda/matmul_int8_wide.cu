@@ -8,7 +8,7 @@
 #include "matmul_int8.cuh"
 
 #if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER) || !defined(FLUSH)
-#error "N_TILE: 128 or 256; STAGES; CLUSTER; FLUSH"
+#error "N_TILE: 64, 128 or 256; STAGES; CLUSTER; FLUSH"
 #endif
 
 constexpr int M_TILE = 128, GROUP_ROWS = 64, K_TILE = 128, STEPS = 4;
@@ -117,8 +117,14 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define SIXTY "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
 #define REGISTERS_8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
                        "+r"(d[i + 6]), "+r"(d[i + 7])
-#define REGISTERS_64(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24), \
-                        REGISTERS_8(i + 32), REGISTERS_8(i + 40), REGISTERS_8(i + 48), REGISTERS_8(i + 56)
+#define REGISTERS_32(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24)
+#define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
+
+#if SIGNED
+#define BYTES "s8"
+#else
+#define BYTES "u8"
+#endif
 
 // d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of N_TILE rows of W.
 __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int more) {
@@ -126,14 +132,20 @@ __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int mo
 #error "wgmma is part of sm_90a alone"
 #elif N_TILE == 256
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.u8 {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+               "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8." BYTES " {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
                "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, more;\n}"
                : REGISTERS_64(0), REGISTERS_64(64)
                : "l"(a), "l"(b), "r"(more));
-#else
+#elif N_TILE == 128
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.u8 {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8." BYTES " {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
                : REGISTERS_64(0)
+               : "l"(a), "l"(b), "r"(more));
+#else
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." BYTES " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2)
+               "%30,%31}, %32, %33, more;\n}"
+               : REGISTERS_32(0)
                : "l"(a), "l"(b), "r"(more));
 #endif
 }
@@ -272,10 +284,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
               for (int slot_of = 0; slot_of < SLOTS; ++slot_of) {
                 GroupTerms& to = stage_terms[slot.stage * SLOTS + slot_of];
                 const OwnTerms& own = terms[i][slot_of];
-                to.scales[thread] = own.column.scale;
-                if constexpr (ASYMMETRIC) to.zero_points[thread] = own.column.zero_point;
+                if (thread < N_TILE) {
+                  to.scales[thread] = own.column.scale;
+                  if constexpr (ASYMMETRIC) to.zero_points[thread] = own.column.zero_point;
+                }
                 to.row_scales[thread] = own.row.scale;
-                to.row_sums[thread] = own.row.sum;
+                if constexpr (!SIGNED) to.row_sums[thread] = own.row.sum;
               }
               barrier_arrive_here(fulls + 8 * slot.stage);
             }
@@ -302,8 +316,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       const int row = tile.m0 + rank * M_TILE + group * GROUP_ROWS + warp * 16 + lane / 4;
       RowTerms rows[2];
 #pragma unroll
-      for (int i = 0; i < N_TILE / GROUP_THREADS; ++i) {
-        const int own = thread + i * GROUP_THREADS, column = tile.n0 + own;
+      for (int own = thread; own < N_TILE; own += GROUP_THREADS) {
+        const int column = tile.n0 + own;
         columns.bias[odd_tile][own] = out.bias_of(column);
         if constexpr (!GROUPED) {
           columns.scales[odd_tile][own] = w.scale(column, 0);
@@ -372,8 +386,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
             const GroupTerms& terms = stage_terms[slot.stage * SLOTS + first / RUN];
             if (ends) {
               const int own = row - tile.m0 - rank * M_TILE;
-              rows[0] = {terms.row_scales[own], terms.row_sums[own]};
-              rows[1] = {terms.row_scales[own + 8], terms.row_sums[own + 8]};
+              rows[0] = {terms.row_scales[own], SIGNED ? 0 : terms.row_sums[own]};
+              rows[1] = {terms.row_scales[own + 8], SIGNED ? 0 : terms.row_sums[own + 8]};
             }
             multiply_wait<0>();
             settle(products);

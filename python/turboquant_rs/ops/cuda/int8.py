@@ -77,6 +77,7 @@ class Weight(NamedTuple):
     zero: int
     rest: int
     small: bool
+    signed: bool
 
     @classmethod
     def of(cls, scheme: SchemeArgs, read_bits: int, columns: Columns) -> Weight:
@@ -86,7 +87,18 @@ class Weight(NamedTuple):
         top = 255 if scheme.table else 2**scheme.bits - 1
         halves = 2 if rest or zero % 2 else 1
         small = halves * top * 127 * columns.segment <= 2**22
-        return cls(DTYPES[scheme.scale_dtype], not scheme.symmetric, zero, rest, small)
+        return cls(DTYPES[scheme.scale_dtype], not scheme.symmetric, zero, rest, small, signed=False)
+
+    @property
+    def subtracted(self) -> int:
+        """The zero point, if signed bytes can hold codes without it; else 0."""
+        whole = not self.asymmetric and self.rest == 0 and self.zero % 2 == 0
+        return self.zero // 2 if whole and self.zero <= 256 else 0
+
+    def without_zero(self) -> Weight:
+        """This weight as bytes from which `subtracted` has been subtracted: their brackets are converted by
+        one instruction."""
+        return self._replace(zero=0, small=False, signed=True)
 
     def macros(self, dtype: torch.dtype) -> dict[str, object]:
         """With the dtype of the result."""
@@ -161,7 +173,7 @@ def multiply(
     check_holds(packed, planes[: plan.planes_read], n, k)
     packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
     if plan.expands:
-        packed = expand(packed, scheme, planes, plan.bits, n, columns, device)
+        packed = expand(packed, scheme, planes, plan.bits, n, columns, plan.subtracted, device)
 
     codes = torch.empty(m, columns.stride, dtype=torch.int8, device=x.device)
     terms = torch.empty(m * (columns.groups + columns.segments), dtype=torch.float32, device=x.device)
@@ -190,6 +202,7 @@ class Plan(NamedTuple):
     planes_read: int
     nibbles: bool  # whether the kernel reads two codes a byte
     expands: bool  # whether the weight becomes bytes first
+    subtracted: int  # from each of them
     row_bytes: int  # of the weight as the kernel reads it
     call: Call
 
@@ -217,12 +230,16 @@ def plan_of(
     nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
     expands = not nibbles and not (stored == 8 and k % 16 == 0)
     row_bytes = columns.stride if expands else k * stored // 8
-    kernel = kernel_of(Weight.of(scheme, read_bits, columns), dtype, shape, nibbles, columns.bracket_steps)
+    weight, subtracted = Weight.of(scheme, read_bits, columns), 0
+    if expands and columns.grouped and isinstance(shape, Wide) and weight.subtracted:
+        weight, subtracted = weight.without_zero(), weight.subtracted
+    kernel = kernel_of(weight, dtype, shape, nibbles, columns.bracket_steps)
     if isinstance(shape, Wide):
         call = Call(kernel, device, shape.grid(m, n, limits), (WIDE_THREADS,), kernel.shared)
     else:
         call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
-    return Plan(columns, shape, bits, planes_read(planes, bits), nibbles, expands, row_bytes, call)
+    read = planes_read(planes, bits)
+    return Plan(columns, shape, bits, read, nibbles, expands, subtracted, row_bytes, call)
 
 
 # Activations and weights as the kernels want them ---------------------------------------------------------
@@ -273,14 +290,18 @@ def expand(
     bits: int,
     n: int,
     columns: Columns,
+    subtracted: int,
     device: int,
 ) -> Tensor:
-    """The top `bits` bits of each code, or its level, as rows (n, stride) of bytes; gaps are undefined."""
+    """The top `bits` bits of each code, or its level, as rows (n, stride) of bytes; gaps are undefined.
+
+    subtracted: from each; other than 0, the bytes are signed.
+    """
     units_per_row = -(-columns.k // 8)
     units = n * units_per_row
     check_count(max(units, columns.stride), "units of eight codes or columns")
     levels = torch.empty(n, columns.stride, dtype=torch.uint8, device=packed.device)
-    kernel = expand_kernel(scheme, tuple(planes), bits, columns, aligned(packed))
+    kernel = expand_kernel(scheme, tuple(planes), bits, columns, aligned(packed), subtracted)
     sizes = (n, columns.k, columns.size, columns.padded, columns.stride, units_per_row, units)
     arguments = (packed.data_ptr(), levels.data_ptr(), *sizes, *table_words(scheme.table))
     kernel(device, (-(-units // (EXPANDED * THREADS)),), (THREADS,), arguments)
@@ -288,17 +309,25 @@ def expand(
 
 
 def expand_kernel(
-    scheme: SchemeArgs, planes: tuple[int, ...], bits: int, columns: Columns, whole: bool
+    scheme: SchemeArgs,
+    planes: tuple[int, ...],
+    bits: int,
+    columns: Columns,
+    whole: bool,
+    subtracted: int = 0,
 ) -> Kernel:
     """`whole`: the blob lies on multiples of the widest access."""
     whole = whole and columns.k % 8 == 0 and (columns.groups == 1 or columns.size % 8 == 0)
-    return _expand_kernel(scheme._replace(table=tuple(scheme.table)), planes, bits, whole)
+    return _expand_kernel(scheme._replace(table=tuple(scheme.table)), planes, bits, whole, subtracted)
 
 
 @lru_cache(maxsize=4096)
-def _expand_kernel(scheme: SchemeArgs, planes: tuple[int, ...], bits: int, whole: bool) -> Kernel:
+def _expand_kernel(
+    scheme: SchemeArgs, planes: tuple[int, ...], bits: int, whole: bool, subtracted: int
+) -> Kernel:
     macros = {**scheme_macros(scheme, False), **plane_macros(planes), "READ": planes_read(planes, bits)}
-    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", {**macros, "ALIGNED": whole})
+    macros |= {"ALIGNED": whole, "SIGNED": subtracted}
+    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", macros)
 
 
 # Shapes ---------------------------------------------------------------------------------------------------
@@ -347,7 +376,7 @@ class Wide(NamedTuple):
         if not columns.grouped:
             return True
         ends = columns.padded in (STEP, 2 * STEP) or columns.padded % SLICE == 0
-        return self.n_tile == 128 and ends and columns.segments == columns.groups
+        return self.n_tile < 256 and ends and columns.segments == columns.groups
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of a cluster that cover a product."""
