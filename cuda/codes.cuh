@@ -102,14 +102,15 @@ __device__ inline u32 drawn_code(float x, const Divisor &divisor, float zero, u3
 // whether they reach another integer. The sum is at most 2 * SLACK too large, and where that may matter, once in
 // thousands of elements, the code is made with care.
 __device__ inline u64 drawn_codes(
-    const float (&x)[UNIT], float scale, float zero, const u32 (&draws)[UNIT], u32 half
+    const float (&x)[UNIT], float scale, float inverse, float zero, const u32 (&draws)[UNIT], u32 half
 ) {
     // From 128 to 256, and from 256 to 512, a float counts in steps of 1 and of 2 units.
     static const u32 STEP = BITS < 7 ? 1 : 2;
     // The quotient is off by less than one of STEP and so is its sum; the upper half of a draw of 32 bits by one.
     static const u32 SLACK = 2 * STEP + DRAW_BITS / 32 * STEP;
-    const float inverse = inverse_of(scale), base = (BITS < 7 ? 192.0f : 256.0f) + zero + SLACK * 0x1p-16f;
-    u32 words[UNIT], least = ~0u;
+    static const u32 ENOUGH = 2 * SLACK * 0x00010001;
+    const float base = (BITS < 7 ? 192.0f : 256.0f) + zero + SLACK * 0x1p-16f;
+    u32 words[UNIT], least = ENOUGH;
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) {
         float sum;
@@ -118,8 +119,7 @@ __device__ inline u64 drawn_codes(
         if (i % 2) least = min_halves(least, __byte_perm(words[i - 1], words[i], 0x5410));
     }
     u64 codes = gather<2>(words);
-    const bool care = min(least & 0xffff, least >> 16) < 2 * SLACK || (BITS == 1 && scale == 0.0f);
-    if (care) {
+    if (least != ENOUGH || (BITS == 1 && scale == 0.0f)) {
         const Divisor divisor(scale);
 #pragma unroll 1
         for (int i = 0; i < UNIT; ++i) {

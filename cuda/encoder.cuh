@@ -228,7 +228,7 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
             u32 draws[UNIT], half;
             const u64 index = drawn.unit(chunk, draws, half);
             half = rounding_draws(by.source, index, block + unit_of(chunk), (u32)by.rho, half, draws);
-            codes = drawn_codes(x, chosen.scale, chosen.zero, draws, half);
+            codes = drawn_codes(x, chosen.scale, inverse, chosen.zero, draws, half);
         }
         sink(chunk, x, codes, stored, inverse);
     });
