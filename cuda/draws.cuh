@@ -30,12 +30,14 @@ __device__ inline u32 block_draw(const Source &source, u64 block) {
 
 // Fills the tiles of a warp, of which the first begins at element `first`.
 __device__ inline void fill_tiles(const Source &source, Purpose purpose, u64 first, u32 *tiles) {
+    const int lane = threadIdx.x % 32;
+    u64 counter = first / TILE * 16 + lane;
+    u32 *to = tiles + lane / 16 * TILE_WORDS + lane % 16;
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < WARP_TILES / 2; ++i) {
-        const int counter = i * 32 + threadIdx.x % 32;
-        uint4 words = philox(source, purpose, first / TILE * 16 + counter);
-        u32 *to = tiles + counter / 16 * TILE_WORDS + counter % 16;
+    // Two at a time: all of them would take the registers of what is on its way from memory, and be put before it.
+#pragma unroll 2
+    for (int i = 0; i < WARP_TILES / 2; ++i, counter += 32, to += 2 * TILE_WORDS) {
+        const uint4 words = philox(source, purpose, counter);
         to[0] = words.x, to[16] = words.y, to[32] = words.z, to[48] = words.w;
     }
     __syncwarp();

@@ -192,6 +192,8 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
     const Group &group = loading.group;
     __shared__ __align__(16) u32 shared[WARPS][WARP_WORDS];
     const Drawn drawn(by.source, ELEMENT, by.shape, group, shared[threadIdx.x / 32]);
+    const u64 block = by.first_block + group.number * by.blocks_per_group;
+    const BlockDraws phases(by.source, MODE == SYSTEMATIC ? block : 0);
     const Held held = {loading, group, by.shape};
 
     const Extremes extremes = extremes_of(held);
@@ -214,8 +216,6 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
 
     const Quotients<SYSTEMATIC_TIMES> quotients(MODE == SYSTEMATIC ? chosen.scale : 1.0f);
     const float inverse = inverse_of(chosen.scale);
-    const u64 block = by.first_block + group.number * by.blocks_per_group;
-    const BlockDraws phases(by.source, MODE == SYSTEMATIC ? block : 0);
     u32 carry = 0;
     held.each([&](u32 chunk, const float (&x)[UNIT]) {
         u64 codes;

@@ -42,10 +42,10 @@ __device__ inline Group group_of(const Shape &shape) {
     const u64 begin = number * shape.longest();
     Group group = {number, begin, 0, begin, 0};
     if (EXACT && ALIGNED) {
-        if (number < shape.groups) group.length = (u32)shape.longest();
+        if (number < (u32)shape.groups) group.length = (u32)shape.longest();
         return group;
     }
-    if (number >= shape.groups) return group;
+    if (number >= (u32)shape.groups) return group;
     u32 row = number / (u32)shape.groups_per_row;
     u64 column = (number - (u64)row * shape.groups_per_row) * shape.size;
     group.row = row;
