@@ -1,7 +1,7 @@
 // int8 activations by bytes of W through wgmma, for many rows of x on Hopper: blocks that stay, a warp group that
-// copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that multiply 64 rows each. While
-// one of these adds the brackets of a group in float32, the other has the matrix unit; what the rows and columns bring
-// to the groups that end in a stage arrives with it.
+// copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that multiply 64 rows each. Where
+// brackets end with a group, these two take turns at the matrix unit: while it works for one, the other adds its
+// brackets in float32. What rows and columns bring to the groups that end in a stage arrives with it.
 //
 // CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them. FLUSH: brackets end
 // every so many times 32 columns, a divisor or a multiple of 4; 0: with the row.
@@ -76,6 +76,15 @@ __device__ __forceinline__ void cluster_sync() {
 // The threads of one warp group.
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
+}
+
+// Turns of the warp groups that multiply: each waits until the other has had one.
+__device__ __forceinline__ void turn_wait(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + MULTIPLIERS + group), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
+}
+
+__device__ __forceinline__ void turn_pass(int group) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(1 + MULTIPLIERS + (group ^ 1)), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
 }
 
 // A stage of the ring, and the parity of its phase.
@@ -309,6 +318,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     const bool vectors = sizeof(Number<Y>::Bits) == 2 && n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
     Slot slot;
     int odd_tile = 0;
+    if (GROUPED && group == 1) turn_pass(group);
     int products[RESULTS];
     float total[GROUPED ? RESULTS : 1];
     for (int number = blockIdx.x / CLUSTER; number < tiles.count(); number += gridDim.x / CLUSTER, odd_tile ^= 1) {
@@ -373,13 +383,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
           barrier_wait(fulls + 8 * slot.stage, slot.parity);
 #pragma unroll
           for (int first = 0; first < STEPS; first += RUN) {
+            turn_wait(group);
             settle(products);
             multiply_begin();
 #pragma unroll
             for (int step = 0; step < RUN; ++step) {
               multiply(products, a + 2 * (first + step), b + 2 * (first + step), done | step);
+              if (step + 2 >= RUN) multiply_commit();
             }
-            multiply_commit();
             settle(products);
             done += RUN;
             const bool ends = (done == FLUSH || (k + 1 == k_tiles && first + RUN == STEPS)) && segment < groups;
@@ -388,6 +399,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
               const int own = row - tile.m0 - rank * M_TILE;
               rows[0] = {terms.row_scales[own], SIGNED ? 0 : terms.row_sums[own]};
               rows[1] = {terms.row_scales[own + 8], SIGNED ? 0 : terms.row_sums[own + 8]};
+            }
+            // The last step is still under way when the other group's first arrives.
+            multiply_wait<RUN == 1 ? 0 : 1>();
+            if (group == 0 || k + 1 < k_tiles || first + RUN < STEPS || number + gridDim.x / CLUSTER < tiles.count()) {
+              turn_pass(group);
             }
             multiply_wait<0>();
             settle(products);

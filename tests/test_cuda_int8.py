@@ -55,7 +55,7 @@ SPLIT = (
     Block(128, 256, 2, 4, 1, 4),
 )
 WIDES = (Wide(256, 4, 2), Wide(256, 4, 1), Wide(128, 6, 2))
-WIDES_OF_GROUPS = (Wide(128, 5, 2), Wide(128, 5, 1))
+WIDES_OF_GROUPS = (Wide(128, 5, 2), Wide(128, 5, 1), Wide(64, 7, 2))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

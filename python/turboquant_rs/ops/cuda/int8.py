@@ -399,12 +399,22 @@ class Wide(NamedTuple):
 def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Wide:
     """The kernel for a product: the fastest of many on a Hopper GPU."""
     if m > 64 and limits.hopper:
-        cluster, most = 2 if m > WIDE_ROWS else 1, 3 * limits.processors // 4
-        fewest = most if columns.grouped else 3 * limits.processors // 8
-        stages = 5 if columns.bracket_steps == 1 else 6  # terms of four groups lie beside a stage
-        for wide, least in ((Wide(256, 4, cluster), most), (Wide(128, stages, cluster), fewest)):
-            if wide.fits(columns) and wide.grid(m, n, limits)[0] >= least:
-                return wide
+        cluster, processors = 2 if m > WIDE_ROWS else 1, limits.processors
+        shapes: tuple[tuple[Wide, int], ...]
+        if columns.grouped:
+            # Fewer columns a tile where that gives more multiprocessors work, but no more than they have.
+            stages = 5 if columns.bracket_steps == 1 else 6  # terms of four groups lie beside a stage
+            wide, narrow = Wide(128, stages, cluster), Wide(64, stages + 2, cluster)
+            few = narrow.tiles(m, n) * cluster <= processors
+            shapes = ((narrow if few else wide, processors // 4),)
+        else:
+            shapes = (
+                (Wide(256, 4, cluster), 3 * processors // 4),
+                (Wide(128, 6, cluster), 3 * processors // 8),
+            )
+        for shape, least in shapes:
+            if shape.fits(columns) and shape.grid(m, n, limits)[0] >= least:
+                return shape
     block = _block_for(m, n, columns.grouped, limits.processors)
     while block.stages > 2 and block.shared(False, columns.bracket_steps, True) > limits.shared:
         block = block._replace(stages=block.stages - 1)
