@@ -8,7 +8,8 @@ enum Mode { NEAREST, IID, ANTITHETIC, STRATIFIED, SYSTEMATIC, SUBTRACTIVE };
 
 static const int TILE = DRAW_BITS == 32 ? 64 : 128;
 static const int WARP_TILES = TILED ? DRAWN * UNIT / TILE : 0;
-static const int TILE_WORDS = 80;  // 64 words, and a gap that keeps neighbours in different banks
+// 64 words, and a gap that keeps neighbours in different banks: the best one where there are few enough tiles.
+static const int TILE_WORDS = DRAW_BITS == 16 ? 80 : 68;
 static const int WARP_WORDS = TILED ? WARP_TILES * TILE_WORDS : 4;
 
 // R' = half + rho (R - half), rho in units of 2^-16.

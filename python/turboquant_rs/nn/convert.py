@@ -594,7 +594,7 @@ _STATE_HOOKS = (
 _OURS = frozenset(
     (
         *("scheme", "rounding", "weight_dtype", "activations", "transposed", "qat"),
-        *("_stored_bits", "_read_bits", "_rows", "_panels", "in_features", "out_features"),
+        *("_stored_bits", "_read_bits", "_rows", "_panels", "_product", "in_features", "out_features"),
     )
 )
 

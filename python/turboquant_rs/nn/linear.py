@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from turboquant_rs import ops
 from turboquant_rs.packed import PackedTensor, autocast, matmul, matmul_refined, pack
 from turboquant_rs.panels import Panels
 from turboquant_rs.scheme import Rounding, Scheme
@@ -45,6 +46,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     """
 
     _panels: Panels | None = None
+    _product: tuple[Scheme, Rounding, int, ops.cuda.CanonicalProduct] | None = None
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
     transposed: bool
@@ -165,9 +167,25 @@ class QuantLinear(PackedWeight, nn.Linear):
         rows = self._rows
         if rows is not None:
             return self._forward_by_rows(input, bias, panels, rows)
-        if panels is None:
+        if panels is not None:
+            return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+        y = None if torch.compiler.is_compiling() else self._multiplied(input, bias)
+        if y is None:
             return matmul(autocast(input), self.packed, bias, activations=self.activations)
-        return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+        return y
+
+    def _multiplied(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product with the canonical bytes, where kernels read those and nobody would see the call."""
+        packed = self._buffers["weight_packed"]
+        if packed is None or not packed.is_cuda or self.activations != "int8":
+            return None
+        bits, known = self.read_bits, self._product
+        if known is None or known[0] is not self.scheme or known[1] is not self.rounding or known[2] != bits:
+            arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths, bits)
+            product = ops.cuda.CanonicalProduct(*self._weight_shape, *arguments)
+            known = self._product = (self.scheme, self.rounding, bits, product)
+        scales, zero_points = self._buffers["weight_scale"], self._buffers["weight_zero_point"]
+        return None if scales is None else known[3](input, packed, scales, zero_points, bias)
 
     def _forward_by_rows(
         self, input: Tensor, bias: Tensor | None, panels: Panels | None, rows: RowPrecision
@@ -307,6 +325,7 @@ class QuantLinear(PackedWeight, nn.Linear):
             self._restore()
             state = self.__dict__.copy()
             state["_buffers"] = dict(self._buffers)
+            state.pop("_product", None)  # launches, which belong to this process
             return state
 
     def extra_repr(self) -> str:

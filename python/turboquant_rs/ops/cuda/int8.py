@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from turboquant_rs.ops.cuda.quantize import (
     THREADS,
     UNIT,
     WARP,
+    Memory,
     Team,
     check_planes,
     check_readable,
@@ -43,9 +44,10 @@ from turboquant_rs.ops.cuda.quantize import (
     power_of_2,
 )
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
-from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row
+from turboquant_rs.ops.direct import unseen
+from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row, split_args
 
-__all__ = ["Weight", "multiply", "takes"]
+__all__ = ["Product", "Weight", "multiply", "takes"]
 
 STEP = 32
 """Columns that one instruction multiplies; groups begin at multiples of it."""
@@ -168,10 +170,82 @@ def multiply(
     (m, k), n = x.shape, out.shape[1]
     device = device_of(x, packed, scales, out)
     scheme = scheme._replace(table=tuple(scheme.table))
-    plan = plan_of(scheme, rounding, tuple(planes), read_bits, m, n, k, x.dtype, aligned(packed), device)
-    columns = plan.columns
+    planes = tuple(planes)
+    plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, aligned(packed), device)
     check_holds(packed, planes[: plan.planes_read], n, k)
-    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    weight = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    _run(plan, scheme, planes, x, *weight, bias, out, device)
+
+
+class Product:
+    """x · Wᵀ (+ bias) past the dispatcher, which takes longer than the GPU for few rows of x.
+
+    What a call has to work out of a scheme and sizes is worked out once; the weight comes with each call.
+    """
+
+    def __init__(self, n: int, k: int, *args: Any) -> None:
+        """Of canonical weights (n, k); `args` are those that follow the bias in the operator's arguments."""
+        scheme, self._rounding, (planes, self._read_bits, *_) = split_args(args)
+        self._scheme, self._planes = scheme._replace(table=tuple(scheme.table)), tuple(planes)
+        self._n, self._k = n, k
+        bits = 8 if list(planes) == BYTE_CODES else self._read_bits
+        read = self._planes[: planes_read(planes, bits)]
+        self._memory = Memory.of(scheme, self._rounding, read, n, k)
+        self._plans: dict[tuple[torch.dtype, int, int], Plan] = {}
+
+    def __call__(
+        self, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """What the operator returns, bit for bit; None where it must be asked.
+
+        That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler), and
+        where operands are not on one GPU as the kernels take them.
+        """
+        optional = (part for part in (zero_points, bias) if part is not None)
+        tensors = (x, packed, scales, *optional)
+        shape, device, memory = x.shape, x.get_device(), self._memory
+        if not shape or shape[-1] != self._k or not unseen(*tensors):
+            return None
+        for tensor in tensors:
+            if tensor.get_device() != device or not tensor.is_contiguous():
+                return None
+        if bias is not None and (bias.shape != (self._n,) or bias.dtype not in DTYPES):
+            return None
+        if packed.dtype is not torch.uint8 or packed.numel() < memory.packed or not aligned(packed):
+            return None
+        if scales.dtype is not memory.scale_dtype or scales.numel() != memory.groups:
+            return None
+        if memory.zero_points != (0 if zero_points is None else zero_points.numel()):
+            return None
+        if not takes(x, self._scheme, self._rounding):
+            return None
+        m, n = x.numel() // self._k, self._n
+        try:
+            plan = self._plans[x.dtype, m, device]
+        except KeyError:
+            about = (self._scheme, self._rounding, self._planes, self._read_bits)
+            plan = self._plans[x.dtype, m, device] = plan_of(*about, m, n, self._k, x.dtype, True, device)
+        # Sizes one by one are parsed faster than a tuple of them.
+        out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
+        _run(plan, self._scheme, self._planes, x, packed, scales, zero_points, bias, out, device)
+        return out
+
+
+def _run(
+    plan: Plan,
+    scheme: SchemeArgs,
+    planes: tuple[int, ...],
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    device: int,
+) -> None:
+    """Launches what a plan says, on contiguous operands."""
+    columns, n = plan.columns, out.shape[-1]
+    m = out.numel() // n
     if plan.expands:
         packed = expand(packed, scheme, planes, plan.bits, n, columns, plan.subtracted, device)
 
@@ -179,9 +253,9 @@ def multiply(
     terms = torch.empty(m * (columns.groups + columns.segments), dtype=torch.float32, device=x.device)
     x_scales, x_sums = terms.data_ptr(), terms.data_ptr() + 4 * columns.groups * m
     quantize(x, codes, x_scales, x_sums, columns, plan.nibbles, device)
-
     bias, address, wide_bias = as_bias(bias, x.dtype)
-    tail = (scales.data_ptr(), zero_points.data_ptr(), address, wide_bias, out.data_ptr(), m, n)
+    zeros = 0 if zero_points is None else zero_points.data_ptr()
+    tail = (scales.data_ptr(), zeros, address, wide_bias, out.data_ptr(), m, n)
     if isinstance(plan.shape, Wide):
         maps = (
             *tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
@@ -260,13 +334,21 @@ def quantize(
     x: Tensor, codes: Tensor, scales: int, sums: int, columns: Columns, nibbles: bool, device: int
 ) -> None:
     """The codes, scales and sums of x, for weights in bytes or in nibbles."""
-    m, k = x.shape
+    m = x.numel() // columns.k
+    call = _quantize_call(x.dtype, columns, m, aligned(x), nibbles, device)
+    sizes = (m, columns.k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
+    call(x.data_ptr(), codes.data_ptr(), scales, sums, *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _quantize_call(
+    dtype: torch.dtype, columns: Columns, m: int, whole: bool, nibbles: bool, device: int
+) -> Call:
+    """The launch for m rows of x; `whole`: x lies on multiples of the widest access."""
     check_count(m * columns.groups, "groups of x")
     team = team_of(columns)
-    kernel = quantize_kernel(x.dtype, columns, aligned(x), nibbles)
     blocks = -(-m * columns.groups // (team.threads // team.size))
-    sizes = (m, k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
-    kernel(device, (blocks,), (team.threads,), (x.data_ptr(), codes.data_ptr(), scales, sums, *sizes))
+    return Call(quantize_kernel(dtype, columns, whole, nibbles), device, (blocks,), (team.threads,))
 
 
 def quantize_kernel(dtype: torch.dtype, columns: Columns, whole: bool, nibbles: bool) -> Kernel:
