@@ -22,6 +22,14 @@ constexpr __device__ __forceinline__ int scaled_zero_point(int twice) {
   return IN_HALVES ? own : own / 2;
 }
 
+// Whether zero points and sums of x are kept as the bits of floats: in those, brackets are exact.
+constexpr bool IN_FLOATS = ASYMMETRIC && SMALL;
+
+// The zero point as `add_bracket` takes it, of one times 2^SHIFT.
+__device__ __forceinline__ int zero_term(int scaled) {
+  return IN_FLOATS ? __float_as_int(__int2float_rn(scaled) * (1.0f / (1 << SHIFT))) : scaled;
+}
+
 struct Weight {
   const void* scales;     // (n, groups)
   const u8* zero_points;  // (n, groups) where ASYMMETRIC
@@ -38,7 +46,7 @@ struct Weight {
   }
 
   __device__ __forceinline__ int zero_point(int row, int group) const {
-    return scaled_zero_point(ASYMMETRIC ? 2 * __ldg(zero_points + at(row, group)) : ZERO);
+    return zero_term(scaled_zero_point(ASYMMETRIC ? 2 * __ldg(zero_points + at(row, group)) : ZERO));
   }
 };
 
@@ -52,6 +60,7 @@ struct RowTerms {
 
   static __device__ __forceinline__ RowTerms of(float scale, int sum) {
     if constexpr (SIGNED) return {scale, 0};
+    if constexpr (IN_FLOATS) return {scale, __float_as_uint(__int2float_rn(sum))};
     RowTerms terms = {scale, ASYMMETRIC ? sum : FLOAT_BITS - static_cast<u32>(scaled_zero_point(ZERO)) * sum};
     asm("" : "+r"(terms.sum));  // worked out once for all columns
     return terms;
@@ -77,6 +86,10 @@ struct ColumnTerms {
 
 // acc + s_w·s_x·bracket, where `products` is Σ k·q of the segment.
 __device__ __forceinline__ float add_bracket(float acc, int products, RowTerms row, ColumnTerms column) {
+  if constexpr (IN_FLOATS) {
+    const float value = __fmaf_rn(-__int_as_float(column.zero_point), __uint_as_float(row.sum), __int2float_rn(products));
+    return __fmaf_rn(__fmul_rn(column.scale, row.scale), value, acc);
+  }
   const u32 base = SIGNED ? 0 : ASYMMETRIC ? FLOAT_BITS - static_cast<u32>(column.zero_point) * row.sum : row.sum;
   const u32 bracket = (static_cast<u32>(products) << SHIFT) + base;
   float value;

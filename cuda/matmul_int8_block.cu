@@ -174,7 +174,7 @@ struct TermReader {
       to.columns[i] = {__fmul_rn(scale, 1 << REST), scaled_zero_point(ZERO)};
       if constexpr (ASYMMETRIC) {
         const u32 code = read_word(from + 4 * (N_TILE + own)) >> 8 * ((zero_points[i] + group) % 4) & 0xff;
-        to.columns[i].zero_point = scaled_zero_point(2 * code);
+        to.columns[i].zero_point = zero_term(scaled_zero_point(2 * code));
       }
     }
   }
