@@ -98,56 +98,58 @@ __device__ inline u32 drawn_code(float x, const Divisor &divisor, float zero, u3
     return __float_as_uint(down) + up & TOP_CODE;
 }
 
-// Those of a unit, nearly all of them by two operations: x / s + z in units of 2^-16, of which the draw decides
-// whether they reach another integer. The sum is at most 2 * SLACK too large, and where that may matter, once in
-// thousands of elements, the code is made with care.
+// Those of a unit, in bytes whose upper bits are undefined, nearly all of them by two operations: x / s + z in units of
+// 2^-16, of which the draw decides whether they reach another integer. The sum is at most 2 * SLACK too large, and
+// where that may matter, once in tens of thousands of elements, the code is made with care.
 __device__ inline u64 drawn_codes(
     const float (&x)[UNIT], float scale, float inverse, float zero, const u32 (&draws)[UNIT], u32 half
 ) {
-    // From 128 to 256, and from 256 to 512, a float counts in steps of 1 and of 2 units.
-    static const u32 STEP = BITS < 7 ? 1 : 2;
-    // The quotient is off by less than one of STEP and so is its sum; the upper half of a draw of 32 bits by one.
-    static const u32 SLACK = 2 * STEP + DRAW_BITS / 32 * STEP;
-    static const u32 ENOUGH = 2 * SLACK * 0x00010001;
+    // From 128 to 256, and from 256 to 512, a float counts in steps of 1 and of 2 units. The product with the inverse is
+    // off by a quarter of a unit and by one, the sum by half a step, the fraction of the contract by half a unit and
+    // half of that of the product; the upper half of a draw of 32 bits by one.
+    static const u32 STEP = BITS < 7 ? 1 : 2, SLACK = (BITS < 7 ? 1 : 4) + DRAW_BITS / 32 * STEP;
+    static const u32 ENOUGH = 2 * SLACK;
     const float base = (BITS < 7 ? 192.0f : 256.0f) + zero + SLACK * 0x1p-16f;
-    u32 words[UNIT], least = ENOUGH;
+    u32 words[UNIT], least = ENOUGH;  // in the lower half
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) {
         float sum;
         asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(x[i]), "f"(inverse), "f"(base));
         words[i] = add_half(draws[i], DRAW_BITS == 32 ? HIGH_HALF : half, STEP * __float_as_uint(sum));
-        if (i % 2) least = min_halves(least, __byte_perm(words[i - 1], words[i], 0x5410));
+        least = min_halves(least, words[i]);
     }
     u64 codes = gather<2>(words);
     if (least != ENOUGH || (BITS == 1 && scale == 0.0f)) {
         const Divisor divisor(scale);
-#pragma unroll 1
-        for (int i = 0; i < UNIT; ++i) {
-            u32 word = words[0], draw = draws[0];
+        u32 doubtful = 0;
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i)
+            if ((words[i] & 0xffff) < ENOUGH || (BITS == 1 && scale == 0.0f)) doubtful |= 1u << i;
+        for (; doubtful; doubtful &= doubtful - 1) {
+            const int i = __ffs(doubtful) - 1;
+            u32 draw = draws[0];
             float own = x[0];
 #pragma unroll
             for (int j = 1; j < UNIT; ++j)
-                if (i == j) word = words[j], draw = draws[j], own = x[j];
-            if ((word & 0xffff) >= 2 * SLACK && !(BITS == 1 && scale == 0.0f)) continue;
-            const u64 code = drawn_code(own, divisor, zero, draw, half);
-            codes = codes & ~(0xffull << 8 * i) | code << 8 * i;
+                if (i == j) draw = draws[j], own = x[j];
+            codes = codes & ~(0xffull << 8 * i) | (u64)drawn_code(own, divisor, zero, draw, half) << 8 * i;
         }
     }
-    return codes & bytes_of(TOP_CODE);
+    return codes;
 }
 
 // t in units of 2^-24 modulo 2^8: floor(t) * 2^24 + F. The conversion holds |t| < 128.
 static const bool IN_24THS = BITS > 1 && (SYMMETRIC || BITS < 8);
 static const int SYSTEMATIC_TIMES = IN_24THS ? 1 << 24 : 1;
 
-// a - b of each of eight bytes, modulo 2^BITS.
+// a - b of each of eight bytes, modulo 2^BITS; upper bits are undefined.
 __device__ inline u64 minus_bytes(u64 a, u64 b) {
     const u64 tops = bytes_of(0x80);
     const u64 difference = (a | tops) - (b & ~tops);
-    return (BITS < 8 ? difference : difference ^ (a ^ ~b) & tops) & bytes_of(TOP_CODE);
+    return BITS < 8 ? difference : difference ^ (a ^ ~b) & tops;
 }
 
-// The codes of a unit of a systematic block. With A the running sum of the fractions of the block's eight units, an
+// The codes of a unit of a systematic block, in bytes whose upper bits are undefined. With A the running sum of the fractions of the block's eight units, an
 // element rounds up where A passes an integer; the sum of t + z instead of f counts the rest of the code in as well.
 // Threads of a team hold units in order, and a small team holds a block in several chunks: `carry` is the sum before
 // this one, for the first chunk of a block its phase.

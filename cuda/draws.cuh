@@ -65,6 +65,13 @@ __device__ inline u32 add_half(u32 word, u32 half, u32 other) {
     return sum;
 }
 
+// The words of a unit, of which the first four lie at `first`, the others at `second`.
+__device__ inline void take_words(const u32 *first, const u32 *second, u32 (&draws)[UNIT]) {
+    const uint4 a = *(const uint4 *)first, b = *(const uint4 *)second;
+    draws[0] = a.x, draws[1] = a.y, draws[2] = a.z, draws[3] = a.w;
+    draws[4] = b.x, draws[5] = b.y, draws[6] = b.z, draws[7] = b.w;
+}
+
 // The own draws of a unit: `index` is the logical index of its first element, `place` its number among the units of
 // the warp's tiles. Those of 16 bits are a half of their words, which is returned.
 __device__ inline u32 unit_draws(
@@ -73,9 +80,7 @@ __device__ inline u32 unit_draws(
 #if TILED
     const int tile = place / (TILE / UNIT), swap = swapped(tile);
     const u32 *from = tiles + tile * TILE_WORDS + place % 8 * UNIT;
-    const uint4 a = *(const uint4 *)(from + swap), b = *(const uint4 *)(from + (4 - swap));
-    draws[0] = a.x, draws[1] = a.y, draws[2] = a.z, draws[3] = a.w;
-    draws[4] = b.x, draws[5] = b.y, draws[6] = b.z, draws[7] = b.w;
+    take_words(from + swap, from + (4 - swap), draws);
     return place % 16 < 8 ? LOW_HALF : HIGH_HALF;
 #else
 #pragma unroll 1

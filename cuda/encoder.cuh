@@ -185,8 +185,8 @@ __device__ inline Affine given(const Group &group, const Numbers &numbers) {
 
 // Encodes the group of a team. For each chunk, `sink` is called with its number, its values (subnormals as they are, or
 // as zeros), their codes, a byte each, the scale and zero point that are stored (the scale NaN where anything of the
-// group is refused), and the inverse of the scale that was chosen. Elements that are not there have value 0 and some
-// code.
+// group is refused), and the inverse of the scale that was chosen. Elements that are not there have some value and some
+// code; in a byte, the bits above those of a code are undefined.
 template <class Sink>
 __device__ void encode(const Loading &loading, const Numbers &numbers, const Encoding &by, Sink sink) {
     const Group &group = loading.group;

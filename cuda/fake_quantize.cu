@@ -26,7 +26,7 @@ __device__ inline void decode(
         for (int i = 0; i < UNIT; ++i) levels[i] = nearest_level(x[i], inverse, zero, table);
         return;
     }
-    const u64 read = codes >> REST & bytes_of(0xff >> REST);
+    const u64 read = codes >> REST & bytes_of(TOP_CODE >> REST);
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) levels[i] = __fsub_rn(level_of(read, i, table), zero);
 }

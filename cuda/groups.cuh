@@ -102,8 +102,9 @@ struct Loading {
   private:
     __device__ void load(u32 chunk, Unit<X> &unit) const {
         const u32 number = unit_of(chunk), first = number * UNIT;
-        const Number<X>::Bits *from = x + offset_of(group, chunk);
-        if (ALIGNED && group.has(number)) {
+        // Where all groups are full, a team without one reads the first, and stores nothing.
+        const Number<X>::Bits *from = x + offset_of(group, chunk) - (FULL && !group.length ? group.begin : 0);
+        if (FULL || (ALIGNED && group.has(number))) {
             unit.load(from);
             return;
         }
@@ -165,11 +166,20 @@ struct Drawn {
     const Group &group;
     u32 *tiles;
 
+    // Whether a tile holds whole groups: then a thread's words lie at distances from its first that the compiler knows.
+    static const bool IN_A_TILE = TILED && TEAM <= 8 && TILE / UNIT % (TEAM * VECTORS) == 0;
+    const u32 *first, *second;
+
     // While memory is on its way, a small team draws for all its units; a larger one will, chunk by chunk.
     __device__ Drawn(const Source &source, Purpose purpose, const Shape &shape, const Group &group, u32 *tiles)
         : source(source), purpose(purpose), shape(shape), group(group), tiles(tiles) {
-        const u32 first = (u32)group.number - threadIdx.x % 32 / TEAM;
-        if (TILED && TEAM < 32) fill_tiles(source, purpose, shape.offset + first * shape.longest(), tiles);
+        const u32 number = (u32)group.number - threadIdx.x % 32 / TEAM;
+        if (TILED && TEAM < 32) fill_tiles(source, purpose, shape.offset + number * shape.longest(), tiles);
+        if (IN_A_TILE) {
+            const int place = threadIdx.x % 32 / TEAM * (TEAM * VECTORS), tile = place / (TILE / UNIT);
+            const u32 *own = tiles + tile * TILE_WORDS + (place % 8 + threadIdx.x % TEAM) * UNIT;
+            first = own + swapped(tile), second = own + 4 - swapped(tile);
+        }
     }
 
     // Those of this thread's unit of a chunk, and the half of their words that they are; returns the logical index of
@@ -180,7 +190,12 @@ struct Drawn {
         const u64 index = shape.offset + group.begin + (u64)unit * UNIT;
         if (TILED && TEAM >= 32) fill_tiles(source, purpose, index - UNIT * lane, tiles);
         const int place = TEAM < 32 ? lane / TEAM * (TEAM * VECTORS) + unit : lane;
-        half = unit_draws(source, purpose, index, place, tiles, draws);
+        if (IN_A_TILE) {
+            take_words(first + chunk * TEAM % 8 * UNIT, second + chunk * TEAM % 8 * UNIT, draws);
+            half = place % 16 < 8 ? LOW_HALF : HIGH_HALF;
+        } else {
+            half = unit_draws(source, purpose, index, place, tiles, draws);
+        }
         return index;
     }
 };

@@ -58,13 +58,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) pack(
     };
     encode(loading, {scales, zero_points, status}, by,
            [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &, float) {
+        if (Widths::list[0] == 8) codes &= bytes_of(TOP_CODE);
         if (STAGED) stage[chunk] = codes;
         else store(chunk, codes);
     });
     if constexpr (STAGED) {
-        const u32 first = (u32)group.number - threadIdx.x % 32 / TEAM;
-        const bool planes_begin_on_words = by.shape.rows * by.shape.k % (16 * UNIT) == 0;
-        if (!planes_begin_on_words || (u64)first + 32 / TEAM > by.shape.groups) {
+        const u32 first = (u32)group.number - threadIdx.x % 32 / TEAM, groups = (u32)by.shape.groups;
+        const bool planes_begin_on_words = (u32)by.shape.rows * (u32)by.shape.k % (16 * UNIT) == 0;
+        if (!planes_begin_on_words || first >= groups || groups - first < 32 / TEAM) {
 #pragma unroll 1
             for (u32 chunk = 0; chunk < VECTORS; ++chunk) store(chunk, stage[chunk]);
             return;

@@ -169,7 +169,9 @@ def _resident(scheme: SchemeArgs, rounding: RoundingArgs, team: Team, element_by
     if team.threads < THREADS:
         return 6
     passes = scheme.scale != "extreme" or rounding.preserve_variance
-    return 2 if passes or element_bytes > 4 else 4
+    if passes or element_bytes > 4:
+        return 2
+    return 5 if element_bytes == 2 else 4
 
 
 def draw_macros(rounding: RoundingArgs, ordered: bool) -> dict[str, object]:
