@@ -17,6 +17,17 @@ template <int BYTE> __device__ inline u64 gather(const u32 (&words)[UNIT]) {
 // A byte in each of eight.
 __device__ inline u64 bytes_of(u32 byte) { return 0x0101010101010101ull * byte; }
 
+// The smaller of each of two pairs of 16 bits.
+__device__ inline u32 min_halves(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+    u32 y;
+    asm("min.u16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+#else
+    return __vminu2(a, b);
+#endif
+}
+
 // x / s as rounding to nearest takes it. A subnormal x counts as 0; a subnormal quotient may.
 __device__ inline float scaled(float x, float inverse) {
     float t;
@@ -47,53 +58,25 @@ __device__ inline u32 nearest_code(float x, float inverse, float zero, const Tab
     return __float_as_uint(__fadd_rn(__fadd_rn(t, MAGIC), zero));
 }
 
+// Those of a unit, a byte each.
+__device__ inline u64 nearest_codes(const float (&x)[UNIT], float inverse, float zero, const Table &table) {
+    u32 words[UNIT];
+    if (LEVELS || BITS == 1 || BITS == 8 || SYMMETRIC) {
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) words[i] = nearest_code(x[i], inverse, zero, table);
+        return gather<0>(words);
+    }
+    // The zero point is added to all of them at once: with 128 more no byte is negative.
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) words[i] = __float_as_uint(__fadd_rn(clamped(x[i], inverse, zero), MAGIC + 128.0f));
+    return gather<0>(words) - bytes_of(128 - (u32)zero);
+}
+
 // The level of a code to nearest before its scale, without its zero point.
 __device__ inline float nearest_level(float x, float inverse, float zero, const Table &table) {
     if (LEVELS) return __fsub_rn((float)table.level((int)nearest_code(x, inverse, zero, table)), zero);
     return __fsub_rn(__fadd_rn(clamped(x, inverse, zero), MAGIC), MAGIC);
 }
-
-// What stochastic rounding divides by. Between 2^-60 and 2^60 the inverse in two words gives the correctly rounded
-// quotient of a scale of at most 11 bits in two operations (rust/core/quantize/coders.rs says why).
-// A subnormal x may come as it is: divided by so large a scale, it rounds to the codes of a zero.
-struct Divisor {
-    float scale, high, low;
-    bool divide;
-
-    explicit Divisor(float s) : scale(s) {
-        high = inverse_of(s);
-        low = __fmul_rn(__fmaf_rn(-high, s, 1.0f), high);
-        divide = SCALE == F32 || !(s >= 0x1p-60f && s <= 0x1p60f);
-    }
-
-    float quotient(float x) const {
-        if (!divide) return __fmaf_rn(x, high, __fmul_rn(x, low));
-        return scale == 0.0f ? 0.0f : __fdiv_rn(flush(x), scale);
-    }
-
-    // x / s * 2^SHIFT of a unit, with one question for all eight.
-    template <int SHIFT> void quotients(const float (&x)[UNIT], float (&t)[UNIT]) const {
-        const float one = (float)(1 << SHIFT);
-        if (!divide) {
-#pragma unroll
-            for (int i = 0; i < UNIT; ++i) t[i] = __fmaf_rn(x[i], high * one, __fmul_rn(x[i], low * one));
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < UNIT; ++i) {
-                const float own = quotient(pick(x, i)) * one;
-#pragma unroll
-                for (int j = 0; j < UNIT; ++j) t[j] = i == j ? own : t[j];
-            }
-        }
-    }
-
-    static float pick(const float (&x)[UNIT], int i) {
-        float picked = x[0];
-#pragma unroll
-        for (int j = 1; j < UNIT; ++j) picked = i == j ? x[j] : picked;
-        return picked;
-    }
-};
 
 // f = t - floor(t); one bit has no whole steps.
 __device__ inline float fraction_of(float t) {
@@ -102,70 +85,93 @@ __device__ inline float fraction_of(float t) {
 
 // Stochastic codes need no clamp: the scale is chosen so that none leaves its range.
 
-// The codes of a unit where every element has a draw: up where R + RNE(f * 2^DRAW_BITS) reaches 2^DRAW_BITS. `half`:
-// where R is in a draw (draws.cuh).
+// The code of an element with a draw: up where R + RNE(f * 2^DRAW_BITS) reaches 2^DRAW_BITS. `half`: where R is in
+// the draw (draws.cuh).
+__device__ inline u32 drawn_code(float x, const Divisor &divisor, float zero, u32 draw, u32 half) {
+    if (BITS == 1 && divisor.scale == 0.0f) return x >= 0.0f;
+    const float t = divisor.quotient(x), base = BITS == 1 ? MAGIC : MAGIC + zero;
+    const float down = BITS == 1 ? base : __fadd_rd(t, base);  // the code that is rounded down, in its low bits
+    const float fraction = BITS == 1 ? __fadd_rn(t, 0.5f) : __fsub_rn(t, __fsub_rn(down, base));
+    u32 up;
+    if (DRAW_BITS == 32) up = (u32)((__float2ull_rn(fraction * 0x1p32f) + draw) >> 32);
+    else up = add_half(draw, half, __float2uint_rn(fraction * 0x1p16f)) >> 16;
+    return __float_as_uint(down) + up & TOP_CODE;
+}
+
+// Those of a unit, in bytes whose upper bits are undefined, nearly all of them by two operations: x / s + z in units of
+// 2^-16, of which the draw decides whether they reach another integer. The sum is at most 2 * SLACK too large, and
+// where that may matter, once in tens of thousands of elements, the code is made with care.
 __device__ inline u64 drawn_codes(
-    const float (&x)[UNIT], const Divisor &divisor, float zero, const u32 (&draws)[UNIT], u32 half
+    const float (&x)[UNIT], float scale, float inverse, float zero, const u32 (&draws)[UNIT], u32 half
 ) {
-    float t[UNIT];
-    u32 words[UNIT];
-    divisor.quotients<0>(x, t);
+    // From 128 to 256, and from 256 to 512, a float counts in steps of 1 and of 2 units. The product with the inverse is
+    // off by a quarter of a unit and by one, the sum by half a step, the fraction of the contract by half a unit and
+    // half of that of the product; the upper half of a draw of 32 bits by one.
+    static const u32 STEP = BITS < 7 ? 1 : 2, SLACK = (BITS < 7 ? 1 : 4) + DRAW_BITS / 32 * STEP;
+    static const u32 ENOUGH = 2 * SLACK;
+    const float base = (BITS < 7 ? 192.0f : 256.0f) + zero + SLACK * 0x1p-16f;
+    u32 words[UNIT], least = ENOUGH;  // in the lower half
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) {
-        // MAGIC + z + floor(t), in its low bits the code that is rounded down.
-        const float down = BITS == 1 ? MAGIC : __fadd_rd(t[i], MAGIC + zero);
-        const float fraction = BITS == 1 ? __fadd_rn(t[i], 0.5f) : __fsub_rn(t[i], __fsub_rn(down, MAGIC + zero));
-        if (DRAW_BITS == 32) {
-            const u32 up = (u32)((__float2ull_rn(fraction * 0x1p32f) + draws[i]) >> 32);
-            words[i] = __float_as_uint(down) + up << 16;
-        } else {
-            // 2^23 + F has F in its low bits, and none of its own at 2^16, where the sum carries.
-            const u32 threshold = __float_as_uint(__fmaf_rn(fraction, 0x1p16f, 8388608.0f));
-            words[i] = (__float_as_uint(down) << 16) + add_half(draws[i], half, threshold);
-        }
+        float sum;
+        asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(x[i]), "f"(inverse), "f"(base));
+        words[i] = add_half(draws[i], DRAW_BITS == 32 ? HIGH_HALF : half, STEP * __float_as_uint(sum));
+        least = min_halves(least, words[i]);
     }
     u64 codes = gather<2>(words);
-    if (BITS == 1 && divisor.scale == 0.0f) {
+    if (least != ENOUGH || (BITS == 1 && scale == 0.0f)) {
+        const Divisor divisor(scale);
+        u32 doubtful = 0;
 #pragma unroll
-        for (int i = 0; i < UNIT; ++i) words[i] = x[i] >= 0.0f;
-        codes = gather<0>(words);
+        for (int i = 0; i < UNIT; ++i)
+            if ((words[i] & 0xffff) < ENOUGH || (BITS == 1 && scale == 0.0f)) doubtful |= 1u << i;
+        for (; doubtful; doubtful &= doubtful - 1) {
+            const int i = __ffs(doubtful) - 1;
+            u32 draw = draws[0];
+            float own = x[0];
+#pragma unroll
+            for (int j = 1; j < UNIT; ++j)
+                if (i == j) draw = draws[j], own = x[j];
+            codes = codes & ~(0xffull << 8 * i) | (u64)drawn_code(own, divisor, zero, draw, half) << 8 * i;
+        }
     }
-    return codes & bytes_of(TOP_CODE);
+    return codes;
 }
 
 // t in units of 2^-24 modulo 2^8: floor(t) * 2^24 + F. The conversion holds |t| < 128.
 static const bool IN_24THS = BITS > 1 && (SYMMETRIC || BITS < 8);
+static const int SYSTEMATIC_TIMES = IN_24THS ? 1 << 24 : 1;
 
-// a - b and a + b of each of eight bytes.
+// a - b of each of eight bytes, modulo 2^BITS; upper bits are undefined.
 __device__ inline u64 minus_bytes(u64 a, u64 b) {
     const u64 tops = bytes_of(0x80);
-    return (a | tops) - (b & ~tops) ^ (a ^ ~b) & tops;
+    const u64 difference = (a | tops) - (b & ~tops);
+    return BITS < 8 ? difference : difference ^ (a ^ ~b) & tops;
 }
 
-__device__ inline u64 plus_bytes(u64 a, u64 b) {
-    const u64 tops = bytes_of(0x80);
-    return (a & ~tops) + (b & ~tops) ^ (a ^ b) & tops;
-}
-
-// The codes of a unit of a systematic block. With A the running sum of the fractions of the block's eight units, an
-// element rounds up where A passes an integer; the sum of t instead of f counts the whole steps in as well.
+// The codes of a unit of a systematic block, in bytes whose upper bits are undefined. With A the running sum of the fractions of the block's eight units, an
+// element rounds up where A passes an integer; the sum of t + z instead of f counts the rest of the code in as well.
 // Threads of a team hold units in order, and a small team holds a block in several chunks: `carry` is the sum before
 // this one, for the first chunk of a block its phase.
-__device__ inline u64 systematic_codes(const float (&x)[UNIT], const Divisor &divisor, float zero, u32 &carry) {
+__device__ inline u64 systematic_codes(
+    const float (&x)[UNIT], const Quotients<SYSTEMATIC_TIMES> &quotients, float zero, u32 &carry
+) {
     const int width = TEAM < 8 ? TEAM : 8, thread = threadIdx.x % width;
+    const u32 offset = BITS == 1 ? 0 : (u32)(int)zero << 24;
     float t[UNIT];
-    u32 sums[UNIT], sum = 0;
-    divisor.quotients<IN_24THS ? 24 : 0>(x, t);
+    u32 terms[UNIT], sum = UNIT * offset;
+    quotients.of(x, t);
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) {
         if (IN_24THS) {
-            sum += (u32)__float2int_rn(t[i]);
+            terms[i] = (u32)__float2int_rn(t[i]);
         } else {
             const float floor = BITS == 1 ? 0.0f : floorf(t[i]);
-            sum += ((u32)(int)floor << 24) + __float2uint_rn(fraction_of(t[i]) * 0x1p24f);
+            terms[i] = ((u32)(int)floor << 24) + __float2uint_rn(fraction_of(t[i]) * 0x1p24f);
         }
-        sums[i] = sum;
     }
+#pragma unroll
+    for (int i = 0; i < UNIT; i += 2) sum += terms[i] + terms[i + 1];
     u32 through = sum;
 #pragma unroll
     for (int step = 1; step < width; step *= 2) {
@@ -174,16 +180,16 @@ __device__ inline u64 systematic_codes(const float (&x)[UNIT], const Divisor &di
     }
     const u32 before = carry + through - sum;
     carry += __shfl_sync(~0u, through, width - 1, width);
+    u32 sums[UNIT], last = before;
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) sums[i] += before;
+    for (int i = 0; i < UNIT; ++i) last = sums[i] = last + terms[i] + offset;
     // Whole steps are in the highest byte.
-    const u64 now = gather<3>(sums), last = now << 8 | before >> 24;
-    u64 codes = minus_bytes(now, last);
-    if (BITS > 1) codes = plus_bytes(codes, bytes_of((u32)(int)zero));
-    if (BITS == 1 && divisor.scale == 0.0f) {
+    const u64 now = gather<3>(sums);
+    u64 codes = minus_bytes(now, now << 8 | before >> 24);
+    if (BITS == 1 && quotients.divisor.scale == 0.0f) {
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) sums[i] = x[i] >= 0.0f;
         codes = gather<0>(sums);
     }
-    return codes & bytes_of(TOP_CODE);
+    return codes;
 }

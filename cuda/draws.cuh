@@ -8,7 +8,8 @@ enum Mode { NEAREST, IID, ANTITHETIC, STRATIFIED, SYSTEMATIC, SUBTRACTIVE };
 
 static const int TILE = DRAW_BITS == 32 ? 64 : 128;
 static const int WARP_TILES = TILED ? DRAWN * UNIT / TILE : 0;
-static const int TILE_WORDS = 68;  // 64 words, and a gap that keeps neighbours in different banks
+// 64 words, and a gap that keeps neighbours in different banks: the best one where there are few enough tiles.
+static const int TILE_WORDS = DRAW_BITS == 16 ? 80 : 68;
 static const int WARP_WORDS = TILED ? WARP_TILES * TILE_WORDS : 4;
 
 // R' = half + rho (R - half), rho in units of 2^-16.
@@ -28,15 +29,28 @@ __device__ inline u32 block_draw(const Source &source, u64 block) {
     return word_of(philox(source, BLOCK, block / 4), (int)(block % 4));
 }
 
+// In every second pair of tiles, fours of words change places: with that, threads that read or write together find what
+// they want in different banks.
+__device__ inline int swapped(int tile) { return (tile ^ tile >> 1) & 1 ? 4 : 0; }
+
 // Fills the tiles of a warp, of which the first begins at element `first`.
 __device__ inline void fill_tiles(const Source &source, Purpose purpose, u64 first, u32 *tiles) {
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < WARP_TILES / 2; ++i) {
-        const int counter = i * 32 + threadIdx.x % 32;
-        uint4 words = philox(source, purpose, first / TILE * 16 + counter);
-        u32 *to = tiles + counter / 16 * TILE_WORDS + counter % 16;
+    const int lane = threadIdx.x % 32;
+    u64 counter = first / TILE * 16 + lane;
+    tiles += lane / 16 * TILE_WORDS;
+    auto fill = [&](u32 *to) {
+        const uint4 words = philox(source, purpose, counter);
         to[0] = words.x, to[16] = words.y, to[32] = words.z, to[48] = words.w;
+        counter += 32, tiles += 2 * TILE_WORDS;
+    };
+    const int place = lane % 16 ^ swapped(lane / 16);
+    __syncwarp();
+    // Two pairs of tiles at a time: all of them would take the registers of what is on its way from memory, and be put
+    // before it.
+#pragma unroll 1
+    for (int pairs = WARP_TILES / 2; pairs > 0; pairs -= 2) {
+        fill(tiles + place);
+        if (WARP_TILES % 4 == 0 || pairs > 1) fill(tiles + (place ^ 4));
     }
     __syncwarp();
 }
@@ -51,16 +65,22 @@ __device__ inline u32 add_half(u32 word, u32 half, u32 other) {
     return sum;
 }
 
+// The words of a unit, of which the first four lie at `first`, the others at `second`.
+__device__ inline void take_words(const u32 *first, const u32 *second, u32 (&draws)[UNIT]) {
+    const uint4 a = *(const uint4 *)first, b = *(const uint4 *)second;
+    draws[0] = a.x, draws[1] = a.y, draws[2] = a.z, draws[3] = a.w;
+    draws[4] = b.x, draws[5] = b.y, draws[6] = b.z, draws[7] = b.w;
+}
+
 // The own draws of a unit: `index` is the logical index of its first element, `place` its number among the units of
 // the warp's tiles. Those of 16 bits are a half of their words, which is returned.
 __device__ inline u32 unit_draws(
     const Source &source, Purpose purpose, u64 index, int place, const u32 *tiles, u32 (&draws)[UNIT]
 ) {
 #if TILED
-    const uint4 *from = (const uint4 *)(tiles + place / (TILE / UNIT) * TILE_WORDS + place % 8 * UNIT);
-    const uint4 a = from[0], b = from[1];
-    draws[0] = a.x, draws[1] = a.y, draws[2] = a.z, draws[3] = a.w;
-    draws[4] = b.x, draws[5] = b.y, draws[6] = b.z, draws[7] = b.w;
+    const int tile = place / (TILE / UNIT), swap = swapped(tile);
+    const u32 *from = tiles + tile * TILE_WORDS + place % 8 * UNIT;
+    take_words(from + swap, from + (4 - swap), draws);
     return place % 16 < 8 ? LOW_HALF : HIGH_HALF;
 #else
 #pragma unroll 1

@@ -184,13 +184,16 @@ __device__ inline Affine given(const Group &group, const Numbers &numbers) {
 }
 
 // Encodes the group of a team. For each chunk, `sink` is called with its number, its values (subnormals as they are, or
-// as zeros), their codes, a byte each, and the scale and zero point that are stored: the scale NaN where anything of
-// the group is refused. Elements that are not there have value 0 and some code.
+// as zeros), their codes, a byte each, the scale and zero point that are stored (the scale NaN where anything of the
+// group is refused), and the inverse of the scale that was chosen. Elements that are not there have some value and some
+// code; in a byte, the bits above those of a code are undefined.
 template <class Sink>
 __device__ void encode(const Loading &loading, const Numbers &numbers, const Encoding &by, Sink sink) {
     const Group &group = loading.group;
     __shared__ __align__(16) u32 shared[WARPS][WARP_WORDS];
     const Drawn drawn(by.source, ELEMENT, by.shape, group, shared[threadIdx.x / 32]);
+    const u64 block = by.first_block + group.number * by.blocks_per_group;
+    const BlockDraws phases(by.source, MODE == SYSTEMATIC ? block : 0);
     const Held held = {loading, group, by.shape};
 
     const Extremes extremes = extremes_of(held);
@@ -211,26 +214,22 @@ __device__ void encode(const Loading &loading, const Numbers &numbers, const Enc
         if (ZERO_POINTS == FLOATS) ((float *)numbers.zero_points)[group.number] = stored.zero;
     }
 
-    const Divisor divisor(chosen.scale);
-    const u64 block = by.first_block + group.number * by.blocks_per_group;
-    const BlockDraws phases(by.source, MODE == SYSTEMATIC ? block : 0);
+    const Quotients<SYSTEMATIC_TIMES> quotients(MODE == SYSTEMATIC ? chosen.scale : 1.0f);
+    const float inverse = inverse_of(chosen.scale);
     u32 carry = 0;
     held.each([&](u32 chunk, const float (&x)[UNIT]) {
         u64 codes;
         if constexpr (MODE == NEAREST) {
-            u32 words[UNIT];
-#pragma unroll
-            for (int i = 0; i < UNIT; ++i) words[i] = nearest_code(x[i], divisor.high, chosen.zero, by.table);
-            codes = gather<0>(words);
+            codes = nearest_codes(x, inverse, chosen.zero, by.table);
         } else if constexpr (MODE == SYSTEMATIC) {
             if (BlockDraws::begins(chunk)) carry = shrunk<24>(phases(chunk) >> 8, (u32)by.rho);
-            codes = systematic_codes(x, divisor, chosen.zero, carry);
+            codes = systematic_codes(x, quotients, chosen.zero, carry);
         } else {
             u32 draws[UNIT], half;
             const u64 index = drawn.unit(chunk, draws, half);
             half = rounding_draws(by.source, index, block + unit_of(chunk), (u32)by.rho, half, draws);
-            codes = drawn_codes(x, divisor, chosen.zero, draws, half);
+            codes = drawn_codes(x, chosen.scale, inverse, chosen.zero, draws, half);
         }
-        sink(chunk, x, codes, stored);
+        sink(chunk, x, codes, stored, inverse);
     });
 }

@@ -17,9 +17,16 @@
 #include "encoder.cuh"
 #include "levels.cuh"
 
-// Q − z of the codes of a unit, of which the top bits are read.
-__device__ inline void decode(u64 codes, float zero, const Table &table, float (&levels)[UNIT]) {
-    const u64 read = codes >> REST & bytes_of(0xff >> REST);
+// Q − z of the codes of a unit, of which the top bits are read. To nearest, what is rounded and clamped is that already.
+__device__ inline void decode(
+    const float (&x)[UNIT], u64 codes, float inverse, float zero, const Table &table, float (&levels)[UNIT]
+) {
+    if (MODE == NEAREST && BITS > 1 && !LEVELS && !REST) {
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) levels[i] = nearest_level(x[i], inverse, zero, table);
+        return;
+    }
+    const u64 read = codes >> REST & bytes_of(TOP_CODE >> REST);
 #pragma unroll
     for (int i = 0; i < UNIT; ++i) levels[i] = __fsub_rn(level_of(read, i, table), zero);
 }
@@ -31,30 +38,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fake_quantize(
     const Group group = group_of(by.shape);
     const Loading loading(x, group);
     encode(loading, {scales, zero_points, status}, by,
-           [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &stored) {
+           [&](u32 chunk, const float (&x)[UNIT], u64 codes, const Affine &stored, float inverse) {
         float values[UNIT];
-        decode(codes, stored.zero, by.table, values);
+        decode(x, codes, inverse, stored.zero, by.table, values);
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) values[i] = __fmul_rn(stored.scale, values[i]);
         store_unit(out, group, chunk, values);
     });
 }
 
-// Where a code is not clamped: the rounded quotient, or for levels and signs, which have no codes beyond, the
-// quotient itself lies between these.
+// Where a code is not clamped: the quotients that round to a code, or for levels and signs, which have no codes
+// beyond, those between the outermost.
 struct Inside {
     float low, high;
 
     __device__ Inside(float zero, const Table &table) {
         if (LEVELS) low = (float)table.level(0) - 128.0f, high = (float)table.level(LEVELS - 1) - 128.0f;
         else if (BITS == 1) low = -1.0f, high = 1.0f;
-        else low = -zero, high = (float)TOP_CODE - zero;
+        else low = -reach(zero), high = reach((float)TOP_CODE - zero);
     }
 
-    __device__ bool operator()(float v) const {
-        const float reach = LEVELS || BITS == 1 ? v : rintf(v);
-        return reach >= low && reach <= high;
+    // The largest number that rounds to an integer that is not negative: its tie rounds to it if it is even.
+    static __device__ float reach(float integer) {
+        const float tie = integer + 0.5f;
+        return (u32)integer % 2 ? __uint_as_float(__float_as_uint(tie) - 1) : tie;
     }
+
+    __device__ bool operator()(float v) const { return v >= low && v <= high; }
 };
 
 // Qp: the level farthest above the zero point; of asymmetric schemes, whose zero points differ, the last code.
@@ -71,22 +81,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fake_quantize_back
     const Loading loading(x, group), grads(grad, group);
     Sum16 sum;
     encode(loading, {scales, zero_points, status}, by,
-           [&](u32 chunk, const float (&x)[UNIT], u64 codes, const Affine &given) {
-        const float inverse = inverse_of(given.scale);
-        const bool refused = given.scale != given.scale;
+           [&](u32 chunk, const float (&x)[UNIT], u64 codes, const Affine &given, float inverse) {
         const Inside inside(given.zero, by.table);
+        const u32 unit = unit_of(chunk);
         float grads_x[UNIT], levels[UNIT], terms[UNIT];
         grads.widen(chunk, grads_x);
-        decode(codes, given.zero, by.table, levels);
+        decode(x, codes, inverse, given.zero, by.table, levels);
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
-            const float grad = refused ? given.scale : grads_x[i];
-            const float v = fminf(fmaxf(__fmul_rn(flush(x[i]), inverse), -CODE_LIMIT), CODE_LIMIT);
-            const bool passes = refused || inside(v);
-            const float slope = __fsub_rn(levels[i], passes ? v : 0.0f);
-            const bool present = (u64)unit_of(chunk) * UNIT + i < group.length;
-            terms[i] = present ? __fmul_rn(grad, slope) : 0.0f;
+            const float grad = grads_x[i], v = __fmul_rn(flush(x[i]), inverse);
+            const bool passes = inside(v), present = FULL || (u64)unit * UNIT + i < group.length;
+            terms[i] = present ? __fmul_rn(grad, __fsub_rn(levels[i], passes ? v : 0.0f)) : 0.0f;
             grads_x[i] = passes ? grad : 0.0f;
+        }
+        if (given.scale != given.scale) {
+#pragma unroll
+            for (int i = 0; i < UNIT; ++i) terms[i] = grads_x[i] = given.scale;
         }
         sum.add(terms);
         store_unit(grad_x, group, chunk, grads_x);

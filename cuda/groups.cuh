@@ -13,6 +13,9 @@ struct Shape {
     u64 rows, k, size, groups_per_row, groups, offset;
 
     __device__ u32 chunks() const { return (u32)((size + TEAM * UNIT - 1) / (TEAM * UNIT)); }
+
+    // The longest group: that of a full team is known to the compiler.
+    __device__ u64 longest() const { return FULL ? TEAM * VECTORS * UNIT : size; }
 };
 
 // The group of a team.
@@ -35,14 +38,15 @@ struct Group {
 
 // The group of this thread's team.
 __device__ inline Group group_of(const Shape &shape) {
-    const u64 number = (u64)blockIdx.x * (THREADS / TEAM) + threadIdx.x / TEAM;
-    Group group = {number, number * shape.size, 0, number * shape.size, 0};
+    const u32 number = blockIdx.x * (THREADS / TEAM) + threadIdx.x / TEAM;
+    const u64 begin = number * shape.longest();
+    Group group = {number, begin, 0, begin, 0};
     if (EXACT && ALIGNED) {
-        if (number < shape.groups) group.length = (u32)shape.size;
+        if (number < (u32)shape.groups) group.length = (u32)shape.longest();
         return group;
     }
-    if (number >= shape.groups) return group;
-    u32 row = (u32)number / (u32)shape.groups_per_row;
+    if (number >= (u32)shape.groups) return group;
+    u32 row = number / (u32)shape.groups_per_row;
     u64 column = (number - (u64)row * shape.groups_per_row) * shape.size;
     group.row = row;
     group.column = column;
@@ -53,6 +57,11 @@ __device__ inline Group group_of(const Shape &shape) {
 
 // The number in its group of this thread's unit of a chunk.
 __device__ inline u32 unit_of(u32 chunk) { return chunk * TEAM + threadIdx.x % TEAM; }
+
+// Where in x this thread's unit of a chunk begins: a distance from the first one's that the compiler knows.
+__device__ inline u64 offset_of(const Group &group, u32 chunk) {
+    return group.begin + threadIdx.x % TEAM * UNIT + (u64)chunk * (TEAM * UNIT);
+}
 
 // Calls pass(chunk) for each chunk of a group, in the same order for every thread.
 template <class Pass> __device__ void each_chunk(const Shape &shape, Pass pass) {
@@ -93,8 +102,9 @@ struct Loading {
   private:
     __device__ void load(u32 chunk, Unit<X> &unit) const {
         const u32 number = unit_of(chunk), first = number * UNIT;
-        const Number<X>::Bits *from = x + group.begin + first;
-        if (ALIGNED && group.has(number)) {
+        // Where all groups are full, a team without one reads the first, and stores nothing.
+        const Number<X>::Bits *from = x + offset_of(group, chunk) - (FULL && !group.length ? group.begin : 0);
+        if (FULL || (ALIGNED && group.has(number))) {
             unit.load(from);
             return;
         }
@@ -111,7 +121,7 @@ __device__ inline void store_unit(
     Number<X>::Bits *x, const Group &group, u32 chunk, const float (&values)[UNIT]
 ) {
     const u32 number = unit_of(chunk), first = number * UNIT;
-    Number<X>::Bits *to = x + group.begin + first;
+    Number<X>::Bits *to = x + offset_of(group, chunk);
     if (ALIGNED) {
         if (!group.has(number)) return;
         Unit<X> unit;
@@ -156,11 +166,20 @@ struct Drawn {
     const Group &group;
     u32 *tiles;
 
+    // Whether a tile holds whole groups: then a thread's words lie at distances from its first that the compiler knows.
+    static const bool IN_A_TILE = TILED && TEAM <= 8 && TILE / UNIT % (TEAM * VECTORS) == 0;
+    const u32 *first, *second;
+
     // While memory is on its way, a small team draws for all its units; a larger one will, chunk by chunk.
     __device__ Drawn(const Source &source, Purpose purpose, const Shape &shape, const Group &group, u32 *tiles)
         : source(source), purpose(purpose), shape(shape), group(group), tiles(tiles) {
-        const u64 first = group.number - threadIdx.x % 32 / TEAM;
-        if (TILED && TEAM < 32) fill_tiles(source, purpose, shape.offset + first * shape.size, tiles);
+        const u32 number = (u32)group.number - threadIdx.x % 32 / TEAM;
+        if (TILED && TEAM < 32) fill_tiles(source, purpose, shape.offset + number * shape.longest(), tiles);
+        if (IN_A_TILE) {
+            const int place = threadIdx.x % 32 / TEAM * (TEAM * VECTORS), tile = place / (TILE / UNIT);
+            const u32 *own = tiles + tile * TILE_WORDS + (place % 8 + threadIdx.x % TEAM) * UNIT;
+            first = own + swapped(tile), second = own + 4 - swapped(tile);
+        }
     }
 
     // Those of this thread's unit of a chunk, and the half of their words that they are; returns the logical index of
@@ -171,7 +190,12 @@ struct Drawn {
         const u64 index = shape.offset + group.begin + (u64)unit * UNIT;
         if (TILED && TEAM >= 32) fill_tiles(source, purpose, index - UNIT * lane, tiles);
         const int place = TEAM < 32 ? lane / TEAM * (TEAM * VECTORS) + unit : lane;
-        half = unit_draws(source, purpose, index, place, tiles, draws);
+        if (IN_A_TILE) {
+            take_words(first + chunk * TEAM % 8 * UNIT, second + chunk * TEAM % 8 * UNIT, draws);
+            half = place % 16 < 8 ? LOW_HALF : HIGH_HALF;
+        } else {
+            half = unit_draws(source, purpose, index, place, tiles, draws);
+        }
         return index;
     }
 };

@@ -7,9 +7,9 @@
 #include "floats.cuh"
 #include "words.cuh"
 
-#if !defined(Y) || !defined(SCALE) || !defined(ASYMMETRIC) || !defined(ZERO) || !defined(REST) || !defined(SMALL)
+#if !defined(Y) || !defined(SCALE) || !defined(ASYMMETRIC) || !defined(ZERO) || !defined(REST) || !defined(SMALL) || !defined(SIGNED)
 #error "Y, SCALE: dtypes of results and of scales; ASYMMETRIC; ZERO: twice the constant zero point; REST: bits not read"
-#error "SMALL: brackets, times 2^SHIFT, are at most 2^22"
+#error "SMALL: brackets, times 2^SHIFT, are at most 2^22; SIGNED: W is there as k − z, so sums of products are brackets"
 #endif
 
 // A bracket Σ k·q − z·Σ q times 2^SHIFT is an integer, of less than 2^31 for any codes of a segment.
@@ -20,6 +20,14 @@ constexpr int SHIFT = IN_HALVES ? REST + 1 : 0;
 constexpr __device__ __forceinline__ int scaled_zero_point(int twice) {
   const int own = twice - (1 << REST) + 1;
   return IN_HALVES ? own : own / 2;
+}
+
+// Whether zero points and sums of x are kept as the bits of floats: in those, brackets are exact.
+constexpr bool IN_FLOATS = ASYMMETRIC && SMALL;
+
+// The zero point as `add_bracket` takes it, of one times 2^SHIFT.
+__device__ __forceinline__ int zero_term(int scaled) {
+  return IN_FLOATS ? __float_as_int(__int2float_rn(scaled) * (1.0f / (1 << SHIFT))) : scaled;
 }
 
 struct Weight {
@@ -38,14 +46,25 @@ struct Weight {
   }
 
   __device__ __forceinline__ int zero_point(int row, int group) const {
-    return scaled_zero_point(ASYMMETRIC ? 2 * __ldg(zero_points + at(row, group)) : ZERO);
+    return zero_term(scaled_zero_point(ASYMMETRIC ? 2 * __ldg(zero_points + at(row, group)) : ZERO));
   }
 };
+
+// Added to an integer of less than 2^22, these are the bits of 1.5·2^23 and the integer: a conversion at full rate.
+constexpr u32 FLOAT_BITS = SMALL ? 0x4b400000u : 0;
 
 // What a row of x brings to a segment.
 struct RowTerms {
   float scale;  // NaN where an element of the group is not finite, which makes the result NaN
-  int sum;
+  u32 sum;      // Σ q; with a constant zero point, what is to be added to Σ k·q: FLOAT_BITS − z·Σ q; or nothing
+
+  static __device__ __forceinline__ RowTerms of(float scale, int sum) {
+    if constexpr (SIGNED) return {scale, 0};
+    if constexpr (IN_FLOATS) return {scale, __float_as_uint(__int2float_rn(sum))};
+    RowTerms terms = {scale, ASYMMETRIC ? sum : FLOAT_BITS - static_cast<u32>(scaled_zero_point(ZERO)) * sum};
+    asm("" : "+r"(terms.sum));  // worked out once for all columns
+    return terms;
+  }
 };
 
 struct RowReader {
@@ -55,7 +74,7 @@ struct RowReader {
 
   __device__ __forceinline__ RowTerms load(int row, int group, int segment) const {
     const u64 own = min(row, m - 1);
-    return {__ldg(scales + own * groups + group), __ldg(sums + own * segments + segment)};
+    return RowTerms::of(__ldg(scales + own * groups + group), __ldg(sums + own * segments + segment));
   }
 };
 
@@ -67,10 +86,15 @@ struct ColumnTerms {
 
 // acc + s_w·s_x·bracket, where `products` is Σ k·q of the segment.
 __device__ __forceinline__ float add_bracket(float acc, int products, RowTerms row, ColumnTerms column) {
-  const u32 bracket = (static_cast<u32>(products) << SHIFT) - static_cast<u32>(column.zero_point) * row.sum;
+  if constexpr (IN_FLOATS) {
+    const float value = __fmaf_rn(-__int_as_float(column.zero_point), __uint_as_float(row.sum), __int2float_rn(products));
+    return __fmaf_rn(__fmul_rn(column.scale, row.scale), value, acc);
+  }
+  const u32 base = SIGNED ? 0 : ASYMMETRIC ? FLOAT_BITS - static_cast<u32>(column.zero_point) * row.sum : row.sum;
+  const u32 bracket = (static_cast<u32>(products) << SHIFT) + base;
   float value;
   if constexpr (SMALL) {
-    value = __fsub_rn(__uint_as_float(bracket + 0x4b400000u), 12582912.0f);  // 1.5·2^23, at full rate
+    value = __fsub_rn(__uint_as_float(bracket), 12582912.0f);
   } else {
     value = __int2float_rn(static_cast<int>(bracket));
   }

@@ -162,8 +162,8 @@ struct TermReader {
   __device__ __forceinline__ void read(Terms& to, u32 from, int group) const {
 #pragma unroll
     for (int i = 0; i < 2 * M_BLOCKS; ++i) {
-      to.rows[i].scale = __uint_as_float(read_word(from + 4 * (row + 8 * i)));
-      to.rows[i].sum = static_cast<int>(read_word(from + 4 * (M_TILE + row + 8 * i)));
+      const float scale = __uint_as_float(read_word(from + 4 * (row + 8 * i)));
+      to.rows[i] = RowTerms::of(scale, static_cast<int>(read_word(from + 4 * (M_TILE + row + 8 * i))));
     }
 #pragma unroll
     for (int i = 0; i < 2 * N_BLOCKS; ++i) {
@@ -175,7 +175,7 @@ struct TermReader {
       to.columns[i] = {__fmul_rn(scale, 1 << REST), scaled_zero_point(ZERO)};
       if constexpr (ASYMMETRIC) {
         const u32 code = read_word(from + 4 * (N_TILE + own)) >> 8 * ((zero_points[i] + group) % 4) & 0xff;
-        to.columns[i].zero_point = scaled_zero_point(2 * code);
+        to.columns[i].zero_point = zero_term(scaled_zero_point(2 * code));
       }
     }
   }

@@ -1,5 +1,6 @@
 // A packed matrix as bytes, a code or the level of a table each, in the columns that `matmul_int8.cuh` wants.
 //
+// SIGNED: what is subtracted from each byte, which makes it a signed one; 0: nothing, and it is none.
 // READ: planes read. ALIGNED: a multiple of 8 divides k and group size, and the blob lies on a multiple of 8 bytes.
 #include "choice.cuh"
 #include "floats.cuh"
@@ -28,6 +29,11 @@ extern "C" __global__ void matmul_int8_expand(CHOICE const u8* packed, u8* level
         looked_up |= static_cast<u64>(table.level(min(code, LEVELS - 1))) << 8 * i;
       }
       codes = looked_up;
+    }
+    if (SIGNED) {
+      // With the top bit no byte borrows from the next; without it they are two's complements.
+      const u64 tops = 0x8080808080808080ull;
+      codes = SIGNED == 128 ? codes ^ tops : (codes | tops) - SIGNED * 0x0101010101010101ull ^ tops;
     }
     u8* to = levels + row * stride;
     if (ALIGNED) {

@@ -1,5 +1,7 @@
 // int8 activations by bytes of W through wgmma, for many rows of x on Hopper: blocks that stay, a warp group that
-// copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that multiply 64 rows each.
+// copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that multiply 64 rows each. Where
+// brackets end with a group, four multiply, 64 rows by half of the columns each: while some add their brackets in
+// float32, others have the matrix unit. What rows and columns bring to the groups that end in a stage arrives with it.
 //
 // CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them. FLUSH: brackets end
 // every so many times 32 columns, a divisor or a multiple of 4; 0: with the row.
@@ -7,15 +9,25 @@
 #include "matmul_int8.cuh"
 
 #if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER) || !defined(FLUSH)
-#error "N_TILE: 128 or 256; STAGES; CLUSTER; FLUSH"
+#error "N_TILE: 64, 128 or 256; STAGES; CLUSTER; FLUSH"
+#endif
+
+// Columns of a tile that a warp group multiplies.
+#if FLUSH > 0
+#define GROUP_COLUMNS (N_TILE / 2)
+#else
+#define GROUP_COLUMNS N_TILE
 #endif
 
 constexpr int M_TILE = 128, GROUP_ROWS = 64, K_TILE = 128, STEPS = 4;
-constexpr int GROUP_THREADS = 128, MULTIPLIERS = M_TILE / GROUP_ROWS;
+constexpr int GROUP_THREADS = 128, ROW_GROUPS = M_TILE / GROUP_ROWS;
+constexpr int MULTIPLIERS = ROW_GROUPS * (N_TILE / GROUP_COLUMNS);
 constexpr int X_BYTES = M_TILE * K_TILE, W_BYTES = N_TILE * K_TILE, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int BAND = 8;  // clusters in m that go through the rows of W together, so that L2 serves them
-constexpr int RESULTS = N_TILE / 2;  // of a thread
+constexpr int RESULTS = GROUP_COLUMNS / 2;  // of a thread
 constexpr bool GROUPED = FLUSH > 0;
+constexpr int RUN = GROUPED && FLUSH < STEPS ? FLUSH : STEPS;  // steps of one group in a stage
+constexpr int SLOTS = GROUPED ? STEPS / RUN : 0;               // groups of a stage
 
 template <bool V>
 struct Constant {
@@ -40,6 +52,10 @@ __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
 // Arrives, and lets `bytes` of copies arrive before the phase ends.
 __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_here(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives at the barrier of block `rank` of the cluster. What it says is that copies may overwrite what wgmma has
@@ -110,23 +126,42 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define SIXTY "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
 #define REGISTERS_8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
                        "+r"(d[i + 6]), "+r"(d[i + 7])
-#define REGISTERS_64(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24), \
-                        REGISTERS_8(i + 32), REGISTERS_8(i + 40), REGISTERS_8(i + 48), REGISTERS_8(i + 56)
+#define REGISTERS_16(i) REGISTERS_8(i), REGISTERS_8(i + 8)
+#define REGISTERS_32(i) REGISTERS_16(i), REGISTERS_16(i + 16)
+#define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
 
-// d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of N_TILE rows of W.
+#if SIGNED
+#define BYTES "s8"
+#else
+#define BYTES "u8"
+#endif
+
+// d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of GROUP_COLUMNS rows of W.
 __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int more) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "wgmma is part of sm_90a alone"
-#elif N_TILE == 256
+#elif GROUP_COLUMNS == 256
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.u8 {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+               "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8." BYTES " {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
                "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, more;\n}"
                : REGISTERS_64(0), REGISTERS_64(64)
                : "l"(a), "l"(b), "r"(more));
-#else
+#elif GROUP_COLUMNS == 128
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.u8 {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8." BYTES " {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
                : REGISTERS_64(0)
+               : "l"(a), "l"(b), "r"(more));
+#elif GROUP_COLUMNS == 64
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." BYTES " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2)
+               "%30,%31}, %32, %33, more;\n}"
+               : REGISTERS_32(0)
+               : "l"(a), "l"(b), "r"(more));
+#else
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %18, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8." BYTES " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"
+               "%14,%15}, %16, %17, more;\n}"
+               : REGISTERS_16(0)
                : "l"(a), "l"(b), "r"(more));
 #endif
 }
@@ -166,11 +201,25 @@ struct Tiles {
   }
 };
 
-// What the columns of a tile bring, for each warp group; twice, as one is read while the next is written.
+// What the columns of a warp group bring; twice, as one is read while the next is written.
 struct alignas(16) Columns {
-  float scales[2][N_TILE];
-  int zero_points[2][ASYMMETRIC ? N_TILE : 1];
-  float bias[2][N_TILE];
+  float scales[2][GROUPED ? 4 : GROUP_COLUMNS];
+  int zero_points[2][!GROUPED && ASYMMETRIC ? GROUP_COLUMNS : 4];
+  float bias[2][GROUP_COLUMNS];
+};
+
+// What the rows and columns of a tile bring to a group. Those of the groups of a stage lie behind all stages.
+struct alignas(16) GroupTerms {
+  float scales[N_TILE];
+  int zero_points[ASYMMETRIC ? N_TILE : 4];
+  float row_scales[M_TILE];
+  u32 row_sums[M_TILE];
+};
+
+// Of a row and a column, a thread of the warp group that copies.
+struct OwnTerms {
+  RowTerms row;
+  ColumnTerms column;
 };
 
 // Four words of each of four lanes to the lanes by the number of the word: lane i gets the i-th of all four.
@@ -196,11 +245,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   __shared__ Columns shared_columns[MULTIPLIERS];
   const u32 base = (shared_address(memory) + 1023) & ~1023u;
   const u32 fulls = shared_address(full), empties = shared_address(empty);
+  auto* const stage_terms = reinterpret_cast<GroupTerms*>(memory + (base - shared_address(memory)) + STAGES * STAGE_BYTES);
   const int rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0, k_tiles = (stride + K_TILE - 1) / K_TILE;
   const Tiles tiles(m, n);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(fulls + 8 * stage, 1);
+      barrier_init(fulls + 8 * stage, GROUPED ? 1 + GROUP_THREADS : 1);
       barrier_init(empties + 8 * stage, CLUSTER * MULTIPLIERS * GROUP_THREADS / WARP);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
@@ -208,88 +258,111 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   cluster_sync();
 
   if (threadIdx.x < GROUP_THREADS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) {
-      Slot slot;
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPED ? 56 : 40));
+    const int thread = threadIdx.x;
+    const Weight w = {scales, zero_points, n, groups};
+    const RowReader x = {x_scales, x_sums, m, groups, groups};
+    Slot slot;
+    const auto copy_stage = [&](const Tile& tile, int k) {
+      const u32 barrier = fulls + 8 * slot.stage, stage = base + slot.stage * STAGE_BYTES;
+      barrier_expect(barrier, STAGE_BYTES);
+      copy_tile(stage, maps.x, k * K_TILE, tile.m0 + rank * M_TILE, barrier);
+      if constexpr (CLUSTER > 1) {
+        const int part = rank * (N_TILE / CLUSTER);
+        copy_tile_to_all(stage + X_BYTES + part * K_TILE, maps.w, k * K_TILE, tile.n0 + part, barrier);
+      } else {
+        copy_tile(stage + X_BYTES, maps.w, k * K_TILE, tile.n0, barrier);
+      }
+    };
+    if (GROUPED || thread == 0) {
       for (int number = blockIdx.x / CLUSTER; number < tiles.count(); number += gridDim.x / CLUSTER) {
         const Tile tile = tiles[number];
-        for (int k = 0; k < k_tiles; ++k, slot.advance()) {
-          const u32 barrier = fulls + 8 * slot.stage, stage = base + slot.stage * STAGE_BYTES;
-          barrier_wait(empties + 8 * slot.stage, slot.parity ^ 1);
-          barrier_expect(barrier, STAGE_BYTES);
-          copy_tile(stage, maps.x, k * K_TILE, tile.m0 + rank * M_TILE, barrier);
-          if constexpr (CLUSTER > 1) {
-            const int part = rank * (N_TILE / CLUSTER);
-            copy_tile_to_all(stage + X_BYTES + part * K_TILE, maps.w, k * K_TILE, tile.n0 + part, barrier);
-          } else {
-            copy_tile(stage + X_BYTES, maps.w, k * K_TILE, tile.n0, barrier);
+        // The terms of so many stages are on their way at a time.
+        constexpr int ahead = GROUPED ? 4 / SLOTS : 1;
+        for (int first = 0; first < k_tiles; first += ahead) {
+          OwnTerms terms[ahead][GROUPED ? SLOTS : 1];
+          if constexpr (GROUPED) {
+#pragma unroll
+            for (int i = 0; i < ahead; ++i)
+#pragma unroll
+              for (int slot_of = 0; slot_of < SLOTS; ++slot_of) {
+                const int group = min((first + i) * STEPS / FLUSH + slot_of, groups - 1);
+                const int row = tile.m0 + rank * M_TILE + thread, column = tile.n0 + thread;
+                terms[i][slot_of] = {x.load(row, group, group), {w.scale(column, group), w.zero_point(column, group)}};
+              }
+          }
+#pragma unroll
+          for (int i = 0; i < ahead; ++i) {
+            if (first + i >= k_tiles) break;
+            barrier_wait(empties + 8 * slot.stage, slot.parity ^ 1);
+            if (thread == 0) copy_stage(tile, first + i);
+            if constexpr (GROUPED) {
+#pragma unroll
+              for (int slot_of = 0; slot_of < SLOTS; ++slot_of) {
+                GroupTerms& to = stage_terms[slot.stage * SLOTS + slot_of];
+                const OwnTerms& own = terms[i][slot_of];
+                if (thread < N_TILE) {
+                  to.scales[thread] = own.column.scale;
+                  if constexpr (ASYMMETRIC) to.zero_points[thread] = own.column.zero_point;
+                }
+                to.row_scales[thread] = own.row.scale;
+                if constexpr (!SIGNED) to.row_sums[thread] = own.row.sum;
+              }
+              barrier_arrive_here(fulls + 8 * slot.stage);
+            }
+            slot.advance();
           }
         }
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPED ? 104 : 232));
     const int group = threadIdx.x / GROUP_THREADS - 1, thread = threadIdx.x % GROUP_THREADS;
     const int lane = thread % WARP, warp = thread / WARP;
+    const int first_row = group % ROW_GROUPS * GROUP_ROWS;
+    const int first_column = GROUPED ? group / ROW_GROUPS * GROUP_COLUMNS : 0;
     Columns& columns = shared_columns[group];
     const Weight w = {scales, zero_points, n, groups};
     const RowReader x = {x_scales, x_sums, m, groups, groups};
     const Output out = {y, bias, bias_f32, m, n};
     const bool vectors = sizeof(Number<Y>::Bits) == 2 && n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
     Slot slot;
-    int turn = 0, odd_tile = 0;
+    int odd_tile = 0;
     int products[RESULTS];
     float total[GROUPED ? RESULTS : 1];
     for (int number = blockIdx.x / CLUSTER; number < tiles.count(); number += gridDim.x / CLUSTER, odd_tile ^= 1) {
       const Tile tile = tiles[number];
-      const int row = tile.m0 + rank * M_TILE + group * GROUP_ROWS + warp * 16 + lane / 4;
-      ColumnTerms next_columns[N_TILE / GROUP_THREADS];
-      RowTerms next_rows[2], rows[2];
-      const auto load_terms = [&](int segment) {
+      const int row = tile.m0 + rank * M_TILE + first_row + warp * 16 + lane / 4;
+      RowTerms rows[2];
 #pragma unroll
-        for (int i = 0; i < N_TILE / GROUP_THREADS; ++i) {
-          const int column = tile.n0 + thread + i * GROUP_THREADS;
-          next_columns[i] = {w.scale(column, segment), w.zero_point(column, segment)};
+      for (int own = thread; own < GROUP_COLUMNS; own += GROUP_THREADS) {
+        const int column = tile.n0 + first_column + own;
+        columns.bias[odd_tile][own] = out.bias_of(column);
+        if constexpr (!GROUPED) {
+          columns.scales[odd_tile][own] = w.scale(column, 0);
+          if constexpr (ASYMMETRIC) columns.zero_points[odd_tile][own] = w.zero_point(column, 0);
         }
-        next_rows[0] = x.load(row, segment, segment);
-        next_rows[1] = x.load(row + 8, segment, segment);
-      };
-      // Hands on the terms that have been loaded, and loads those of the segment behind.
-      const auto take_terms = [&](int segment) {
-        turn ^= 1;
-#pragma unroll
-        for (int i = 0; i < N_TILE / GROUP_THREADS; ++i) {
-          columns.scales[turn][thread + i * GROUP_THREADS] = next_columns[i].scale;
-          if constexpr (ASYMMETRIC) columns.zero_points[turn][thread + i * GROUP_THREADS] = next_columns[i].zero_point;
-        }
-        rows[0] = next_rows[0], rows[1] = next_rows[1];
-        if (GROUPED && segment + 1 < groups) load_terms(segment + 1);
-      };
+      }
+      if constexpr (!GROUPED) rows[0] = x.load(row, 0, 0), rows[1] = x.load(row + 8, 0, 0);
       // Of two columns, the first an even one.
-      const auto terms_of = [&](int column, ColumnTerms(&to)[2]) {
-        const float2 scale = reinterpret_cast<const float2&>(columns.scales[turn][column]);
+      const auto terms_of = [&](const float* scales, const int* zero_points, ColumnTerms(&to)[2]) {
+        const float2 scale = *reinterpret_cast<const float2*>(scales);
         to[0] = {scale.x, scaled_zero_point(ZERO)}, to[1] = {scale.y, scaled_zero_point(ZERO)};
         if constexpr (ASYMMETRIC) {
-          const int2 zero_point = reinterpret_cast<const int2&>(columns.zero_points[turn][column]);
+          const int2 zero_point = *reinterpret_cast<const int2*>(zero_points);
           to[0].zero_point = zero_point.x, to[1].zero_point = zero_point.y;
         }
       };
-      load_terms(0);
-#pragma unroll
-      for (int i = 0; i < N_TILE / GROUP_THREADS; ++i) {
-        columns.bias[odd_tile][thread + i * GROUP_THREADS] = out.bias_of(tile.n0 + thread + i * GROUP_THREADS);
-      }
 
       const auto release = [&](int stage) {
         if (lane < CLUSTER) barrier_arrive(empties + 8 * stage, lane);
       };
-      const u32 x_offset = group * GROUP_ROWS * K_TILE;
+      const u32 x_offset = first_row * K_TILE, w_offset = X_BYTES + first_column * K_TILE;
       if constexpr (!GROUPED) {
-        take_terms(0);
         int before = 0;
         for (int k = 0; k < k_tiles; ++k) {
           const u32 stage = base + slot.stage * STAGE_BYTES;
-          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
+          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + w_offset);
           barrier_wait(fulls + 8 * slot.stage, slot.parity);
           settle(products);
           multiply_begin();
@@ -309,45 +382,49 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
         release(before);
         group_sync(group);
       } else {
-        constexpr int run = FLUSH < STEPS ? FLUSH : STEPS;  // steps of one bracket in a stage
 #pragma unroll
         for (int i = 0; i < RESULTS; ++i) total[i] = 0.0f;
         int segment = 0, done = 0;
+        group_sync(group);
         for (int k = 0; k < k_tiles; ++k) {
           const u32 stage = base + slot.stage * STAGE_BYTES;
-          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
+          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + w_offset);
           barrier_wait(fulls + 8 * slot.stage, slot.parity);
 #pragma unroll
-          for (int first = 0; first < STEPS; first += run) {
+          for (int first = 0; first < STEPS; first += RUN) {
             settle(products);
             multiply_begin();
 #pragma unroll
-            for (int step = 0; step < run; ++step) {
+            for (int step = 0; step < RUN; ++step) {
               multiply(products, a + 2 * (first + step), b + 2 * (first + step), done | step);
             }
             multiply_commit();
             settle(products);
-            done += run;
-            const bool ends = (done == FLUSH || (k + 1 == k_tiles && first + run == STEPS)) && segment < groups;
+            done += RUN;
+            const bool ends = (done == FLUSH || (k + 1 == k_tiles && first + RUN == STEPS)) && segment < groups;
+            const GroupTerms& terms = stage_terms[slot.stage * SLOTS + first / RUN];
             if (ends) {
-              take_terms(segment);
-              group_sync(group);
+              const int own = row - tile.m0 - rank * M_TILE;
+              rows[0] = {terms.row_scales[own], SIGNED ? 0 : terms.row_sums[own]};
+              rows[1] = {terms.row_scales[own + 8], SIGNED ? 0 : terms.row_sums[own + 8]};
             }
             multiply_wait<0>();
             settle(products);
-            if (first + run == STEPS) release(slot.stage);
             if (ends) {
 #pragma unroll
               for (int i = 0; i < RESULTS; i += 4) {
-                ColumnTerms terms[2];
-                terms_of(2 * i + lane % 4 * 2, terms);
+                const int column = first_column + 2 * i + lane % 4 * 2;
+                ColumnTerms own[2];
+                terms_of(terms.scales + column, terms.zero_points + (ASYMMETRIC ? column : 0), own);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) total[i + e] = add_bracket(total[i + e], products[i + e], rows[e / 2], terms[e % 2]);
+                for (int e = 0; e < 4; ++e) total[i + e] = add_bracket(total[i + e], products[i + e], rows[e / 2], own[e % 2]);
               }
               ++segment;
               done = 0;
             }
           }
+          __syncwarp();
+          release(slot.stage);
           slot.advance();
         }
       }
@@ -365,23 +442,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       };
       const auto store = [&](auto gathered) {
 #pragma unroll
-        for (int block = 0; block < N_TILE / 32; ++block) {
+        for (int block = 0; block < GROUP_COLUMNS / 32; ++block) {
           u32 words[2][4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int column = (4 * block + i) * 8 + lane % 4 * 2;
             ColumnTerms terms[2];
-            terms_of(column, terms);
+            if constexpr (!GROUPED) {
+              terms_of(columns.scales[odd_tile] + column, columns.zero_points[odd_tile] + (ASYMMETRIC ? column : 0), terms);
+            }
             const float2 own = reinterpret_cast<const float2&>(columns.bias[odd_tile][column]);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const float2 result = results_of(4 * block + i, half, terms, own);
               if constexpr (decltype(gathered)::value) words[half][i] = narrow2<Y>(result.x, result.y);
-              else out.store(row + 8 * half, tile.n0 + column, result.x, result.y);
+              else out.store(row + 8 * half, tile.n0 + first_column + column, result.x, result.y);
             }
           }
           if constexpr (decltype(gathered)::value) {
-            const int column = tile.n0 + (4 * block + lane % 4) * 8;
+            const int column = tile.n0 + first_column + (4 * block + lane % 4) * 8;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const uint4 eight = gather_words(words[half], lane);

@@ -60,14 +60,22 @@ template <int PLANE> __device__ inline u64 plane_offset(const Place &at, int &co
     return start + at.row * length + column;
 }
 
-// The `width` low bits of four bytes, one after the other; `low` ones of a byte are not looked at.
-template <int WIDTH> __device__ inline u32 squeeze(u32 bytes, int low) {
+// The `width` low bits of four bytes, one after the other, in the low bits; `low` ones of a byte are not looked at.
+template <int WIDTH> __device__ inline u32 squeeze_four(u32 bytes, int low) {
     const u32 fields = bytes >> low & 0x01010101u * ((1 << WIDTH) - 1);
     if (WIDTH == 8) return fields;
-    if (WIDTH == 4) return __byte_perm(fields | fields >> 4, 0, 0x4420);
     // Each field meets the factor that brings it behind the one before, above all other products.
-    if (WIDTH == 2) return fields * 0x01041040u >> 24;
-    return fields * 0x01020408u >> 24;
+    return WIDTH == 2 ? fields * 0x01041040u >> 24 : fields * 0x01020408u >> 24;
+}
+
+// The same of eight.
+template <int WIDTH> __device__ inline u64 squeeze(u64 bytes, int low) {
+    const u32 first = (u32)bytes, second = (u32)(bytes >> 32);
+    if (WIDTH == 4) {
+        const u32 own = 0x0f0f0f0f;
+        return __byte_perm(first >> low & own | first >> low + 4 & ~own, second >> low & own | second >> low + 4 & ~own, 0x6420);
+    }
+    return squeeze_four<WIDTH>(first, low) | (u64)squeeze_four<WIDTH>(second, low) << 4 * WIDTH;
 }
 
 // The lowest four fields of `width` bits, a byte each.
@@ -91,10 +99,9 @@ template <int PLANE> struct Planes {
         constexpr int below = PLANE_BITS - Widths::before(PLANE + 1);
         int count;
         u8 *to = packed + plane_offset<PLANE>(at, count);
-        const u32 low = squeeze<width>((u32)codes, below), high = squeeze<width>((u32)(codes >> 32), below);
         // A plane of bytes may be cut anywhere, the others only at the end of a row.
         if (width == 8) count = min(count, present);
-        store_bytes<width>(to, width == 8 ? (u64)high << 32 | low : low | high << 4 * width, count, ALIGNED);
+        store_bytes<width>(to, squeeze<width>(codes, below), count, ALIGNED);
         Planes<PLANE + 1>::store(packed, at, codes, present);
     }
 
@@ -108,9 +115,9 @@ template <int PLANE> struct Planes {
         u32 words[(bytes + 3) / 4] = {};
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const u32 low = squeeze<width>((u32)codes[i], below), high = squeeze<width>((u32)(codes[i] >> 32), below);
-            if constexpr (width == 8) words[2 * i] = low, words[2 * i + 1] = high;
-            else words[i * width / 4] |= (low | high << 4 * width) << 8 * width * (i % (4 / width));
+            const u64 fields = squeeze<width>(codes[i], below);
+            if constexpr (width == 8) words[2 * i] = (u32)fields, words[2 * i + 1] = (u32)(fields >> 32);
+            else words[i * width / 4] |= (u32)fields << 8 * width * (i % (4 / width));
         }
         if constexpr (bytes % 16 == 0) {
 #pragma unroll

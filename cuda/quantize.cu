@@ -18,36 +18,66 @@
 // other, and a thread has several units, a team's width apart, so that a store of one would fill no sector of memory.
 static const bool STAGED = FULL && TEAM < 32 && VECTORS > 1;
 
+// The codes of a warp's groups, a gap of 16 bytes behind each that keeps neighbours in different banks.
+struct Stage {
+    static const int GROUP = TEAM * VECTORS, STRIDE = GROUP + 2, RUN = VECTORS % 4 ? VECTORS : 4;
+    u64 units[STAGED ? 32 / TEAM * STRIDE : 1];
+
+    // Where this thread's unit of a chunk goes.
+    __device__ u64 &operator[](u32 chunk) {
+        return units[threadIdx.x % 32 / TEAM * STRIDE + threadIdx.x % TEAM + (u64)chunk * TEAM];
+    }
+
+    // RUN units that follow each other, of which the first is `unit` among those of the warp.
+    __device__ void take(u32 unit, u64 (&codes)[RUN]) const {
+#pragma unroll
+        for (int i = 0; i < RUN; i += RUN % 2 ? 1 : 2) {
+            const u64 *from = units + (unit + i) / GROUP * STRIDE + (unit + i) % GROUP;
+            if (RUN % 2) codes[i] = *from;
+            else *(uint4 *)&codes[i] = *(const uint4 *)from;
+        }
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) pack(
     const Number<X>::Bits *x, u8 *packed, Number<SCALE>::Bits *scales, void *zero_points, i64 *status,
     const Encoding by
 ) {
     const Group group = group_of(by.shape);
     const Loading loading(x, group);
-    const u64 first_group = group.number - threadIdx.x % 32 / TEAM;
-    const bool staged =
-        STAGED && first_group + 32 / TEAM <= by.shape.groups && by.shape.rows * by.shape.k % (16 * UNIT) == 0;
-    __shared__ __align__(16) u64 stage[STAGED ? THREADS * VECTORS : 1];
-    encode(loading, {scales, zero_points, status}, by,
-           [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &) {
+    __shared__ __align__(16) Stage stages[WARPS];
+    Stage &stage = stages[threadIdx.x / 32];
+    auto store = [&](u32 chunk, u64 codes) {
         const u32 unit = unit_of(chunk);
-        if (staged) {
-            stage[threadIdx.x / TEAM * (TEAM * VECTORS) + unit] = codes;
-            return;
-        }
         if (!group.has(unit)) return;
         const int present = group.present(unit);
         if (!ALIGNED && present < UNIT) codes &= (1ull << 8 * present) - 1;
         const u64 column = group.column + unit * UNIT;
         const Place at = {by.shape.rows, by.shape.k, group.row, column, group.begin / UNIT + unit};
         Planes<0>::store(packed, at, codes, present);
+    };
+    encode(loading, {scales, zero_points, status}, by,
+           [&](u32 chunk, const float (&)[UNIT], u64 codes, const Affine &, float) {
+        if (Widths::list[0] == 8) codes &= bytes_of(TOP_CODE);
+        if (STAGED) stage[chunk] = codes;
+        else store(chunk, codes);
     });
-    if (staged) {
+    if constexpr (STAGED) {
+        const u32 first = (u32)group.number - threadIdx.x % 32 / TEAM, groups = (u32)by.shape.groups;
+        const bool planes_begin_on_words = (u32)by.shape.rows * (u32)by.shape.k % (16 * UNIT) == 0;
+        if (!planes_begin_on_words || first >= groups || groups - first < 32 / TEAM) {
+#pragma unroll 1
+            for (u32 chunk = 0; chunk < VECTORS; ++chunk) store(chunk, stage[chunk]);
+            return;
+        }
         __syncwarp();
-        u64 codes[VECTORS];
 #pragma unroll
-        for (int i = 0; i < VECTORS; ++i) codes[i] = stage[threadIdx.x * VECTORS + i];
-        const u64 unit = first_group * (TEAM * VECTORS) + threadIdx.x % 32 * VECTORS;
-        Planes<0>::store_run(packed, {by.shape.rows, by.shape.k, 0, 0, unit}, codes);
+        for (int i = 0; i < VECTORS; i += Stage::RUN) {
+            u64 codes[Stage::RUN];
+            const u32 unit = i * 32 + threadIdx.x % 32 * Stage::RUN;
+            stage.take(unit, codes);
+            const Place at = {by.shape.rows, by.shape.k, 0, 0, (u64)first * Stage::GROUP + unit};
+            Planes<0>::store_run(packed, at, codes);
+        }
     }
 }

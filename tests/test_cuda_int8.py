@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,7 +56,7 @@ SPLIT = (
     Block(128, 256, 2, 4, 1, 4),
 )
 WIDES = (Wide(256, 4, 2), Wide(256, 4, 1), Wide(128, 6, 2))
-WIDES_OF_GROUPS = (Wide(128, 6, 2), Wide(128, 6, 1))
+WIDES_OF_GROUPS = (Wide(128, 5, 2), Wide(128, 5, 1), Wide(64, 7, 2))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -85,13 +88,15 @@ def assert_same(
 
 
 @pytest.fixture
-def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Block | Wide:
+def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Block | Wide]:
     """Every product by one kernel."""
     shape: Block | Wide = request.param
     if isinstance(shape, Wide) and not HOPPER:
         pytest.skip("wgmma is Hopper's")
     monkeypatch.setattr(int8, "shape_for", lambda *_: shape)
-    return shape
+    int8.plan_of.cache_clear()
+    yield shape
+    int8.plan_of.cache_clear()
 
 
 # Every kernel ---------------------------------------------------------------------------------------------
@@ -275,3 +280,27 @@ def test_weights_without_an_integer_form_name_the_way_out() -> None:
     arguments = [*scheme.op_args(), *NEAREST.op_args(), scheme.widths, 2, "int8", "canonical", 5]
     with pytest.raises(ValueError, match="cannot read 2 bits"):
         ops.matmul(normal(2, 96).cuda(), *stored, None, *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(bits=4), Scheme(bits=8, group_size=None), Scheme(bits=4, symmetric=False), Scheme.nested()],
+    ids=str,
+)
+def test_a_call_past_the_dispatcher_gives_what_the_operator_gives(scheme: Scheme, dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(256, 96, dtype=dtype, device="cuda")
+    layer = QuantLinear.from_float(linear, scheme, activations="int8")
+    bits = [scheme.bits, 4] if scheme.is_nested else [scheme.bits]
+    with torch.no_grad():
+        for layer.read_bits in bits:
+            for layer.bias in (linear.bias, None, torch.nn.Parameter(normal(96).cuda())):
+                for shape in ((1,), (3,), (2, 8), (130,), (0,), ()):
+                    x = normal(*shape, 256).to(dtype).cuda()
+                    with torch.enable_grad():
+                        asked = layer(x.clone().requires_grad_())
+                    assert_identical(layer(x), asked.detach(), (shape, layer.bias is None))
+            strided = normal(256, 8).to(dtype).cuda().t()
+            assert_identical(layer(strided), layer(strided.contiguous()))
+    copied = copy.deepcopy(layer)
+    assert_identical(copied(x), layer(x))

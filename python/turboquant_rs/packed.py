@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant_rs import ops
+from turboquant_rs.ops.schema import operator
 from turboquant_rs.scheme import Rounding, Scheme
 
 __all__ = ["PackedTensor", "matmul", "pack", "unpack"]
@@ -494,10 +495,11 @@ def pack(
     x = x.detach()
     if out is not None:
         _check_out(out, x, scheme, rounding)
-        ops.pack_out(x, *arguments, *out._stored)
+        outputs = out._stored
+        operator("pack_out", x, *outputs)(x, *arguments, *outputs)
         out.dtype, out.rounding, out.offset = x.dtype, rounding, 0
         return out
-    packed, scales, zero_points = ops.pack(x, *arguments)
+    packed, scales, zero_points = operator("pack", x)(x, *arguments)
     stored = None if rounding.zero_point_dtype(scheme) is None else zero_points
     return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits)
 
@@ -560,9 +562,11 @@ def unpack(
         p = p.at(bits)
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-    arguments = (*p._stored, *p._op_args(), p.bits)
+    stored = p._stored
+    arguments = (*stored, *p._op_args(), p.bits)
     if out is None:
-        return ops.unpack(*arguments, p.shape, dtype or p.dtype)
+        values: Tensor = operator("unpack", *stored)(*arguments, p.shape, dtype or p.dtype)
+        return values
     out = as_tensor(out, "out") if isinstance(out, Tensor) else _shared(out)
     _check_floats(out, "out")
     if out.shape != p.shape or out.device != p.device or out.dtype != (dtype or out.dtype):
@@ -572,7 +576,8 @@ def unpack(
         )
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
-    ops.unpack_out(*arguments, out.detach())
+    target = out.detach()
+    operator("unpack_out", *stored, target)(*arguments, target)
     return out
 
 
@@ -620,7 +625,10 @@ def matmul(
         raise ValueError(f'activations must be "int8" or "float", got {activations!r}')
     if bits is not None:
         p = p.at(bits)
-    return ops.matmul(x, *p._stored, bias, *p._op_args(), p.bits, activations, "canonical", p.shape[0])
+    stored = p._stored
+    product = operator("matmul", x, *stored, *(() if bias is None else (bias,)))
+    y: Tensor = product(x, *stored, bias, *p._op_args(), p.bits, activations, "canonical", p.shape[0])
+    return y
 
 
 def matmul_refined(

@@ -595,7 +595,7 @@ _STATE_HOOKS = (
 _OURS = frozenset(
     (
         *("scheme", "rounding", "weight_dtype", "activations", "transposed", "qat"),
-        *("_stored_bits", "_read_bits", "_rows", "_number", "_panels", "_captured"),
+        *("_stored_bits", "_read_bits", "_rows", "_number", "_panels", "_captured", "_product"),
         *("in_features", "out_features"),
     )
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from turboquant_rs import ops
 from turboquant_rs.ops.cuda.chosen import Choice, capturing
 from turboquant_rs.ops.cuda.launcher import not_captured
 from turboquant_rs.packed import PackedTensor, autocast, check_linear, chosen, matmul, matmul_refined, pack
@@ -49,6 +50,7 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     _panels: Panels | None = None
     _captured: tuple[Panels, ...] = ()  # what CUDA graphs read of it, whatever has become of the layer since
+    _product: tuple[Scheme, Rounding, int, ops.cuda.CanonicalProduct] | None = None
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
     transposed: bool
@@ -172,9 +174,25 @@ class QuantLinear(PackedWeight, nn.Linear):
         follows = panels is None or panels.layout == "tiles"
         if follows and capturing() and (choice := self._captured_choice()) is not None:
             return self._forward_chosen(input, bias, panels, choice)
-        if panels is None:
+        if panels is not None:
+            return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+        y = None if torch.compiler.is_compiling() else self._multiplied(input, bias)
+        if y is None:
             return matmul(autocast(input), self.packed, bias, activations=self.activations)
-        return panels.matmul(input, bias, activations=self.activations, bits=self.read_bits)
+        return y
+
+    def _multiplied(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product with the canonical bytes, where kernels read those and nobody would see the call."""
+        packed = self._buffers["weight_packed"]
+        if packed is None or not packed.is_cuda or self.activations != "int8":
+            return None
+        bits, known = self.read_bits, self._product
+        if known is None or known[0] is not self.scheme or known[1] is not self.rounding or known[2] != bits:
+            arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths, bits)
+            product = ops.cuda.CanonicalProduct(*self._weight_shape, *arguments)
+            known = self._product = (self.scheme, self.rounding, bits, product)
+        scales, zero_points = self._buffers["weight_scale"], self._buffers["weight_zero_point"]
+        return None if scales is None else known[3](input, packed, scales, zero_points, bias)
 
     def _captured_choice(self) -> Choice | None:
         """What the graph that captures this chooses the bits by, if there is a choice."""
@@ -338,6 +356,7 @@ class QuantLinear(PackedWeight, nn.Linear):
             self._restore()
             state = {key: value for key, value in self.__dict__.items() if key != "_captured"}
             state["_buffers"] = dict(self._buffers)
+            state.pop("_product", None)  # launches, which belong to this process
             return state
 
     def extra_repr(self) -> str:

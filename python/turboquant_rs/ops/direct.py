@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch._C import (
     _get_tracing_state,
     _is_any_autocast_enabled,
@@ -11,6 +13,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 def observed() -> bool:
@@ -23,4 +26,15 @@ def observed() -> bool:
         or maybe_current_level() is not None
         or _profiler_enabled()
         or forward_ad._current_level >= 0
+    )
+
+
+def unseen(*tensors: Tensor) -> bool:
+    """Whether nobody sees a call with these: plain tensors, of which none asks for a gradient."""
+    if torch.compiler.is_compiling() or observed():
+        return False
+    graded = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not (graded and tensor.requires_grad)
+        for tensor in tensors
     )

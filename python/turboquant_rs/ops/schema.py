@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+from turboquant_rs.ops.direct import unseen
 from turboquant_rs.scheme import zero_point_dtype
 
 NAMESPACE = "turboquant_rs"
@@ -447,6 +448,22 @@ OUT_OPS = (
 """What a backend implements."""
 
 
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+"""What the dispatcher calls, by device and name of the operator."""
+
+
+def operator(name: str, *tensors: Tensor) -> Callable[..., Any]:
+    """The operator for operands, of which these are the tensors; past the dispatcher where nobody sees it.
+
+    Taking two dozen arguments apart costs the dispatcher more than a small kernel.
+    """
+    found = IMPLEMENTATIONS.get(tensors[0].device.type)
+    if found is not None and unseen(*tensors):
+        return found[name]
+    function: Callable[..., Any] = getattr(OPS, name).default
+    return function
+
+
 def register(backend: dict[str, Fill], key: str) -> None:
     """Registers a backend's `*_out` operators, and the operators that return tensors over them.
 
@@ -454,10 +471,12 @@ def register(backend: dict[str, Fill], key: str) -> None:
         backend: An implementation of each of `OUT_OPS`.
         key: The dispatch key of its tensors.
     """
-    for name in OUT_OPS:
-        LIBRARY.impl(name, backend[name], key)
+    every: dict[str, Callable[..., Any]] = {name: backend[name] for name in OUT_OPS}
     for name, (compose, out_op, _rule) in RULES.items():
-        LIBRARY.impl(name, partial(compose, backend[out_op]), key)
+        every[name] = partial(compose, backend[out_op])
+    for name, function in every.items():
+        LIBRARY.impl(name, function, key)
+    IMPLEMENTATIONS[key.lower()] = every
 
 
 for _name, (_compose, _out_op, _shape_rule) in RULES.items():

@@ -17,6 +17,7 @@ from turboquant_rs.ops.cuda.fake_quantize import (
     fake_quantize_out,
     inject_noise_out,
 )
+from turboquant_rs.ops.cuda.int8 import Product as CanonicalProduct
 from turboquant_rs.ops.cuda.matmul import matmul_out
 from turboquant_rs.ops.cuda.planes import pack_codes_out, unpack_codes_out
 from turboquant_rs.ops.cuda.quantize import encode_out, pack_out, unpack_out
@@ -24,7 +25,7 @@ from turboquant_rs.ops.cuda.refined import matmul_refined_out
 from turboquant_rs.ops.cuda.tiles import Product
 from turboquant_rs.ops.schema import register
 
-__all__ = ["Product"]
+__all__ = ["CanonicalProduct", "Product"]
 
 register(
     {

@@ -13,15 +13,18 @@ from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.cuda.macros import aligned, check_dtype, check_length, check_written, device_of
 from turboquant_rs.ops.cuda.quantize import (
+    HELD,
     NEAREST,
     Launch,
     Memory,
     Plan,
     Report,
+    Team,
     check_source,
     draw_macros,
     encoder_launch,
     encoder_macros,
+    group_length,
     in_order,
     named,
     plan_key,
@@ -55,10 +58,17 @@ def macros(
     *,
     given: bool,
     read_bits: int,
+    tensors: int = 1,
 ) -> dict[str, object]:
-    """What fake_quantize.cu is compiled for; `whole` as for `quantize.team_macros`."""
-    rest = scheme.bits - read_bits
-    return {**encoder_macros(dtype, scheme, rounding, k, whole, given=given), "REST": rest}
+    """What fake_quantize.cu is compiled for; `whole` as for `quantize.team_macros`, `tensors` as for
+    `quantize.encoder_macros`."""
+    names = encoder_macros(dtype, scheme, rounding, k, whole, given=given, tensors=tensors)
+    return {**names, "REST": scheme.bits - read_bits}
+
+
+def noise_team(k: int, group_size: int) -> Team:
+    """The team of a group that gets its noise."""
+    return Team.of(group_length(k, group_size), HELD)
 
 
 def noise_macros(
@@ -67,9 +77,10 @@ def noise_macros(
     """What noise.cu is compiled for; `whole` as for `quantize.team_macros`."""
     # Noise has the draws of 32 bits that iid rounding would have, for another purpose.
     drawn = rounding._replace(mode="iid", draw_bits=32, variance=1.0)
+    team = noise_team(k, group_size)
     return {
-        **team_macros(dtype, k, group_size, whole),
-        **draw_macros(drawn, in_order(k, group_size)),
+        **team_macros(team, dtype, k, group_size, whole),
+        **draw_macros(drawn, in_order(team, k, group_size)),
         "PRESERVE": preserve,
     }
 
@@ -93,8 +104,9 @@ def plan(
     memory = Memory.of(scheme, rounding, (), rows, k)
     if rows * k == 0:
         return Plan(memory, None)
-    names = macros(dtype, scheme, rounding, k, whole, given=given, read_bits=read_bits)
-    launch = encoder_launch(kernel(entry, tuple(names.items())), scheme, rounding, rows, k)
+    tensors = 2 if entry == "fake_quantize_backward" else 1
+    names = macros(dtype, scheme, rounding, k, whole, given=given, read_bits=read_bits, tensors=tensors)
+    launch = encoder_launch(kernel(entry, tuple(names.items())), dtype, scheme, rounding, rows, k)
     return Plan(memory, launch)
 
 
@@ -108,7 +120,7 @@ def noise_launch(
     names = noise_macros(dtype, rounding, preserve, k, group_size, whole)
     return Launch(
         noise_kernel(tuple(names.items())),
-        *team_grid(rows, k, group_size),
+        *team_grid(noise_team(k, group_size), rows, k, group_size),
         shape_words(rows, k, group_size, offset),
         (),
     )

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import Kernel
+from turboquant_rs.ops.cuda.launcher import Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
@@ -36,6 +36,7 @@ from turboquant_rs.ops.cuda.quantize import (
     THREADS,
     UNIT,
     WARP,
+    Memory,
     Team,
     check_planes,
     check_readable,
@@ -43,9 +44,10 @@ from turboquant_rs.ops.cuda.quantize import (
     power_of_2,
 )
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
-from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row
+from turboquant_rs.ops.direct import unseen
+from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row, split_args
 
-__all__ = ["Weight", "multiply", "takes"]
+__all__ = ["Product", "Weight", "multiply", "takes"]
 
 STEP = 32
 """Columns that one instruction multiplies; groups begin at multiples of it."""
@@ -59,8 +61,8 @@ SLICE = 128
 WIDE_ROWS = 128
 """Rows of x of a tile of `wide`."""
 
-WIDE_THREADS = 384
-"""A warp group that copies and two that multiply."""
+WARP_GROUP = 128
+"""Threads that multiply together on Hopper."""
 
 EXPANDED = 4
 """Units of eight codes that a thread expands."""
@@ -77,6 +79,7 @@ class Weight(NamedTuple):
     zero: int
     rest: int
     small: bool
+    signed: bool
 
     @classmethod
     def of(cls, scheme: SchemeArgs, read_bits: int, columns: Columns) -> Weight:
@@ -86,7 +89,18 @@ class Weight(NamedTuple):
         top = 255 if scheme.table else 2**scheme.bits - 1
         halves = 2 if rest or zero % 2 else 1
         small = halves * top * 127 * columns.segment <= 2**22
-        return cls(DTYPES[scheme.scale_dtype], not scheme.symmetric, zero, rest, small)
+        return cls(DTYPES[scheme.scale_dtype], not scheme.symmetric, zero, rest, small, signed=False)
+
+    @property
+    def subtracted(self) -> int:
+        """The zero point, if signed bytes can hold codes without it; else 0."""
+        whole = not self.asymmetric and self.rest == 0 and self.zero % 2 == 0
+        return self.zero // 2 if whole and self.zero <= 256 else 0
+
+    def without_zero(self) -> Weight:
+        """This weight as bytes from which `subtracted` has been subtracted: their brackets are converted by
+        one instruction."""
+        return self._replace(zero=0, small=False, signed=True)
 
     def macros(self, dtype: torch.dtype) -> dict[str, object]:
         """With the dtype of the result."""
@@ -153,45 +167,153 @@ def multiply(
     out: Tensor,
 ) -> None:
     """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds; W is canonical."""
-    check_planes(scheme, planes)
-    check_readable(scheme, rounding, planes, read_bits)
     (m, k), n = x.shape, out.shape[1]
-    columns = Columns.of(k, scheme.group_size)
-    bits = 8 if list(planes) == BYTE_CODES else read_bits
-    check_holds(packed, planes[: planes_read(planes, bits)], n, k)
     device = device_of(x, packed, scales, out)
-    shape = shape_for(m, n, columns, limits_of(device))
-    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    scheme = scheme._replace(table=tuple(scheme.table))
+    planes = tuple(planes)
+    plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, aligned(packed), device)
+    check_holds(packed, planes[: plan.planes_read], n, k)
+    weight = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    _run(plan, scheme, planes, x, *weight, bias, out, device)
 
-    stored = planes[0] if planes[0] == bits and not scheme.table and aligned(packed) and columns.dense else 0
-    nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
-    if not nibbles and not (stored == 8 and k % 16 == 0):
-        packed = expand(packed, scheme, planes, bits, n, columns, device)
-        row_bytes = columns.stride
-    else:
-        row_bytes = k * stored // 8
+
+class Product:
+    """x · Wᵀ (+ bias) past the dispatcher, which takes longer than the GPU for few rows of x.
+
+    What a call has to work out of a scheme and sizes is worked out once; the weight comes with each call.
+    """
+
+    def __init__(self, n: int, k: int, *args: Any) -> None:
+        """Of canonical weights (n, k); `args` are those that follow the bias in the operator's arguments."""
+        scheme, self._rounding, (planes, self._read_bits, *_) = split_args(args)
+        self._scheme, self._planes = scheme._replace(table=tuple(scheme.table)), tuple(planes)
+        self._n, self._k = n, k
+        bits = 8 if list(planes) == BYTE_CODES else self._read_bits
+        read = self._planes[: planes_read(planes, bits)]
+        self._memory = Memory.of(scheme, self._rounding, read, n, k)
+        self._plans: dict[tuple[torch.dtype, int, int], Plan] = {}
+
+    def __call__(
+        self, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """What the operator returns, bit for bit; None where it must be asked.
+
+        That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler), and
+        where operands are not on one GPU as the kernels take them.
+        """
+        optional = (part for part in (zero_points, bias) if part is not None)
+        tensors = (x, packed, scales, *optional)
+        shape, device, memory = x.shape, x.get_device(), self._memory
+        if not shape or shape[-1] != self._k or not unseen(*tensors):
+            return None
+        for tensor in tensors:
+            if tensor.get_device() != device or not tensor.is_contiguous():
+                return None
+        if bias is not None and (bias.shape != (self._n,) or bias.dtype not in DTYPES):
+            return None
+        if packed.dtype is not torch.uint8 or packed.numel() < memory.packed or not aligned(packed):
+            return None
+        if scales.dtype is not memory.scale_dtype or scales.numel() != memory.groups:
+            return None
+        if memory.zero_points != (0 if zero_points is None else zero_points.numel()):
+            return None
+        if not takes(x, self._scheme, self._rounding):
+            return None
+        m, n = x.numel() // self._k, self._n
+        try:
+            plan = self._plans[x.dtype, m, device]
+        except KeyError:
+            about = (self._scheme, self._rounding, self._planes, self._read_bits)
+            plan = self._plans[x.dtype, m, device] = plan_of(*about, m, n, self._k, x.dtype, True, device)
+        # Sizes one by one are parsed faster than a tuple of them.
+        out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
+        _run(plan, self._scheme, self._planes, x, packed, scales, zero_points, bias, out, device)
+        return out
+
+
+def _run(
+    plan: Plan,
+    scheme: SchemeArgs,
+    planes: tuple[int, ...],
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    device: int,
+) -> None:
+    """Launches what a plan says, on contiguous operands."""
+    columns, n = plan.columns, out.shape[-1]
+    m = out.numel() // n
+    if plan.expands:
+        packed = expand(packed, scheme, planes, plan.bits, n, columns, plan.subtracted, device)
 
     codes = torch.empty(m, columns.stride, dtype=torch.int8, device=x.device)
     terms = torch.empty(m * (columns.groups + columns.segments), dtype=torch.float32, device=x.device)
     x_scales, x_sums = terms.data_ptr(), terms.data_ptr() + 4 * columns.groups * m
-    quantize(x, codes, x_scales, x_sums, columns, nibbles, device)
-
+    quantize(x, codes, x_scales, x_sums, columns, plan.nibbles, device)
     bias, address, wide_bias = as_bias(bias, x.dtype)
-    weight = Weight.of(scheme, read_bits, columns)
-    tail = (scales.data_ptr(), zero_points.data_ptr(), address, wide_bias, out.data_ptr(), m, n)
-    kernel = kernel_of(weight, x.dtype, shape, nibbles, columns.bracket_steps)
-    arguments: tuple[int, ...]
-    if isinstance(shape, Wide):
+    zeros = 0 if zero_points is None else zero_points.data_ptr()
+    tail = (scales.data_ptr(), zeros, address, wide_bias, out.data_ptr(), m, n)
+    if isinstance(plan.shape, Wide):
         maps = (
-            tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
-            tensor_map(packed.data_ptr(), n, row_bytes, shape.n_tile // shape.cluster),
+            *tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, plan.shape.n_tile // plan.shape.cluster),
         )
-        arguments = (x_scales, x_sums, *tail, columns.stride, columns.groups, *maps[0], *maps[1])
-        kernel(device, shape.grid(m, n, limits_of(device)), (WIDE_THREADS,), arguments, kernel.shared)
+        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
     else:
         pointers = (codes.data_ptr(), x_scales, x_sums, packed.data_ptr())
-        arguments = (*pointers, *tail, columns.stride, row_bytes, columns.groups, columns.segments)
-        kernel(device, shape.grid(m, n), (shape.threads,), arguments, kernel.shared)
+        plan.call(*pointers, *tail, columns.stride, plan.row_bytes, columns.groups, columns.segments)
+
+
+class Plan(NamedTuple):
+    """What a product needs besides its memory: worked out once."""
+
+    columns: Columns
+    shape: Block | Wide
+    bits: int  # read of each code
+    planes_read: int
+    nibbles: bool  # whether the kernel reads two codes a byte
+    expands: bool  # whether the weight becomes bytes first
+    subtracted: int  # from each of them
+    row_bytes: int  # of the weight as the kernel reads it
+    call: Call
+
+
+@lru_cache(maxsize=4096)
+def plan_of(
+    scheme: SchemeArgs,
+    rounding: RoundingArgs,
+    planes: tuple[int, ...],
+    read_bits: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    whole: bool,
+    device: int,
+) -> Plan:
+    """That of x (m, k) of a dtype with W (n, k); `whole`: W lies on multiples of the widest access."""
+    check_planes(scheme, planes)
+    check_readable(scheme, rounding, planes, read_bits)
+    columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
+    bits = 8 if list(planes) == BYTE_CODES else read_bits
+    shape = shape_for(m, n, columns, limits)
+    stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
+    nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
+    expands = not nibbles and not (stored == 8 and k % 16 == 0)
+    row_bytes = columns.stride if expands else k * stored // 8
+    weight, subtracted = Weight.of(scheme, read_bits, columns), 0
+    if expands and columns.grouped and isinstance(shape, Wide) and weight.subtracted:
+        weight, subtracted = weight.without_zero(), weight.subtracted
+    kernel = kernel_of(weight, dtype, shape, nibbles, columns.bracket_steps)
+    if isinstance(shape, Wide):
+        call = Call(kernel, device, shape.grid(m, n, limits), (shape.threads(columns),), kernel.shared)
+    else:
+        call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
+    read = planes_read(planes, bits)
+    return Plan(columns, shape, bits, read, nibbles, expands, subtracted, row_bytes, call)
 
 
 # Activations and weights as the kernels want them ---------------------------------------------------------
@@ -212,13 +334,21 @@ def quantize(
     x: Tensor, codes: Tensor, scales: int, sums: int, columns: Columns, nibbles: bool, device: int
 ) -> None:
     """The codes, scales and sums of x, for weights in bytes or in nibbles."""
-    m, k = x.shape
+    m = x.numel() // columns.k
+    call = _quantize_call(x.dtype, columns, m, aligned(x), nibbles, device)
+    sizes = (m, columns.k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
+    call(x.data_ptr(), codes.data_ptr(), scales, sums, *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _quantize_call(
+    dtype: torch.dtype, columns: Columns, m: int, whole: bool, nibbles: bool, device: int
+) -> Call:
+    """The launch for m rows of x; `whole`: x lies on multiples of the widest access."""
     check_count(m * columns.groups, "groups of x")
     team = team_of(columns)
-    kernel = quantize_kernel(x.dtype, columns, aligned(x), nibbles)
     blocks = -(-m * columns.groups // (team.threads // team.size))
-    sizes = (m, k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
-    kernel(device, (blocks,), (team.threads,), (x.data_ptr(), codes.data_ptr(), scales, sums, *sizes))
+    return Call(quantize_kernel(dtype, columns, whole, nibbles), device, (blocks,), (team.threads,))
 
 
 def quantize_kernel(dtype: torch.dtype, columns: Columns, whole: bool, nibbles: bool) -> Kernel:
@@ -242,14 +372,18 @@ def expand(
     bits: int,
     n: int,
     columns: Columns,
+    subtracted: int,
     device: int,
 ) -> Tensor:
-    """The top `bits` bits of each code, or its level, as rows (n, stride) of bytes; gaps are undefined."""
+    """The top `bits` bits of each code, or its level, as rows (n, stride) of bytes; gaps are undefined.
+
+    subtracted: from each; other than 0, the bytes are signed.
+    """
     units_per_row = -(-columns.k // 8)
     units = n * units_per_row
     check_count(max(units, columns.stride), "units of eight codes or columns")
     levels = torch.empty(n, columns.stride, dtype=torch.uint8, device=packed.device)
-    kernel = expand_kernel(scheme, tuple(planes), bits, columns, aligned(packed))
+    kernel = expand_kernel(scheme, tuple(planes), bits, columns, aligned(packed), subtracted)
     sizes = (n, columns.k, columns.size, columns.padded, columns.stride, units_per_row, units)
     arguments = (packed.data_ptr(), levels.data_ptr(), *sizes, *table_words(scheme.table))
     kernel(device, (-(-units // (EXPANDED * THREADS)),), (THREADS,), arguments)
@@ -257,17 +391,25 @@ def expand(
 
 
 def expand_kernel(
-    scheme: SchemeArgs, planes: tuple[int, ...], bits: int, columns: Columns, whole: bool
+    scheme: SchemeArgs,
+    planes: tuple[int, ...],
+    bits: int,
+    columns: Columns,
+    whole: bool,
+    subtracted: int = 0,
 ) -> Kernel:
     """`whole`: the blob lies on multiples of the widest access."""
     whole = whole and columns.k % 8 == 0 and (columns.groups == 1 or columns.size % 8 == 0)
+    return _expand_kernel(scheme._replace(table=tuple(scheme.table)), planes, bits, whole, subtracted)
+
+
+@lru_cache(maxsize=4096)
+def _expand_kernel(
+    scheme: SchemeArgs, planes: tuple[int, ...], bits: int, whole: bool, subtracted: int
+) -> Kernel:
     macros = {**scheme_macros(scheme, False), **plane_macros(planes), "READ": planes_read(planes, bits)}
-    return _expand_kernel(tuple({**macros, "ALIGNED": whole}.items()))
-
-
-@cache
-def _expand_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
-    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", dict(macros))
+    macros |= {"ALIGNED": whole, "SIGNED": subtracted}
+    return Kernel("matmul_int8_expand.cu", "matmul_int8_expand", macros)
 
 
 # Shapes ---------------------------------------------------------------------------------------------------
@@ -316,7 +458,12 @@ class Wide(NamedTuple):
         if not columns.grouped:
             return True
         ends = columns.padded in (STEP, 2 * STEP) or columns.padded % SLICE == 0
-        return self.n_tile == 128 and ends and columns.segments == columns.groups
+        return self.n_tile < 256 and ends and columns.segments == columns.groups
+
+    @staticmethod
+    def threads(columns: Columns) -> int:
+        """A warp group that copies, and two that multiply, or four where there are several groups."""
+        return WARP_GROUP * (5 if columns.grouped else 3)
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of a cluster that cover a product."""
@@ -326,20 +473,35 @@ class Wide(NamedTuple):
         """As many blocks as there is room for, in whole clusters."""
         return (min(limits.processors // self.cluster, self.tiles(m, n)) * self.cluster,)
 
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024."""
-        return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
+    def shared(self, steps: int, asymmetric: bool) -> int:
+        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024.
+
+        steps: of a bracket, 0 where it is the row.
+        """
+        slots = max(1, SLICE // STEP // steps) if steps else 0
+        terms = 4 * (2 * WIDE_ROWS + (self.n_tile if asymmetric else 4) + self.n_tile)
+        return self.stages * (SLICE * (WIDE_ROWS + self.n_tile) + slots * terms) + 1024
 
 
 def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Wide:
     """The kernel for a product: the fastest of many on a Hopper GPU."""
     if m > 64 and limits.hopper:
-        cluster, most = 2 if m > WIDE_ROWS else 1, 3 * limits.processors // 4
-        fewest = most if columns.grouped else 3 * limits.processors // 8
-        for wide, least in ((Wide(256, 4, cluster), most), (Wide(128, 6, cluster), fewest)):
-            if wide.fits(columns) and wide.grid(m, n, limits)[0] >= least:
-                return wide
+        cluster, processors = 2 if m > WIDE_ROWS else 1, limits.processors
+        shapes: tuple[tuple[Wide, int], ...]
+        if columns.grouped:
+            # Fewer columns a tile where that gives more multiprocessors work, but no more than they have.
+            stages = 5 if columns.bracket_steps == 1 else 6  # terms of four groups lie beside a stage
+            wide, narrow = Wide(128, stages, cluster), Wide(64, stages + 2, cluster)
+            few = narrow.tiles(m, n) * cluster <= processors
+            shapes = ((narrow if few else wide, processors // 4),)
+        else:
+            shapes = (
+                (Wide(256, 4, cluster), 3 * processors // 4),
+                (Wide(128, 6, cluster), 3 * processors // 8),
+            )
+        for shape, least in shapes:
+            if shape.fits(columns) and shape.grid(m, n, limits)[0] >= least:
+                return shape
     block = _block_for(m, n, columns.grouped, limits.processors)
     while block.stages > 2 and block.shared(False, columns.bracket_steps, True) > limits.shared:
         block = block._replace(stages=block.stages - 1)
@@ -374,7 +536,9 @@ def kernel_of(weight: Weight, dtype: torch.dtype, shape: Block | Wide, nibbles: 
     macros = {**weight.macros(dtype), **{key.upper(): value for key, value in shape._asdict().items()}}
     macros["FLUSH"] = steps
     if isinstance(shape, Wide):
-        return Kernel("matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared)
+        return Kernel(
+            "matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared(steps, weight.asymmetric)
+        )
     shared = shape.shared(nibbles, steps, weight.asymmetric)
     macros["NIBBLES"] = nibbles
     return Kernel("matmul_int8_block.cu", "matmul_int8_block", macros, shared=shared)

@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -525,7 +525,12 @@ class Kernel:
         shared: int = 0,
     ) -> None:
         """Launches it once: `Call` says what the arguments are."""
-        Call(self, device, grid, block, shared)(*args)
+        _call(self, device, grid, block, shared)(*args)
+
+
+@lru_cache(maxsize=4096)
+def _call(kernel: Kernel, device: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> Call:
+    return Call(kernel, device, grid, block, shared)
 
 
 def _macro(value: object) -> object:

@@ -44,8 +44,9 @@ UNIT = 8
 """Elements that fill whole bytes of every plane."""
 
 WARP, THREADS, MOST_THREADS = 32, 256, 1024
-HELD = 4
-"""Units that a thread holds in registers, at most."""
+
+HELD, HELD_DRAWN = 4, 8
+"""Units that a thread holds in registers, at most, and of 16-bit floats whose rounding is drawn."""
 
 UNPACK_UNITS = 2
 """Units that a thread decodes: the fastest of 1, 2, 4 and 8 on a Hopper GPU."""
@@ -69,16 +70,17 @@ class Team(NamedTuple):
     long: bool
 
     @classmethod
-    def of(cls, group: int) -> Team:
-        """For groups of that many elements: part of a warp, a warp, a block, or one that reads again.
+    def of(cls, group: int, held: int) -> Team:
+        """For groups of that many elements, `held` units a thread: part of a warp, a warp, a block, or one
+        that reads again.
 
         The fewer threads share a group, the less often what is done once a group is done; but two side by
         side read the 32 bytes that memory gives at a time.
         """
         units = -(-group // UNIT)
-        size = max(power_of_2(-(-units // HELD)), min(units, 2))
+        size = max(power_of_2(-(-units // held)), min(units, 2))
         if size <= WARP:
-            return cls(size, -(-units // size), THREADS, False)
+            return cls(size, -(-units // size), THREADS * HELD // held, False)
         if size <= MOST_THREADS:
             return cls(size, -(-units // size), size, False)
         return cls(MOST_THREADS, 1, MOST_THREADS, True)
@@ -101,10 +103,15 @@ def unpack_kernel(macros: tuple[tuple[str, object], ...]) -> Kernel:
     return Kernel("dequantize.cu", "unpack", dict(macros))
 
 
-def team_macros(dtype: torch.dtype, k: int, group_size: int, whole: bool) -> dict[str, object]:
+def team_for(dtype: torch.dtype, rounding: RoundingArgs, k: int, group_size: int) -> Team:
+    """The team of an encoder."""
+    drawn = rounding.mode != "nearest" and not rounding.preserve_variance and dtype.itemsize == 2
+    return Team.of(group_length(k, group_size), HELD_DRAWN if drawn else HELD)
+
+
+def team_macros(team: Team, dtype: torch.dtype, k: int, group_size: int, whole: bool) -> dict[str, object]:
     """What `groups.cuh` asks for; `whole`: all memory lies on multiples of the widest access."""
     group = group_length(k, group_size)
-    team = Team.of(group)
     exact = k % group == 0
     whole = whole and k % UNIT == 0 and (group % UNIT == 0 or group == k)
     return {
@@ -125,10 +132,9 @@ def _fills(team: Team, group: int, k: int) -> bool:
     return k % group == 0 and not team.long and group == team.size * team.units * UNIT
 
 
-def in_order(k: int, group_size: int) -> bool:
+def in_order(team: Team, k: int, group_size: int) -> bool:
     """Whether the units that a warp draws for are consecutive, and begin a tile where the tensor does."""
     group = group_length(k, group_size)
-    team = Team.of(group)
     return _fills(team, group, k) if team.size < WARP else k % TILE == 0 and group % TILE == 0
 
 
@@ -141,25 +147,31 @@ def encoder_macros(
     *,
     nan_zero: bool = False,
     given: bool = False,
+    tensors: int = 1,
 ) -> dict[str, object]:
-    """What `encoder.cuh` asks for; `whole` as for `team_macros`."""
+    """What `encoder.cuh` asks for; `whole` as for `team_macros`; `tensors` like x that a thread holds."""
+    team = team_for(dtype, rounding, k, scheme.group_size)
     return {
         **scheme_macros(scheme, rounding.preserve_variance),
-        **team_macros(dtype, k, scheme.group_size, whole),
-        **draw_macros(rounding, in_order(k, scheme.group_size)),
+        **team_macros(team, dtype, k, scheme.group_size, whole),
+        **draw_macros(rounding, in_order(team, k, scheme.group_size)),
         "NAN_ZERO": nan_zero,
         "GIVEN": given,
-        "BLOCKS": _resident(scheme, rounding, Team.of(group_length(k, scheme.group_size))),
+        "BLOCKS": _resident(scheme, rounding, team, tensors * dtype.itemsize),
         "PRESERVE": rounding.preserve_variance,
     }
 
 
-def _resident(scheme: SchemeArgs, rounding: RoundingArgs, team: Team) -> int:
+def _resident(scheme: SchemeArgs, rounding: RoundingArgs, team: Team, element_bytes: int) -> int:
     """Blocks a multiprocessor for which registers are kept free: the fastest of several on a Hopper GPU."""
     if team.threads > THREADS:
         return 1
+    if team.threads < THREADS:
+        return 6
     passes = scheme.scale != "extreme" or rounding.preserve_variance
-    return 2 if passes else 4
+    if passes or element_bytes > 4:
+        return 2
+    return 5 if element_bytes == 2 else 4
 
 
 def draw_macros(rounding: RoundingArgs, ordered: bool) -> dict[str, object]:
@@ -312,19 +324,20 @@ def shape_words(rows: int, k: int, group_size: int, offset: int) -> tuple[int, .
     return rows, k, group_length(k, group_size), per_row, rows * per_row, offset
 
 
-def team_grid(rows: int, k: int, group_size: int) -> tuple[tuple[int], tuple[int]]:
+def team_grid(team: Team, rows: int, k: int, group_size: int) -> tuple[tuple[int], tuple[int]]:
     """Blocks and threads for a team a group."""
-    team = Team.of(group_length(k, group_size))
     return (-(-rows * groups_per_row(k, group_size) // (team.threads // team.size)),), (team.threads,)
 
 
-def encoder_launch(kernel: Kernel, scheme: SchemeArgs, rounding: RoundingArgs, rows: int, k: int) -> Launch:
+def encoder_launch(
+    kernel: Kernel, dtype: torch.dtype, scheme: SchemeArgs, rounding: RoundingArgs, rows: int, k: int
+) -> Launch:
     """A kernel whose last parameter is the `Encoding` of encoder.cuh."""
     blocks = -(-(scheme.group_size or k) // (64 if rounding.mode == "systematic" else 8))
     first_group = rounding.offset // k * groups_per_row(k, scheme.group_size)
     return Launch(
         kernel,
-        *team_grid(rows, k, scheme.group_size),
+        *team_grid(team_for(dtype, rounding, k, scheme.group_size), rows, k, scheme.group_size),
         (*shape_words(rows, k, scheme.group_size, rounding.offset), *table_words(scheme.table)),
         (variance_units(rounding), first_group * blocks, blocks),
     )
@@ -376,7 +389,7 @@ def pack_plan(
     codes_first = size % UNIT != 0 and size < k and planes != (8,)
     macros = encoder_macros(dtype, scheme, rounding, k, whole, nan_zero=nan_zero, given=given)
     kernel = pack_kernel((*macros.items(), *plane_macros((8,) if codes_first else planes).items()))
-    return Plan(memory, encoder_launch(kernel, scheme, rounding, rows, k), codes_first)
+    return Plan(memory, encoder_launch(kernel, dtype, scheme, rounding, rows, k), codes_first)
 
 
 @lru_cache(maxsize=4096)
