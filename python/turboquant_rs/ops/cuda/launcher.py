@@ -224,8 +224,29 @@ def _write(key: str, cubin: bytes) -> None:
 # Launching ------------------------------------------------------------------------------------------------
 
 
-MOST_ARGUMENTS = 64
+MOST_ARGUMENTS = 128
 """Arguments of a launch, at most, of 8 bytes each."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a number, and 64 bytes of which one says yes."""
+
+    _fields_ = (("id", ctypes.c_int64), ("value", ctypes.c_int64 * 8))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = _Attribute(6, (1,))
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel in front need not have ended."""
 
 
 class _Thread(threading.local):
@@ -286,16 +307,28 @@ class Call:
         grid: Blocks in x, y, z; none of them 0.
         block: Threads in x, y, z.
         shared: Bytes of dynamic shared memory.
+        early: The kernel may start once all blocks of the one before it say so, and waits for the end of that
+            by itself (`griddepcontrol`).
     """
 
-    __slots__ = ("_device", "_head", "_kernel", "_launch")
+    __slots__ = ("_device", "_early", "_head", "_kernel", "_launch")
 
     def __init__(
-        self, kernel: Kernel, device: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int = 0
+        self,
+        kernel: Kernel,
+        device: int,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        shared: int = 0,
+        early: bool = False,
     ) -> None:
         sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
-        self._kernel, self._device, self._launch = kernel, device, _driver().cuLaunchKernel
-        self._head = (_Pointer(kernel.load(device).ptr), *map(ctypes.c_uint, sizes))
+        self._kernel, self._device, self._early = kernel, device, early
+        self._launch = _driver().cuLaunchKernelEx if early else _driver().cuLaunchKernel
+        function = _Pointer(kernel.load(device).ptr)
+        self._head: tuple[Any, ...] = (function, *map(ctypes.c_uint, sizes))
+        if early:
+            self._head = (function, (ctypes.c_uint * 7)(*sizes))
 
     def __call__(self, *args: int) -> None:
         """Launches it on torch's current stream.
@@ -313,7 +346,13 @@ class Call:
             _cupy().runtime.setDevice(device)
             thread.device = device
         _FILL[len(args)](thread.arguments, 0, *args)
-        code = self._launch(*self._head, _Pointer(_raw_stream(device)), thread.addresses, None)
+        stream = _Pointer(_raw_stream(device))
+        if self._early:
+            function, sizes = self._head
+            config = _Config(sizes, stream, ctypes.pointer(_EARLY), 1)
+            code = self._launch(ctypes.byref(config), function, thread.addresses, None)
+        else:
+            code = self._launch(*self._head, stream, thread.addresses, None)
         if code:
             _check(code, f"to launch {self._kernel}")
 
