@@ -8,10 +8,10 @@
 // An integer below 2^MANTISSA in the low bits of MAGIC is the float BASE + integer.
 #if BF16
 constexpr int MANTISSA = 7;
-constexpr u32 MAGIC = 0x43004300, ONES = 0x3f803f80;
+constexpr u32 MAGIC = 0x43004300, ONES = 0x3f803f80, SIXTEENTH = 0x3d803d80;
 #else
 constexpr int MANTISSA = 10;
-constexpr u32 MAGIC = 0x64006400, ONES = 0x3c003c00;
+constexpr u32 MAGIC = 0x64006400, ONES = 0x3c003c00, SIXTEENTH = 0x2c002c00;
 #endif
 constexpr float BASE = 1 << MANTISSA;
 
@@ -44,6 +44,17 @@ __device__ __forceinline__ u16 round_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
 #endif
   return half;
+}
+
+// Two floats to the low and the high half.
+__device__ __forceinline__ u32 round_halves(float low, float high) {
+  u32 halves;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
+#endif
+  return halves;
 }
 
 __device__ __forceinline__ float widen_bf16(u32 half) { return __uint_as_float(half << 16); }

@@ -81,12 +81,6 @@ struct Copier {
   }
 };
 
-__device__ __forceinline__ void read_shared(u32* to, u32 from) {
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from));
-}
-
 // A lane's words of a unit in a stage.
 __device__ __forceinline__ void read_unit(Words<BITS>& to, u32 stage, int tile, int unit, int lane) {
   for_planes([&](auto plane) {

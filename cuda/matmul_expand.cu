@@ -2,13 +2,6 @@
 #include "choice.cuh"
 #include "tiles.cuh"
 
-// s · (code − zero point), rounded once in float32 and once more to 16 bits: the bits of `unpack`.
-__device__ __forceinline__ u32 scaled(u32 codes, float scale, float fraction) {
-  const u32 low = round_half(__fmul_rn(scale, widen(codes & 0xffff) - fraction));
-  const u32 high = round_half(__fmul_rn(scale, widen(codes >> 16) - fraction));
-  return low | high << 16;
-}
-
 // weight (n, k), whose rows begin at a multiple of 16 bytes. A warp a unit: grid of as many blocks as it takes.
 extern "C" __global__ void matmul_expand(CHOICE const u8* packed, const void* scales, const u8* zero_points, u16* weight,
                                          int n, int k) {
@@ -41,12 +34,11 @@ extern "C" __global__ void matmul_expand(CHOICE const u8* packed, const void* sc
     for (int row = 0; row < 2; ++row) {
       const int at = tile * ROWS + lane / 4 + 8 * row;
       if (at >= n) continue;
-      const float scale = scale_of(group, row), fraction = FRACTION ? fraction_of_zero(group, row) : 0.0f;
       uint4 values;
-      values.x = scaled(a[0][row], scale, fraction);
-      values.y = scaled(a[0][row + 2], scale, fraction);
-      values.z = scaled(a[1][row], scale, fraction);
-      values.w = scaled(a[1][row + 2], scale, fraction);
+      values.x = scaled(a[0][row], group, row);
+      values.y = scaled(a[0][row + 2], group, row);
+      values.z = scaled(a[1][row], group, row);
+      values.w = scaled(a[1][row + 2], group, row);
       *reinterpret_cast<uint4*>(weight + static_cast<u64>(at) * k + column) = values;
     }
   }

@@ -24,16 +24,19 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// A float in the shared memory of block `rank` of this cluster, at the address it has in this block's.
-__device__ __forceinline__ float load_of_rank(const float* own, int rank) {
+// Two floats in the shared memory of the block with part `split` of the columns, at the address they have in this
+// block's.
+__device__ __forceinline__ float2 load_of(const float* own, int split) {
 #if SPLITS > 1
   u32 address;
-  float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address));
-  return value;
+  float2 values;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(own)), "r"(split));
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(values.x), "=f"(values.y) : "r"(address));
+  return values;
 #else
-  return *own;
+  return *reinterpret_cast<const float2*>(own);
 #endif
 }
 
@@ -47,21 +50,23 @@ template <int rows, int cols, int slabs, int threads>
 __device__ __forceinline__ void store(const float* sums, const Output& out, int row0, int m0) {
   constexpr int pairs = rows * cols / 2;
   static_assert(rows % 2 == 0, "pairs of rows");
-  cluster_sync();
+  const bool pairs_fit = out.n % 2 == 0 && reinterpret_cast<u64>(out.y) % 4 == 0;
+  if constexpr (SPLITS > 1) cluster_sync();
   for (int pair = threadIdx.x + threads * blockIdx.y; pair < pairs; pair += threads * SPLITS) {
     const int row = pair % (rows / 2) * 2, col = pair / (rows / 2);
+    const int n = row0 + row, m = m0 + col;
+    if (m >= out.m || n >= out.n) continue;
     float total[2] = {0.0f, 0.0f};
-    for (int rank = 0; rank < SPLITS; ++rank) {
+    for (int split = 0; split < SPLITS; ++split) {
 #pragma unroll
       for (int slab = 0; slab < slabs; ++slab) {
-        const float* at = sums + (slab * cols + col) * padded(rows) + row;
-        total[0] += load_of_rank(at, rank);
-        total[1] += load_of_rank(at + 1, rank);
+        const float2 part = load_of(sums + (slab * cols + col) * padded(rows) + row, split);
+        total[0] += part.x;
+        total[1] += part.y;
       }
     }
-    const int n = row0 + row, m = m0 + col;
-    if (m >= out.m) continue;
     u16* y = out.y + static_cast<u64>(m) * out.n + n;
+    u16 results[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (n + i >= out.n) break;
@@ -71,8 +76,14 @@ __device__ __forceinline__ void store(const float* sums, const Output& out, int 
         total[i] += out.bias_f32 ? static_cast<const float*>(out.bias)[n + i]
                                  : widen(static_cast<const u16*>(out.bias)[n + i]);
       }
-      y[i] = round_half(total[i]);
+      results[i] = round_half(total[i]);
+    }
+    if (pairs_fit) {
+      *reinterpret_cast<u32*>(y) = results[0] | static_cast<u32>(results[1]) << 16;
+    } else {
+      y[0] = results[0];
+      if (n + 1 < out.n) y[1] = results[1];
     }
   }
-  cluster_sync();  // no block leaves while another reads its shared memory
+  if constexpr (SPLITS > 1) cluster_sync();  // no block leaves while another reads its shared memory
 }

@@ -98,6 +98,12 @@ struct GroupReader {
     if (ASYMMETRIC) zero_points += groups * (STEP * 2);
   }
 
+  // Brings a group, and those beside it, to L2.
+  __device__ __forceinline__ void prefetch(u32 group) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(scales + group * (STEP * SCALE_BYTES)));
+    if (ASYMMETRIC) asm volatile("prefetch.global.L2 [%0];" ::"l"(zero_points + group * (STEP * 2)));
+  }
+
   __device__ __forceinline__ void load(Group& to, u32 group) const {
     const u8* from = scales + group * (STEP * SCALE_BYTES);
 #if SCALE == 2
@@ -159,6 +165,9 @@ struct Masks {
 
 constexpr bool NIBBLES = BITS <= 4;
 
+// Whether nibbles of odd slots are read in place, 16 times as large: where a mantissa has room for them.
+constexpr bool IN_PLACE = NIBBLES && BITS + 4 <= MANTISSA;
+
 // Bytes in bfloat16 are read in two parts; an even constant zero point can be taken from both at once.
 constexpr bool FOLDED = !ASYMMETRIC && (ZERO - (1 << REST) + 1 >> (REST + 1)) % 2 == 0;
 constexpr u32 CODE = (1 << BITS) - 1;
@@ -173,8 +182,7 @@ __device__ __forceinline__ Offsets offsets_of(const Group& group) {
   Offsets offsets;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    // In float16, nibbles of odd slots are read in place, 16 times as large.
-    const float base = BF16 && BITS == 8 ? (FOLDED ? 2 * BASE : 0) : NIBBLES && !BF16 && row ? BASE / 16 : BASE;
+    const float base = BF16 && BITS == 8 ? (FOLDED ? 2 * BASE : 0) : IN_PLACE && row ? BASE / 16 : BASE;
     offsets.rows[row] = twice(-(base + integer_zero(group, row)));
   }
   return offsets;
@@ -210,16 +218,11 @@ __device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const u32 offset = offsets.rows[pair % 2];
-#if BF16
-      a[pair] = add2(((codes >> (4 * pair)) & masks.low) | MAGIC, offset);
-#else
-      const u32 word = codes >> (8 * (pair / 2));
-      if (pair % 2) {
-        a[pair] = fma2((word & masks.high) | MAGIC, 0x2c002c00, offset);  // 1/16
+      if (IN_PLACE && pair % 2) {
+        a[pair] = fma2(((codes >> (8 * (pair / 2))) & masks.high) | MAGIC, SIXTEENTH, offset);
       } else {
-        a[pair] = add2((word & masks.low) | MAGIC, offset);
+        a[pair] = add2(((codes >> (4 * pair)) & masks.low) | MAGIC, offset);
       }
-#endif
     }
   } else {
 #pragma unroll
@@ -243,4 +246,11 @@ __device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int
       }
     }
   }
+}
+
+// Two columns of row `row` of a group from its codes less the integer zero point: s · (code − zero point), rounded
+// once in float32 and once more to 16 bits, the bits of `unpack`.
+__device__ __forceinline__ u32 scaled(u32 codes, const Group& group, int row) {
+  const float scale = scale_of(group, row), fraction = FRACTION ? fraction_of_zero(group, row) : 0.0f;
+  return round_halves(__fmul_rn(scale, widen(codes & 0xffff) - fraction), __fmul_rn(scale, widen(codes >> 16) - fraction));
 }

@@ -83,6 +83,19 @@ def test_the_product_is_that_with_the_dequantized_weight(
             assert_identical(product(x, tiles, scheme, bits, bias), got, "again")
 
 
+@pytest.mark.parametrize("m", [150, 300, 512, 513])
+def test_many_rows_of_x_meet_weights_that_are_rounded(m: int) -> None:
+    """As `unpack` rounds them, whether registers or memory have them then."""
+    for n, scheme in ((N, Scheme(bits=4, group_size=64)), (9000, Scheme(bits=3, group_size=96))):
+        arguments, k = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths), 1096
+        stored = ops.pack(normal(n, k).cuda(), *arguments, False)
+        weight = ops.unpack(*stored, *arguments, scheme.bits, (n, k), torch.bfloat16)
+        x = normal(m, k, seed=m).to(torch.bfloat16).cuda()
+        tiles = ops.to_tiles(*stored, scheme.widths, k)
+        got = ops.matmul(x, *tiles, None, *arguments, scheme.bits, "float", "tiles", n)
+        assert_close(got, x, weight, None)
+
+
 def test_blocks_go_on_from_tile_to_tile() -> None:
     """More tiles than blocks that fit at once, and no whole number of them."""
     scheme, n, k = Scheme(bits=4, group_size=64), 20005, 264
@@ -90,12 +103,12 @@ def test_blocks_go_on_from_tile_to_tile() -> None:
     stored = ops.pack(normal(n, k).cuda(), *arguments, False)
     weight = ops.unpack(*stored, *arguments, 4, (n, k), torch.float32)
     tiles = ops.to_tiles(*stored, scheme.widths, k)
-    for m in (1, 11, 30):
+    for m in (1, 11, 30, 60, 120):
         x = normal(m, k, seed=m).half().cuda()
         assert_close(ops.matmul(x, *tiles, None, *arguments, 4, "float", "tiles", n), x, weight, None)
 
 
-@pytest.mark.parametrize("m", [4, 20, 40, 200])
+@pytest.mark.parametrize("m", [4, 20, 40, 100, 200, 600])
 def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_does(m: int) -> None:
     scheme, k = Scheme(bits=4, group_size=64), 520
     stored = ops.pack(normal(N, k).cuda(), *scheme.op_args(), *NEAREST.op_args(), scheme.widths, False)

@@ -94,16 +94,21 @@ TILES = (
 )
 
 
-def tile_kernels(clusters: bool) -> Iterator[Kernel]:
-    """Of few rows, which share columns in clusters, and of many."""
-    limits = Limits(132, 99 * 1024, (9, 0) if clusters else (8, 6))
+def tile_kernels(clusters: bool, hopper: bool) -> Iterator[Kernel]:
+    """Of few rows, which share columns in clusters, and of many; of Hopper's own instructions."""
+    limits = Limits(
+        132, (227 if hopper else 99) * 1024, (9, 0) if hopper else (10, 0) if clusters else (8, 6)
+    )
     for at, (scheme, bits) in enumerate(TILES):
         weight = tiles.Weight.of(SchemeArgs(*scheme.op_args()), scheme.widths, bits)
-        columns, n, bf16 = 1 << at % 4, 256 if at % 2 else 40000, at % 3 > 0
-        yield tiles.launch(weight, bf16, columns, n, 8192, limits).kernel
+        m, n, bf16 = 8 << at % 4, 256 if at % 2 else 40000, at % 3 > 0
+        for rows in (m, 16 * m) if hopper else (m,):
+            if (found := tiles.launch(weight, bf16, rows, n, 8192, limits)) is not None:
+                yield found.kernel
         if at < 2:
             yield tiles.expand(weight, bf16, 256, 256).kernel
     yield from (tiles.spoil(bf16) for bf16 in (True, False))
+    yield tiles.order()
 
 
 # Between them: scales and zero points of every kind, prefixes, bytes and nibbles, brackets of both kinds.
@@ -147,7 +152,7 @@ def test_every_kernel_compiles(arch: str) -> None:
         assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
     if arch == "sm_75":  # the matrix unit takes 16 columns of bfloat16 from sm_80 on
         return
-    for kernel in tile_kernels(arch in ("sm_90a", "sm_100")):
+    for kernel in tile_kernels(arch in ("sm_90a", "sm_100"), arch == "sm_90a"):
         assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
 
 
@@ -169,7 +174,7 @@ def test_every_kernel_that_reads_planes_can_be_chosen(arch: str) -> None:
 
 def test_every_source_is_one_of_a_kernel_or_part_of_one() -> None:
     folder = launcher.source_folder()
-    every = (*kernels(), *tile_kernels(True), *int8_kernels(True, True))
+    every = (*kernels(), *tile_kernels(True, False), *tile_kernels(True, True), *int8_kernels(True, True))
     spliced = "".join(launcher.splice(name) for name in {kernel.source for kernel in every})
     files = {path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
     assert files == {name for name in files if f'#line 1 "{name}"' in spliced}

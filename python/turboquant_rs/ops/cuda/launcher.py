@@ -238,7 +238,7 @@ def _write(key: str, cubin: bytes) -> None:
 # Launching ------------------------------------------------------------------------------------------------
 
 
-MOST_ARGUMENTS = 64
+MOST_ARGUMENTS = 128
 """Arguments of a launch, at most, of 8 bytes each."""
 
 

@@ -18,7 +18,8 @@ TILE_COLUMNS = 128
 _WORDS = 16
 _ALIGNMENT = 64
 
-_UINT8, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
+_UINT8, _UINT64 = 0, 4
+_NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128B, _PROMOTE_256B, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
 """Of the enumerations of cuda.h that `cuTensorMapEncodeTiled` takes, in their order there."""
 
 
@@ -30,7 +31,9 @@ def _encode() -> Callable[..., int]:
 
 
 @lru_cache(maxsize=4096)
-def tensor_map(address: int, rows: int, row_bytes: int, tile_rows: int) -> tuple[int, ...]:
+def tensor_map(
+    address: int, rows: int, row_bytes: int, tile_rows: int, plain: int | None = None
+) -> tuple[int, ...]:
     """The words of a map, for a kernel that copies tiles of `tile_rows` rows by 128 bytes; outside are zeros.
 
     Args:
@@ -38,23 +41,25 @@ def tensor_map(address: int, rows: int, row_bytes: int, tile_rows: int) -> tuple
         rows: Of the matrix.
         row_bytes: Of each row, a multiple of 16; one follows the other.
         tile_rows: At most 256.
+        plain: Bytes of a row of a tile that keep their places, at most 2048; columns are counted by 8 then.
 
     Raises: RuntimeError if the driver refuses.
     """
     memory = np.zeros(_WORDS + _ALIGNMENT // 8, np.int64)
     start = -memory.ctypes.data % _ALIGNMENT // 8
     own = memory[start : start + _WORDS]
+    size = 1 if plain is None else 8
     status = _encode()(
         ctypes.c_void_p(own.ctypes.data),
-        ctypes.c_int(_UINT8),
+        ctypes.c_int(_UINT8 if plain is None else _UINT64),
         ctypes.c_uint32(2),
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(row_bytes, rows),
+        (ctypes.c_uint64 * 2)(row_bytes // size, rows),
         (ctypes.c_uint64 * 1)(row_bytes),
-        (ctypes.c_uint32 * 2)(TILE_COLUMNS, tile_rows),
+        (ctypes.c_uint32 * 2)((plain or TILE_COLUMNS) // size, tile_rows),
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(_NO_INTERLEAVE),
-        ctypes.c_int(_SWIZZLE_128B),
+        ctypes.c_int(_SWIZZLE_128B if plain is None else _NO_SWIZZLE),
         ctypes.c_int(_PROMOTE_256B),
         ctypes.c_int(_ZEROS_OUTSIDE),
     )

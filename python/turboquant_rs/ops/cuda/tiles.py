@@ -2,11 +2,14 @@
 
     rows of x       kernel    what it is
     1 … 16          stream    16 rows of W a block, codes through registers: memory is the limit
-    … 64 a block    block     many rows of W and of x a block, through shared memory
-    more            expand    the weight as 16-bit floats, once, for cuBLAS
+    … 128           wide      on Hopper: W from registers into wgmma, x in its order through shared memory
+                    block     elsewhere: many rows of W and 64 of x a block, through shared memory
+    more            wide      on Hopper, of codes that are scaled on their way
+    many more       expand    the weight as 16-bit floats, once, for cuBLAS
 
-Codes enter the matrix unit as exact integers and sums are f32; the order of summation depends on the shapes
-and on nothing else, so results are the same bits every time.
+Up to `EXACT_ROWS` rows of x codes enter the matrix unit as exact integers, and scales meet their sums; with
+more, weights enter it as `unpack` rounds them. Sums are f32; their order depends on the shapes and on nothing
+else, so results are the same bits every time.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import ALIGNMENT, aligned, as_bias, plane_macros
+from turboquant_rs.ops.cuda.tensor_map import tensor_map
 from turboquant_rs.ops.direct import observed
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, split_args
 from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, fits, prefix_of
@@ -32,8 +36,17 @@ __all__ = ["Product", "Weight", "multiply", "takes"]
 COLUMNS = 8
 """Rows of x that one instruction multiplies."""
 
-EXPAND_ROWS = 129
-"""Rows of x from which expanding the weight for cuBLAS costs less than reading it once for every 64."""
+STREAM_ROWS = 16
+"""Rows of x up to which codes are streamed; beyond, activations would take more than codes."""
+
+EXACT_ROWS = 128
+"""Rows of x up to which weights are not rounded."""
+
+EXPAND_ROWS = 513
+"""Rows of x from which expanding the weight for cuBLAS costs less than what `wide` is slower."""
+
+ORDER_THREADS = 256
+"""Threads of a block that orders activations, 8 of them each."""
 
 ALIGNED_COLUMNS = 8
 """Rows of x begin at multiples of 16 bytes where k is a multiple of this."""
@@ -68,6 +81,13 @@ class Weight(NamedTuple):
         """Bits that are read of each code."""
         return sum(self.planes)
 
+    def exact(self, bf16: bool) -> bool:
+        """Whether a code less its zero point, and what that has of a fraction, is exact in 16 bits.
+
+        Halves of 2^-rest up to 2^bits, of either sign where the zero point is not in the middle.
+        """
+        return not bf16 or not self.rest or not self.asymmetric
+
     def macros(self, bf16: bool) -> dict[str, object]:
         """What `tiles.cuh` asks for."""
         return {
@@ -89,10 +109,13 @@ class Launch(NamedTuple):
     threads: int
     shared: int
     rows: int  # of x, a block
+    tile_rows: int = 0  # tiles of W a block, of `wide`
+    units: int = 0  # of a stage
 
     def on(self, device: int, m: int) -> Call:
         """The launch for m rows of x."""
-        return Call(self.kernel, device, (*self.grid, -(-m // self.rows)), (self.threads,), self.shared)
+        grid = (*self.grid, -(-m // self.rows))
+        return Call(self.kernel, device, grid, (self.threads,), self.shared, early=self.tile_rows > 0)
 
 
 class Stream(NamedTuple):
@@ -117,22 +140,52 @@ class Block(NamedTuple):
         """Threads of a block."""
         return 32 * self.warps_r * self.warps_k
 
-    def shared(self, bits: int, columns: int) -> int:
+    def shared(self, weight: Weight, columns: int) -> int:
         """Bytes of shared memory: of the stages, or of the sums that they leave room for in the end."""
         tiles, rows = self.r_tiles * self.warps_r, COLUMNS * columns
         row = self.warps_k * UNIT_COLUMNS * 2 + 64
-        stage = rows * row + tiles * self.warps_k * bits * TILE_ROWS * UNIT_COLUMNS // 8
+        stage = rows * row + tiles * self.warps_k * weight.bits * TILE_ROWS * UNIT_COLUMNS // 8
         sums = self.warps_k * rows * (tiles * TILE_ROWS + 4) * 4
         return max(self.stages * stage, sums)
 
 
-STREAM_COLUMNS = 2
-"""Eights of rows of x up to which codes are streamed; beyond, activations would take more than codes."""
+class Wide(NamedTuple):
+    """How `matmul_wide.cu` is shaped: macros of the same names."""
+
+    groups: int
+    stages: int
+    units: int
+    scaled: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a warp group that copies, and those that multiply."""
+        return 128 * (1 + self.groups)
+
+    @property
+    def rows(self) -> int:
+        """Rows of W of a block."""
+        return 64 * self.groups
+
+    def shared(self, weight: Weight, columns: int) -> int:
+        """Bytes of shared memory: of the stages, on a multiple of 1024, or of the sums in the end."""
+        stage_columns = self.units * UNIT_COLUMNS
+        codes = self.rows * stage_columns * weight.bits // 8
+        stage = COLUMNS * columns * stage_columns * 2 + -(-codes // 1024) * 1024
+        sums = COLUMNS * columns * (self.rows + 4) * 4
+        return max(self.stages * stage, sums) + 1024
+
+
+Shape = Stream | Block | Wide
+
+RESERVED = 1024
+"""Bytes of shared memory that the system takes for each block."""
+
 
 BLOCKS = {4: Block(2, 2, 4, 3, 2), 8: Block(2, 2, 2, 3, 2)}
 """The shape for 4 and 8 eights of rows of x: the fastest of many on a Hopper GPU."""
 
-FEW_ROWS = Block(2, 2, 4, 3, 1)
+SMALL_BLOCK = Block(2, 2, 4, 3, 1)
 """The shape where W has too few rows for two blocks a multiprocessor."""
 
 
@@ -166,13 +219,14 @@ def multiply(
     stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
     if not aligned(x):
         x = x.clone()
-    if m >= EXPAND_ROWS:
+    call = call_of(weight, bf16, m, n, k, device)
+    if call is None:
         values = x.new_empty(n, k)
         expand_into(values, packed, scales, zero_points, weight)
         multiply_expanded(x, values, bias, out)
         return
     bias, address, wide = as_bias(bias, x.dtype)
-    call_of(weight, bf16, m, n, k, device)(x.data_ptr(), *stored, address, wide, out.data_ptr(), m, n, k)
+    call(x.data_ptr(), *stored, address, wide, out.data_ptr(), m, n, k)
 
 
 def expand_into(values: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, weight: Weight) -> None:
@@ -197,12 +251,47 @@ def multiply_expanded(x: Tensor, values: Tensor, bias: Tensor | None, out: Tenso
 
 
 @lru_cache(maxsize=4096)
-def call_of(weight: Weight, bf16: bool, m: int, n: int, k: int, device: int) -> Call:
-    """The launch for fewer rows of x than `EXPAND_ROWS`.
+def call_of(weight: Weight, bf16: bool, m: int, n: int, k: int, device: int) -> Call | WideCall | None:
+    """The launch for m rows of x; None where the weight is expanded for them.
 
     Its arguments: x, the weight's three tensors, bias and whether that is f32, the product, m, n, k.
     """
-    return launch(weight, bf16, _columns(m), n, k, limits_of(device)).on(device, m)
+    found = launch(weight, bf16, m, n, k, limits_of(device))
+    if found is None:
+        return None
+    call = found.on(device, m)
+    return WideCall(call, found, weight, device, m, n, k) if found.tile_rows else call
+
+
+class WideCall:
+    """The launches of `wide`, with the arguments of the others: x is brought to its order first."""
+
+    def __init__(
+        self, call: Call, launch: Launch, weight: Weight, device: int, m: int, n: int, k: int
+    ) -> None:
+        """The launches for m rows of x."""
+        self._wide, self._device = call, torch.device("cuda", device)
+        tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
+        self._padded, self._x_rows = units * UNIT_COLUMNS, launch.rows
+        self._order = Call(order(), device, (-(-m * self._padded // (8 * ORDER_THREADS)),), (ORDER_THREADS,))
+        # Of each plane: where it begins, what a tile has of it, and what a stage has of a tile.
+        self._planes, at = [], 0
+        for width in weight.planes:
+            row = units * UNIT_COLUMNS * TILE_ROWS * width // 8
+            shape = (tiles, row, launch.tile_rows, launch.units * UNIT_COLUMNS * TILE_ROWS * width // 8)
+            self._planes.append((at, shape))
+            at += tiles * row
+
+    def __call__(self, x: int, packed: int, *operands: int) -> None:
+        """As a `Call`."""
+        m, _, k = operands[-3:]
+        ordered = torch.empty(m * self._padded, dtype=torch.int16, device=self._device)
+        address = ordered.data_ptr()
+        self._order(x, address, m, k, self._padded)
+        maps = tensor_map(address, m, 2 * self._padded, self._x_rows)
+        for at, shape in self._planes:
+            maps += tensor_map(packed + at, *shape)
+        self._wide(packed, *operands, *maps)
 
 
 class Product:
@@ -220,7 +309,7 @@ class Product:
         self._device, self._n, self._k = packed.get_device(), n, k
         whole = (activations, layout) == ("float", "tiles") and k % ALIGNED_COLUMNS == 0
         self._fits = whole and fits(scheme, rounding) and limits_of(self._device).tensor_cores
-        self._calls: dict[tuple[torch.dtype, int], Call | None] = {}
+        self._calls: dict[tuple[torch.dtype, int], Call | WideCall | None] = {}
         self._bias: tuple[Tensor, int, int] | None = None
 
     def __call__(
@@ -262,9 +351,9 @@ class Product:
         call(address, *weight, bias_address, wide, out.data_ptr(), m, n, k)
         return out, 0
 
-    def _call(self, dtype: torch.dtype, m: int) -> Call | None:
+    def _call(self, dtype: torch.dtype, m: int) -> Call | WideCall | None:
         """The launch for m rows of a dtype, if that is all there is to do."""
-        if not self._fits or dtype not in DTYPES or not 0 < m < EXPAND_ROWS:
+        if not self._fits or dtype not in DTYPES or m == 0:
             return None
         return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device)
 
@@ -299,17 +388,48 @@ def spoil(bf16: bool) -> Kernel:
 
 
 @cache
-def launch(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
-    """The kernel and grid for `columns` times eight rows of x."""
+def order() -> Kernel:
+    """The kernel that brings activations to the order of `wide`."""
+    return Kernel("matmul_order.cu", "matmul_order")
+
+
+@cache
+def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch | None:
+    """The kernel and grid for m rows of x; None where the weight is expanded for them."""
+    if limits.hopper and m > STREAM_ROWS and (m > EXACT_ROWS or weight.exact(bf16)):
+        return _wide(weight, bf16, m, n, k, limits) if m < EXPAND_ROWS else None
+    if m > EXACT_ROWS:
+        return None
+    return (_stream if m <= STREAM_ROWS else _block)(weight, bf16, _columns(m), n, k, limits)
+
+
+def _stream(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
     tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
-    if columns <= STREAM_COLUMNS:
-        stream = _stream(weight, columns, tiles / limits.processors)
-        splits = _splits(2 * tiles, stream.blocks, units // (stream.warps * stream.depth), limits)
-        kernel = _kernel(weight, bf16, columns, stream, splits)
-        blocks = min(tiles, max(1, limits.processors * stream.blocks // splits))
-        return Launch(kernel, (blocks, splits), 32 * stream.warps, 0, COLUMNS * columns)
-    block = BLOCKS[columns] if tiles > 2 * limits.processors or columns < 8 else FEW_ROWS
-    while block.stages > 2 and block.shared(weight.bits, columns) > limits.shared:
+    stream = _stream_shape(weight, columns, tiles / limits.processors, units)
+    splits = _splits(2 * tiles, stream.blocks, units // (stream.warps * stream.depth), limits)
+    kernel = _kernel(weight, bf16, columns, stream, splits)
+    blocks = min(tiles, max(1, limits.processors * stream.blocks // splits))
+    return Launch(kernel, (blocks, splits), 32 * stream.warps, 0, COLUMNS * columns)
+
+
+def _stream_shape(weight: Weight, columns: int, waves: float, units: int) -> Stream:
+    """Its shape, the fastest of many on an H200; a thread's registers hold the codes on their way."""
+    single = len(weight.planes) == 1
+    if columns > 1:
+        return Stream(4, 2, 4) if waves > 4 else Stream(8, 2, 2)
+    if weight.bits > 4:
+        if not single:
+            return Stream(8, 2, 2)
+        return Stream(4, 2, 8) if waves > 4 else Stream(8, 2, 4)
+    if single and waves > 3 and units > 256:
+        return Stream(4, 8, 4)
+    return Stream(8, 4, 3 if waves > 4 and single else 2)
+
+
+def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
+    tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
+    block = BLOCKS[columns] if tiles > 2 * limits.processors or columns < 8 else SMALL_BLOCK
+    while block.stages > 2 and block.shared(weight, columns) > limits.shared:
         block = block._replace(stages=block.stages - 1)
     blocks = -(-tiles // (block.r_tiles * block.warps_r))
     splits = _splits(blocks, block.blocks, units // (2 * block.warps_k * block.stages), limits)
@@ -317,13 +437,28 @@ def launch(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Lim
     return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns)
 
 
-def _stream(weight: Weight, columns: int, waves: float) -> Stream:
-    """Its shape, the fastest of many on a Hopper GPU; a thread's registers hold the codes on their way."""
-    if columns > 1:
-        return Stream(8, 2, 2)
-    if weight.bits > 4:
-        return Stream(8, 2, 4 if len(weight.planes) == 1 else 2)
-    return Stream(8, 4, 3 if waves > 4 and len(weight.planes) == 1 else 2)
+def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch:
+    """Its shapes are the fastest of some on an H200."""
+    columns = min(32, max(4, 1 << (-(-m // COLUMNS) - 1).bit_length()))
+    rows = COLUMNS * columns
+    # Where W has few rows, one warp group a block, and two blocks for the columns.
+    few = 2 * -(-n // 64) * -(-m // rows) <= limits.processors
+    long = max(weight.planes) < 8 and (columns == 4 or (few and columns == 8))  # a copy has 2048 bytes a tile
+    groups, units = 1 if few else 2, 4 if long else 2
+    wide = Wide(groups, 2, units, m > EXACT_ROWS)
+    while wide._replace(stages=wide.stages + 1).shared(weight, columns) <= limits.shared - RESERVED:
+        wide = wide._replace(stages=wide.stages + 1)
+    blocks = -(-n // wide.rows)
+    splits, most = 1, k // (4 * units * UNIT_COLUMNS)
+    while splits < 8 and 2 * splits <= most:
+        # Clusters of more than two leave multiprocessors idle.
+        fit = limits.processors if splits == 1 else limits.processors * 7 // 8
+        if 2 * splits * blocks * -(-m // rows) > fit:
+            break
+        splits *= 2
+    kernel = _kernel(weight, bf16, columns, wide, splits)
+    tile_rows = wide.rows // TILE_ROWS
+    return Launch(kernel, (blocks, splits), wide.threads, kernel.shared, rows, tile_rows, units)
 
 
 def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
@@ -338,10 +473,10 @@ def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
 
 
 @cache
-def _kernel(weight: Weight, bf16: bool, columns: int, shape: Stream | Block, splits: int) -> Kernel:
+def _kernel(weight: Weight, bf16: bool, columns: int, shape: Shape, splits: int) -> Kernel:
     """One kernel for all sizes of a matrix."""
     name = type(shape).__name__.lower()
     macros = {**weight.macros(bf16), "N_TILES": columns, "SPLITS": splits}
     macros |= {key.upper(): value for key, value in shape._asdict().items()}
-    shared = shape.shared(weight.bits, columns) if isinstance(shape, Block) else 0
+    shared = 0 if isinstance(shape, Stream) else shape.shared(weight, columns)
     return Kernel(f"matmul_{name}.cu", f"matmul_{name}", macros, shared=shared)
