@@ -1,7 +1,7 @@
 """The policy of run-time precision: signals in, a level out. No model, no clock, no thread.
 
     pressure p = max( (1 + queue/workers) · t / SLO,  queue / q*,  mem / mem* )
-    down       p > what chance explains, at least 1:  at once to the first level that is predicted to have p ≤ 0.9
+    down       p > 1, and more than chance explains:  at once to the first level predicted to have p ≤ 0.9
                more than 5 % of the requests predicted to be late:  to the first level where 2 % are
     up         p < θ for `dwell` periods, and p ≤ 0.9 and 2 % late predicted one level up:  one level
 
@@ -11,11 +11,11 @@ now will have waited when it is served. Everything in the system is in proportio
 t(ℓ) = c₀ + c₁ · bytes(ℓ), which is learned meanwhile; where a queue is reported, the work that comes over the
 work that can be done, ρ, is predicted likewise.
 
-Requests that come at random wait now and then at any load, and that is no reason to move. In heavy traffic the
-wait is exponential with mean t · I · ρ / (2 (1 − ρ)) (Kingman, "On queues in heavy traffic", 1962), where I is
-the index of dispersion of what comes: 0 evenly, 1 for a Poisson process. That says how many requests a level
-makes late, and how much pressure comes about by chance: once in 10,000 periods. More than that, or ρ > 0.9, is
-a change of the load.
+Requests that come at random wait now and then at any load, and that is no reason to move. In heavy traffic
+the wait is exponential with mean t · I · ρ / (2 (1 − ρ)) (Kingman, "On queues in heavy traffic", 1962), where
+I is the index of dispersion of what comes: 0 evenly, 1 for a Poisson process. That says how many requests a
+level makes late, and how much pressure comes about by chance: once in 10,000 periods. More than that, or
+ρ > 0.9, is a change of the load.
 
 Why it does not chatter: going up multiplies p by t(ℓ−1)/t(ℓ) ≤ r, the largest such ratio of the ladder. With
 θ ≤ 0.9/r the pressure afterwards is below 0.9, a tenth away from going down again; and a level that is taken
@@ -149,10 +149,8 @@ class Arrivals:
             self._variance += weight * (surplus * surplus - self._variance)
             self._counted += weight * (came - self._counted)
             self._surplus += (surplus - self._surplus) / self.RECENT
-            # The variance of an exponential mean of independent terms is that of one over 2 · periods.
-            if abs(self._surplus) > self.SURPRISE * math.sqrt(
-                max(self._variance, self.LEAST) / (2 * self.RECENT)
-            ):
+            variance = max(self._variance, self.LEAST) / (2 * self.RECENT)  # of an exponential mean
+            if abs(self._surplus) > self.SURPRISE * math.sqrt(variance):
                 self.forget()
         self._periods += 1
         weight = 1 / min(self._periods, self.KEPT)
@@ -167,7 +165,7 @@ class Arrivals:
 
     @property
     def dispersion(self) -> float:
-        """The variance of what comes over its mean: 0 evenly, 1 for a Poisson process; 0 before it is known."""
+        """Variance of what comes over its mean: 0 evenly, 1 for a Poisson process; 0 until it is known."""
         known = self._compared >= self.SPREAD and self._counted > 0
         return self._variance / self._counted if known else 0.0
 
