@@ -99,47 +99,109 @@ def training_tokens(folder: Path, paths: Sequence[Path], text: Path) -> tuple[Te
 
 
 def scales_apart(model: nn.Module, rate: float, scale_rate: float, bits_rate: float) -> list[Row]:
-    """Parameter groups: weights, learned scales, learned bits."""
+    """Parameter groups: weights, learned scales, learned bits. Rates are tensors: a graph reads them anew."""
     groups: dict[str, list[nn.Parameter]] = {"weight": [], "scale": [], "bits": []}
     for name, parameter in model.named_parameters():
         kind = name.rpartition("weight_")[2]
         groups[kind if kind in groups else "weight"].append(parameter)
-    rates = {"weight": rate, "scale": scale_rate, "bits": bits_rate}
-    return [{"params": own, "lr": rates[kind], "peak": rates[kind]} for kind, own in groups.items() if own]
+    rates, device = {"weight": rate, "scale": scale_rate, "bits": bits_rate}, next(model.parameters()).device
+    return [
+        {"params": own, "lr": torch.zeros((), device=device), "peak": rates[kind]}
+        for kind, own in groups.items()
+        if own
+    ]
+
+
+class Step:
+    """A step of training: gradients of all widths add up, then the parameters move.
+
+    A step is thousands of launches, so on a GPU it is captured as a CUDA graph, one for each choice of widths
+    that the sandwich may draw; noise is drawn by the host, and is not.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+    ) -> None:
+        self.model, self.teacher, self.optimizer, self.args = model, teacher, optimizer, args
+        layers = tq.qat.prepared_layers(model).values()
+        self.nested = any(layer.scheme.is_nested for layer in layers)
+        self.device = next(model.parameters()).device
+        self.batch = torch.zeros(args.batch, args.length, dtype=torch.int64, device=self.device)
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        if self.device.type == "cuda" and not any(layer.qat.rounding.is_stochastic for layer in layers):
+            for step in range(64):  # enough to draw every choice
+                if (widths := tuple(self.widths(step))) not in self.graphs:
+                    self.graphs[widths] = self.captured(step)
+
+    def widths(self, step: int) -> Iterator[int]:
+        """The layers read these bits, one after the other; 0 for all there are."""
+        if not self.nested:
+            return iter((0,))
+        return tq.sandwich(self.model, NESTED_BITS, step=step, seed=self.args.seed)
+
+    def run(self, step: int) -> Tensor:
+        """The step itself; gives the loss of the last width."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+        with torch.no_grad(), autocast:
+            goal = self.teacher(self.batch).logits.float().log_softmax(-1)
+        for width in self.widths(step):
+            with autocast:
+                logits = self.model(self.batch).logits
+            loss = divergence(goal, logits.float().log_softmax(-1)).mean()
+            (loss * self.args.shares.get(width, 1.0)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def captured(self, step: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The step as a graph, and where its loss will be. Rates are 0 meanwhile; AdamW remembers nothing."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.run(step)
+                self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            loss = self.run(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        return graph, loss
+
+    def __call__(self, batch: Tensor, step: int) -> Tensor:
+        """Trains on a batch; gives the loss of the last width."""
+        self.batch.copy_(batch)
+        if not self.graphs:
+            loss = self.run(step)
+            self.optimizer.zero_grad(set_to_none=True)
+            return loss
+        graph, loss = self.graphs[tuple(self.widths(step))]
+        graph.replay()
+        return loss.clone()
 
 
 def train(
     model: nn.Module, teacher: nn.Module, tokens: Tensor, steps: int, args: argparse.Namespace, rate: float
 ) -> Row:
     """Distils `teacher` into the prepared `model`: AdamW, linear warm-up over a tenth, cosine to 0."""
-    groups = scales_apart(model, rate, rate * args.scale_rate, args.bits_rate)
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    nested = any(layer.scheme.is_nested for layer in tq.qat.prepared_layers(model).values())
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens, losses, start = tokens.to(device), [], time.perf_counter()
-    window = torch.arange(args.length, device=device)
     model.train()
+    groups = scales_apart(model, rate, rate * args.scale_rate, args.bits_rate)
+    device, start = next(model.parameters()).device, time.perf_counter()
+    betas, graphs = tuple(args.betas), device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=True, capturable=graphs)
+    one_step = Step(model, teacher, optimizer, args)
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens, window, losses = tokens.to(device), torch.arange(args.length, device=device), []
     for step in range(steps):
         factor = min(1.0, (step + 1) / max(1, steps // 10)) * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"].fill_(group["peak"] * factor)
         at = torch.randint(0, len(tokens) - args.length, (args.batch, 1), generator=generator)
-        batch = tokens[at.to(device) + window]
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            goal = teacher(batch).logits.float().log_softmax(-1)
-        for width in tq.sandwich(model, NESTED_BITS, step=step, seed=args.seed) if nested else (0,):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(batch).logits
-            loss = divergence(goal, logits.float().log_softmax(-1)).mean()
-            (loss * args.shares.get(width, 1.0)).backward()
-            if step % max(1, steps // 8) == 0:
-                seconds = time.perf_counter() - start
-                log(f"    step {step} bits {width or '-'} loss {float(loss.detach()):.5f} {seconds:.1f} s")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses.append(one_step(tokens[at.to(device) + window], step))
+        if step % max(1, steps // 8) == 0:
+            log(f"    step {step} loss {float(losses[-1]):.5f} {time.perf_counter() - start:.1f} s")
     model.eval()
     tail = losses[-max(1, steps // 10) :]
     return {
@@ -381,7 +443,7 @@ def step_times(args: argparse.Namespace) -> Row:
 
 
 def shown(args: argparse.Namespace) -> Row:
-    kept = ("batch", "length", "scale_rate", "bits_rate", "seed", "amp")
+    kept = ("batch", "length", "betas", "scale_rate", "bits_rate", "shares", "seed", "amp")
     return {name: getattr(args, name) for name in kept}
 
 
@@ -399,6 +461,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=LONG)
     parser.add_argument("--rates", type=json.loads, default='{"2": 6e-4, "3": 2e-4, "4": 5e-5}')
     parser.add_argument("--scale-rate", type=float, default=0.05, help="of scales, over that of weights")
+    parser.add_argument("--betas", type=float, nargs=2, default=(0.95, 0.99))
     parser.add_argument("--bits-rate", type=float, default=0.03)
     parser.add_argument("--shares", type=json.loads, default="{}", help="of the bits in a sandwich's loss")
     parser.add_argument("--seed", type=int, default=0)
