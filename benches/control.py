@@ -261,12 +261,23 @@ def measure_speed() -> Row:
     return {"side": SIDE, "layers": LAYERS, "rows": rows}
 
 
+# The burst
+
+
+def measure_burst(picture: Path | None) -> Row:
+    start = time.perf_counter()
+    found = adaptive.run(picture)
+    figures: Row = found.to_dict()["figures"]
+    return figures | {"switches": found.switches, "slo_ms": found.slo_ms, "wall": time.perf_counter() - start}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="directory of a causal language model")
     parser.add_argument("--calibration", type=Path, required=True, help="UTF-8 text to score on")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to measure on")
     parser.add_argument("--only", nargs="+", metavar="SECTION")
+    parser.add_argument("--picture", type=Path, help="PNG of the burst")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     model, calibration = load_language(options.model, options.calibration)
@@ -278,7 +289,7 @@ def main() -> None:
         "nested": lambda: measure_nested(model, windows),
         "switching": lambda: measure_switching(model, scored, text[:8].unsqueeze(0)),
         "speed": measure_speed,
-        "burst": lambda: adaptive.run().to_dict()["figures"],
+        "burst": lambda: measure_burst(options.picture),
     }
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.only or sections:

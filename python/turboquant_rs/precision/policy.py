@@ -125,7 +125,7 @@ class Arrivals:
     """The work that comes: how much, and how unevenly."""
 
     KEPT, RECENT = 512, 32  # periods that the means are of: counts are noisy, and a change is to be seen soon
-    TELLING, SPREAD = 8, 64  # periods before the rate is believed, and the dispersion
+    TELLING, SPREAD = 8, 256  # periods before the rate is believed, and the dispersion
     SURPRISE = 4.0  # standard deviations of a recent mean that are a change
     LEAST = 0.1  # variance of a count, at least
 
@@ -213,8 +213,10 @@ class Policy:
         waiting = queue or 0.0
         bounded = max(waiting / (self.slo.queue or math.inf), (mem or 0.0) / (self.slo.mem or math.inf))
         self.pressure = max((1 + waiting / self.workers) * self._mean / self.slo.p95_ms, bounded)
-        pressed = self.pressure > max(1.0, self._by_chance(self.level, RARE)) or bounded > 1
-        if pressed or self._by_chance(self.level, LATE) > 1:
+        late = self._by_chance(self.level, LATE) > 1
+        explained = 1.0 if late else max(1.0, self._by_chance(self.level, RARE))
+        pressed = self.pressure > explained or bounded > 1
+        if pressed or late:
             self._calm = 0
             return self._down(time, limit, self.pressure if pressed else 0.0)
         self._told = ""
@@ -258,6 +260,8 @@ class Policy:
         wanted = next(enough, last + 1)  # none is enough: as low as it is allowed
         allowed = min(self.floor, self.floor if limit is None else max(limit, self.level))
         if wanted > allowed and self.level >= allowed:
+            if not pressure:
+                return None
             kind = "floor" if allowed == self.floor else "quality floor"
             if kind == self._told:
                 return None
