@@ -25,31 +25,29 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import machine
 import turboquant_rs as tq
+from precision import Values, interval
 from quality import load_language
 from turboquant_rs import quality
 
 RESULTS = Path(__file__).parent / "results" / "qat.json"
 LENGTH, SHORT, LONG = 512, 8, 128  # tokens a window, windows
-RESAMPLINGS = 2000
 PASSAGE, RUN, SHARED = 100, 8, 0.02  # lines, words of a run, and the share of runs that marks a copy
 NESTED = tq.Scheme.nested(planes=(2, 1, 1, 1, 1, 2))
 NESTED_BITS = (2, 3, 4, 8)
 LEARNED_BUDGET = 3.25  # effective bits: those of uniform 3-bit codes in groups of 64
 Row = dict[str, Any]
-Values = NDArray[np.float64]
 
 
 def log(text: str) -> None:
@@ -229,14 +227,6 @@ def answers(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
         yield model(part.to(device)).logits.float().log_softmax(-1)
 
 
-def interval(statistic: Callable[[Any], float], windows: int) -> Row:
-    """A statistic of chosen windows: of all, and the bounds that resampling gives."""
-    generator = np.random.default_rng(0)
-    draws = [statistic(generator.integers(0, windows, windows)) for _ in range(RESAMPLINGS)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": statistic(np.arange(windows)), "low": float(low), "high": float(high)}
-
-
 class Judge:
     """The float model's answers, to hold others against."""
 
@@ -384,10 +374,15 @@ def run(args: argparse.Namespace, results: Record) -> None:
         scheme = tq.Scheme(bits=int(name[-1])) if name[-1].isdigit() else NESTED
         record(name, model, scheme, train(model, teacher, text, args.steps, args, rate))
     if args.only is None or "learned" in args.only:
-        learned = learn_bits(teacher, text, args)
+        learned, model = learn_bits(teacher, text, args)
         log(f"learned: {learned}")
-        model = copy.deepcopy(teacher)
-        tq.quantize_(model, tq.QAT({name: tq.Scheme(bits=b) for name, b in learned["bits"].items()}))
+        schemes = {name: tq.Scheme(bits=bits) for name, bits in learned["bits"].items()}
+        plain = copy.deepcopy(teacher)
+        tq.quantize_(plain, schemes, progress=False)
+        own, _ = judge.measure(floats(plain), rounded(tq.Scheme(bits=3), 3))
+        results.add({"name": "rounded, learned bits", "bits": LEARNED_BUDGET, **own})
+        show({"name": "rounded, learned bits", "bits": LEARNED_BUDGET, **own})
+        tq.quantize_(model, tq.QAT(schemes))
         found = train(model, teacher, text, args.steps - learned["steps"], args, args.rates[3])
         uniform = tq.Scheme(bits=3)
         record("learned bits, then lsq", model, uniform, {**found, "learned": learned}, LEARNED_BUDGET)
@@ -397,21 +392,24 @@ def run(args: argparse.Namespace, results: Record) -> None:
                 rounded(scheme, bits)
 
 
-def learn_bits(teacher: nn.Module, text: Tensor, args: argparse.Namespace) -> Row:
-    """Bits learned by noise, in the first third of the steps."""
+def learn_bits(teacher: nn.Module, text: Tensor, args: argparse.Namespace) -> tuple[Row, nn.Module]:
+    """Bits learned by noise in the first sixth of the steps, and the float model that was trained by then."""
     model = copy.deepcopy(teacher)
     recipe = tq.QAT(tq.Scheme(bits=3), method="pqn", seed=args.seed, budget=tq.Budget(bits=LEARNED_BUDGET))
     tq.quantize_(model, recipe)
-    found = train(model, teacher, text, args.steps // 3, args, args.rates[3])
+    found = train(model, teacher, text, args.steps // 6, args, args.rates[3])
     layers = tq.qat.prepared_layers(model)
     elements = sum(layer.weight.numel() for layer in layers.values())
     nbytes = sum(layer.stored.nbytes for layer in layers.values())
+    trained = copy.deepcopy(teacher)
+    names = trained.state_dict().keys()
+    trained.load_state_dict({name: x for name, x in model.state_dict().items() if name in names})
     return {
         "bits": {name: layer.scheme.bits for name, layer in layers.items()},
         "effective_bits": 8 * nbytes / elements,
         "of_budget": 8 * nbytes / elements / LEARNED_BUDGET,
         **found,
-    }
+    }, trained
 
 
 def step_times(args: argparse.Namespace) -> Row:

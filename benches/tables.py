@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ HOW = {
     "models": "make bench-models",
     "precision": "make quality",
     "control": "make quality",
+    "qat": "python benches/qat.py",
     "cuda": "make gpu",
     "cuda_matmul": "make gpu",
     "cuda_int8": "make gpu",
@@ -283,7 +285,39 @@ def cuda_int8_quantize() -> str:
     return markdown(["x, bf16", *(f"scale {name}" if name == "a row" else name for name in names)], lines)
 
 
+def qat() -> str:
+    """One line a trained variant and number of bits, over all windows: KL of rounding and after training."""
+    record = read("qat", "rows")
+    windows = read("qat", "text")["windows"]
+    known = {(row["name"], row["bits"]): row for row in record}
+    order = ["lsq 4", "lsq 3", "learned bits, then lsq", "lsq 2", "elastic 2", "ste 2", "lsq nested"]
+    lines = []
+    for row in sorted(
+        (r for r in record if r["name"] in order), key=lambda r: (order.index(r["name"]), -r["bits"])
+    ):
+        nested = row["name"] == "lsq nested"
+        plain = known["rounded nested" if nested else "rounded", math.floor(row["bits"])]
+        effective = row["bits"] if "learned" in row else None
+        kl, before = row[f"kl_{windows}"], plain[f"kl_{windows}"]["value"]
+        won, ratio = row[f"recovered_{windows}"], row[f"perplexity_ratio_{windows}"]
+        lines.append(
+            [
+                row["name"].removesuffix(f" {row['bits']}"),
+                f"{effective:.2f} with scales" if effective else str(row["bits"]),
+                f"{before:.4f}",
+                f"{kl['value']:.4f} ({kl['low']:.4f} … {kl['high']:.4f})",
+                f"{won['value']:.0%} ({won['low']:.0%} … {won['high']:.0%})",
+                f"{plain[f'perplexity_ratio_{windows}']['value']:.3f}",
+                interval(ratio),
+            ]
+        )
+    return markdown(
+        ["method", "bits", "KL, rounded", "KL, trained", "won back", "perplexity, rounded", "trained"], lines
+    )
+
+
 TABLES = {
+    "qat": qat,
     "precision-plans": precision_plans,
     "control-burst": control_burst,
     "cuda-pack": cuda_pack,
