@@ -287,33 +287,30 @@ def cuda_int8_quantize() -> str:
 
 def qat() -> str:
     """One line a trained variant and number of bits, over all windows: KL of rounding and after training."""
-    record = read("qat", "rows")
     windows = read("qat", "text")["windows"]
-    known = {(row["name"], row["bits"]): row for row in record}
-    order = ["lsq 4", "lsq 3", "learned bits, then lsq", "lsq 2", "elastic 2", "ste 2", "lsq nested"]
+    known = {(row["name"], row["bits"]): row for row in read("qat", "rows")}
     lines = []
-    for row in sorted(
-        (r for r in record if r["name"] in order), key=lambda r: (order.index(r["name"]), -r["bits"])
-    ):
-        nested = row["name"] == "lsq nested"
-        plain = known["rounded nested" if nested else "rounded", math.floor(row["bits"])]
-        effective = row["bits"] if "learned" in row else None
-        kl, before = row[f"kl_{windows}"], plain[f"kl_{windows}"]["value"]
-        won, ratio = row[f"recovered_{windows}"], row[f"perplexity_ratio_{windows}"]
+    for (name, bits), row in known.items():
+        if name.startswith("rounded"):
+            continue
+        plain = known["rounded nested" if name == "lsq nested" else "rounded", math.floor(bits)]
+        kl, ratio = row[f"kl_{windows}"], row[f"perplexity_ratio_{windows}"]
+        before, won = plain[f"kl_{windows}"]["value"], row[f"recovered_{windows}"]
         lines.append(
             [
-                row["name"].removesuffix(f" {row['bits']}"),
-                f"{effective:.2f} with scales" if effective else str(row["bits"]),
+                name.removesuffix(f" {bits}"),
+                f"{math.floor(bits)} on average" if "learned" in row else str(bits),
                 f"{before:.4f}",
                 f"{kl['value']:.4f} ({kl['low']:.4f} … {kl['high']:.4f})",
-                f"{won['value']:.0%} ({won['low']:.0%} … {won['high']:.0%})",
+                f"{won['value']:.0%} ({won['low']:.0%} … {won['high']:.0%})"
+                if won["value"] > 0
+                else "nothing",
                 f"{plain[f'perplexity_ratio_{windows}']['value']:.3f}",
                 interval(ratio),
             ]
         )
-    return markdown(
-        ["method", "bits", "KL, rounded", "KL, trained", "won back", "perplexity, rounded", "trained"], lines
-    )
+    columns = ["KL, rounded", "KL, trained (95 %)", "won back", "perplexity, rounded", "trained"]
+    return markdown(["method", "bits", *columns], lines)
 
 
 TABLES = {
