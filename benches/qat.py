@@ -287,11 +287,11 @@ def converted(model: nn.Module, window: Tensor) -> Row:
     }
 
 
-def variants(args: argparse.Namespace) -> Iterator[tuple[str, tq.QAT, float]]:
-    """Name, recipe, and peak rate of the weights."""
+def variants(args: argparse.Namespace) -> Iterator[tuple[str, tq.Scheme, str, float]]:
+    """Name, scheme, method, and peak rate of the weights."""
     for bits, method in ((4, "lsq"), (3, "lsq"), (2, "lsq"), (2, "elastic"), (2, "ste")):
-        yield f"{method} {bits}", tq.QAT(tq.Scheme(bits=bits), method=method), args.rates[bits]
-    yield "lsq nested", tq.QAT(NESTED, method="lsq"), args.rates[3]
+        yield f"{method} {bits}", tq.Scheme(bits=bits), method, args.rates[bits]
+    yield "lsq nested", NESTED, "lsq", args.rates[3]
 
 
 class Record:
@@ -332,13 +332,10 @@ def run(args: argparse.Namespace, results: Record) -> None:
     log(f"{facts}")
     results.write(model=args.model.name, text={"windows": args.windows, "length": LENGTH}, training=facts)
 
-    def show(row: Row) -> None:
-        own = {
-            name: f"{row[name]['value']:.5f}"
-            for name in row
-            if isinstance(row[name], dict) and "value" in row[name]
-        }
-        log(f"  {row['name']} {row['bits']}: {own}")
+    def note(row: Row) -> None:
+        results.add(row)
+        figures = {key: own["value"] for key, own in row.items() if isinstance(own, dict) and "value" in own}
+        log(f"  {row['name']} {row['bits']}: {', '.join(f'{key} {x:.5f}' for key, x in figures.items())}")
 
     known: dict[tuple[str, int], Values] = {}  # name and bits to the KL of each window
 
@@ -349,8 +346,7 @@ def run(args: argparse.Namespace, results: Record) -> None:
             plain = copy.deepcopy(teacher)
             tq.quantize_(plain, scheme, progress=False)
             own, known[name, bits] = judge.measure(floats(plain, bits if scheme.is_nested else None))
-            results.add({"name": name, "bits": bits, **own})
-            show({"name": name, "bits": bits, **own})
+            note({"name": name, "bits": bits, **own})
         return known[name, bits]
 
     def record(
@@ -362,16 +358,14 @@ def run(args: argparse.Namespace, results: Record) -> None:
         for bits in NESTED_BITS if scheme.is_nested else (scheme.bits,):
             ours = floats(trained, bits if scheme.is_nested else None).to(args.device)
             own, _ = judge.measure(ours, rounded(scheme, bits))
-            results.add({**row, "bits": effective or bits, **own})
-            show({**row, "bits": effective or bits, **own})
+            note({**row, "bits": effective or bits, **own})
 
-    for name, recipe, rate in variants(args):
+    for name, scheme, method, rate in variants(args):
         if args.only is not None and name not in args.only:
             continue
         log(name)
         model = copy.deepcopy(teacher)
-        tq.quantize_(model, recipe, activations="int8")
-        scheme = tq.Scheme(bits=int(name[-1])) if name[-1].isdigit() else NESTED
+        tq.quantize_(model, tq.QAT(scheme, method=method), activations="int8")
         record(name, model, scheme, train(model, teacher, text, args.steps, args, rate))
     if args.only is None or "learned" in args.only:
         learned, model = learn_bits(teacher, text, args)
@@ -380,8 +374,7 @@ def run(args: argparse.Namespace, results: Record) -> None:
         plain = copy.deepcopy(teacher)
         tq.quantize_(plain, schemes, progress=False)
         own, _ = judge.measure(floats(plain), rounded(tq.Scheme(bits=3), 3))
-        results.add({"name": "rounded, learned bits", "bits": LEARNED_BUDGET, **own})
-        show({"name": "rounded, learned bits", "bits": LEARNED_BUDGET, **own})
+        note({"name": "rounded, learned bits", "bits": LEARNED_BUDGET, **own})
         tq.quantize_(model, tq.QAT(schemes))
         found = train(model, teacher, text, args.steps - learned["steps"], args, args.rates[3])
         uniform = tq.Scheme(bits=3)
@@ -453,15 +446,17 @@ def main() -> None:
         "--train", type=Path, nargs="+", required=True, help="texts, and folders of Python sources"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=300, help="of training; 0 only times steps")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1365, help="of training; 0 only times steps")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--windows", type=int, default=LONG)
-    parser.add_argument("--rates", type=json.loads, default='{"2": 6e-4, "3": 2e-4, "4": 5e-5}')
+    parser.add_argument("--rates", type=json.loads, default='{"2": 3e-4, "3": 1e-4, "4": 5e-5}')
     parser.add_argument("--scale-rate", type=float, default=0.05, help="of scales, over that of weights")
     parser.add_argument("--betas", type=float, nargs=2, default=(0.95, 0.99))
     parser.add_argument("--bits-rate", type=float, default=0.03)
-    parser.add_argument("--shares", type=json.loads, default="{}", help="of the bits in a sandwich's loss")
+    parser.add_argument(
+        "--shares", type=json.loads, default='{"2": 0.1, "3": 0.5}', help="of the bits in a sandwich's loss"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--only", nargs="*", help="names of variants")
