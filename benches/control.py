@@ -3,7 +3,8 @@
     python benches/control.py --model DIR --calibration FILE --text FILE [--only SECTION]
 
 phases      KL a generated token: bits by interval against the same bits throughout, at equal bytes a forward
-nested      bytes and KL of one nested pack against packs of their own, 8 windows of 512 tokens, weights only
+nested      bytes and KL of one nested pack against packs of their own, weights only, over the first 8 and the
+            first 128 windows of 512 tokens
 switching   10,000 random switches under 8 threads: every forward that of one plan; microseconds, bytes
 speed       tokens a second of layers that no cache holds, m = 1, against plain 8 bits
 burst       the adaptive demo
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from turboquant_rs.precision import LayerScores, PhasedSensitivity
 from turboquant_rs.precision.weights import Weights
 
 RESULTS = Path(__file__).parent / "results" / "control.json"
-CALIBRATION, EVALUATION, WINDOWS = 16, 16, 8  # sequences
+CALIBRATION, EVALUATION, FIRST, WINDOWS = 16, 16, 8, 128  # sequences
 BUDGETS = (3.0, 3.5, 4.0)
 PHASES = {"prefill and decode": (0, None), "prefill, 32 tokens, the others": (0, 32, None)}
 SWITCHES, THREADS = 10_000, 8
@@ -145,26 +146,49 @@ def measure_phases(model: nn.Module, scored: Sequence[Tensor], measured: Sequenc
 # Nested storage
 
 
-def measure_nested(model: nn.Module, windows: Tensor) -> Row:
-    reference = [quality.log_probabilities(lambda ids: model(input_ids=ids).logits, w) for w in windows]
+@torch.inference_mode()
+def measure_nested(model: nn.Module, windows: Tensor, device: str) -> Row:
+    model, windows = copy.deepcopy(model).to(device), windows.to(device)
 
-    def kl(scheme: tq.Scheme, bits: int) -> tuple[float, int]:
+    def answers(own: nn.Module) -> Iterator[Tensor]:
+        for part in windows.split(FIRST):
+            yield torch.log_softmax(own(input_ids=part).logits[:, :-1].float(), dim=-1)
+
+    originals = list(answers(model))
+
+    def kl(scheme: tq.Scheme, bits: int) -> tuple[Values, int]:
+        """Of each window, and the bytes stored."""
         ours = copy.deepcopy(model)
         tq.quantize_(ours, scheme, activations="float", progress=False)
         stored = sum(layer.packed.nbytes for layer in ours.modules() if isinstance(layer, tq.nn.QuantLinear))
-        tq.set_precision(ours, bits)
-        found = quality.compare_logits(reference, lambda ids: ours(input_ids=ids).logits, windows)
-        return found.kl, stored
+        if scheme.is_nested:
+            tq.set_precision(ours, bits)
+        pairs = zip(originals, answers(tq.dequantize_(ours)), strict=True)
+        values = torch.cat([(p.exp() * (p - q)).sum(-1).mean(-1) for p, q in pairs])
+        return values.double().cpu().numpy(), stored
 
     plain = {bits: kl(tq.Scheme(bits=bits), bits) for bits in (8, 4, 3)}
     rows = []
     for scheme in NESTED:
         for bits in (width for width in (8, 4, 3) if width in scheme.prefixes):
-            value, stored = kl(scheme, bits)
-            row = {"planes": scheme.planes, "bits": bits, "kl": value, "over_plain": value / plain[bits][0]}
-            rows.append(row | {"bytes_over_plain_8": stored / plain[8][1]})
+            values, stored = kl(scheme, bits)
+
+            def ratio(chosen: NDArray[np.intp], a: Values = values, b: Values = plain[bits][0]) -> float:
+                return float(a[chosen].mean() / b[chosen].mean())
+
+            row: Row = {"planes": scheme.planes, "bits": bits, "bytes_over_plain_8": stored / plain[8][1]}
+            for count in (FIRST, len(values)):
+                row |= {
+                    f"kl_{count}": float(values[:count].mean()),
+                    f"over_plain_{count}": interval(ratio, count),
+                }
+            rows.append(row)
             log(f"nested {rows[-1]}")
-    return {"plain": {str(bits): value for bits, (value, _) in plain.items()}, "rows": rows}
+    kept = {
+        str(bits): {str(n): float(own[:n].mean()) for n in (FIRST, WINDOWS)}
+        for bits, (own, _) in plain.items()
+    }
+    return {"device": device, "plain": kept, "rows": rows}
 
 
 # Switching
@@ -261,12 +285,24 @@ def measure_speed() -> Row:
     return {"side": SIDE, "layers": LAYERS, "rows": rows}
 
 
+# The burst
+
+
+def measure_burst(picture: Path | None) -> Row:
+    start = time.perf_counter()
+    found = adaptive.run(picture)
+    figures: Row = found.to_dict()["figures"]
+    return figures | {"switches": found.switches, "slo_ms": found.slo_ms, "wall": time.perf_counter() - start}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="directory of a causal language model")
     parser.add_argument("--calibration", type=Path, required=True, help="UTF-8 text to score on")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to measure on")
     parser.add_argument("--only", nargs="+", metavar="SECTION")
+    parser.add_argument("--device", default="cpu", help="that the section nested computes on")
+    parser.add_argument("--picture", type=Path, help="PNG of the burst")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     model, calibration = load_language(options.model, options.calibration)
@@ -275,10 +311,10 @@ def main() -> None:
     windows = quality.windows(text, WINDOWS)
     sections: dict[str, Callable[[], Row]] = {
         "phases": lambda: measure_phases(model, scored, measured),
-        "nested": lambda: measure_nested(model, windows),
+        "nested": lambda: measure_nested(model, windows, options.device),
         "switching": lambda: measure_switching(model, scored, text[:8].unsqueeze(0)),
         "speed": measure_speed,
-        "burst": lambda: adaptive.run().to_dict()["figures"],
+        "burst": lambda: measure_burst(options.picture),
     }
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.only or sections:

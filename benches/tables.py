@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ HOW = {
     "models": "make bench-models",
     "precision": "make quality",
     "control": "make quality",
+    "qat": "python benches/qat.py",
     "cuda": "make gpu",
     "cuda_matmul": "make gpu",
     "cuda_int8": "make gpu",
@@ -299,9 +301,38 @@ def cuda_models(section: str) -> str:
     return markdown(["layers", "MB", *columns, *kl], lines)
 
 
+def qat() -> str:
+    """One line a trained variant and number of bits, over all windows: KL of rounding and after training."""
+    windows = read("qat", "text")["windows"]
+    known = {(row["name"], row["bits"]): row for row in read("qat", "rows")}
+    lines = []
+    for (name, bits), row in known.items():
+        if name.startswith("rounded"):
+            continue
+        plain = known["rounded nested" if name == "lsq nested" else "rounded", math.floor(bits)]
+        kl, ratio = row[f"kl_{windows}"], row[f"perplexity_ratio_{windows}"]
+        before, won = plain[f"kl_{windows}"]["value"], row[f"recovered_{windows}"]
+        lines.append(
+            [
+                name.removesuffix(f" {bits}"),
+                f"{math.floor(bits)} on average" if "learned" in row else str(bits),
+                f"{before:.4f}",
+                f"{kl['value']:.4f} ({kl['low']:.4f} … {kl['high']:.4f})",
+                f"{won['value']:.0%} ({won['low']:.0%} … {won['high']:.0%})"
+                if won["value"] > 0
+                else "nothing",
+                f"{plain[f'perplexity_ratio_{windows}']['value']:.3f}",
+                interval(ratio),
+            ]
+        )
+    columns = ["KL, rounded", "KL, trained (95 %)", "won back", "perplexity, rounded", "trained"]
+    return markdown(["method", "bits", *columns], lines)
+
+
 TABLES = {
     "cuda-models-language": partial(cuda_models, "language"),
     "cuda-models-large": partial(cuda_models, "large"),
+    "qat": qat,
     "precision-plans": precision_plans,
     "control-burst": control_burst,
     "cuda-pack": cuda_pack,

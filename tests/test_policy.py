@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboquant_rs.precision.policy import SLO, TARGET, Event, Latency, Policy
+from turboquant_rs.precision.policy import LATE, SLO, TARGET, Arrivals, Event, Latency, Policy
 
 LEVELS = 12
 BITS = [8.25 - 0.5 * level for level in range(LEVELS)]  # 8.25 to 2.75
@@ -128,6 +128,40 @@ def test_random_arrivals_keep_the_promise_too():
     assert sorted(served)[round(0.95 * len(served))] <= SLO_MS
 
 
+MINUTE = 60_000.0
+
+
+@pytest.mark.parametrize("load", [0.5, 0.7, 0.9, 1.2])
+def test_at_a_constant_load_random_arrivals_move_it_seldom_and_are_as_late_as_is_promised(load):
+    """Bits are within one level of the most that would keep the promise throughout."""
+    arrivals = trace([(2 * MINUTE, load)], random.Random(3))
+    run = serve(arrivals, policy(), noise=0.05)
+    late = LATE * len(arrivals)
+    assert sum(event.time > MINUTE / 1e3 for event in moves(run)) <= 20  # in the second minute
+    assert run.violations(SLO_MS) <= late
+    kept = (serve(arrivals, None, lambda _, at=at: at, noise=0.05) for at in range(LEVELS))
+    best = next(own for own in kept if own.violations(SLO_MS) <= late)
+    assert run.mean_bits() >= best.mean_bits() - 0.5
+
+
+def test_a_burst_of_random_arrivals_costs_no_more_bits_than_the_promise_asks_for():
+    """A clairvoyant that goes by the load alone has more bits, and many times the late requests."""
+    arrivals = trace(BURST, random.Random(0))
+    run, best = serve(arrivals, policy()), serve(arrivals, None, clairvoyant)
+    assert run.violations(SLO_MS) <= LATE * len(arrivals) < best.violations(SLO_MS)
+    assert len(moves(run)) <= 24  # down at the first step of the load, and up level by level, twice
+
+
+def test_after_random_arrivals_an_even_burst_is_met_as_ever():
+    """What was learned of chance does not delay it by more than chance explains."""
+    calm = trace([(MINUTE, 0.4)], random.Random(0))
+    burst = [MINUTE + arrival for arrival in trace(BURST[1:2])]
+    own = policy()
+    run = serve(calm + burst, own)
+    late = sum(arrival >= MINUTE and latency > SLO_MS for arrival, latency in run.latencies)
+    assert late <= 30 and own.level > 0
+
+
 def test_when_the_burst_is_over_full_precision_comes_back_one_level_at_a_time_after_the_dwell():
     run = serve(trace(BURST), policy(dwell=20))
     ups = [event for event in moves(run) if event.kind == "up"]
@@ -173,6 +207,48 @@ def test_the_threshold_leaves_room_for_the_largest_step_of_the_ladder(ratio):
     own.latency.FIXED = 0.0
     own.observe(0.0, 1.0)
     assert own.threshold * own.latency.steepest(1) <= TARGET * (1 + 1e-9)
+
+
+# Arrivals
+
+
+def learned(arrivals: list[float]) -> Arrivals:
+    """From periods that end with the first arrival after a millisecond."""
+    own, start, came = Arrivals(), arrivals[0], 0
+    for now in arrivals[1:]:
+        came += 1
+        if now - start >= 1.0:
+            own.learn(came, now - start)
+            start, came = now, 0
+    return own
+
+
+@pytest.mark.parametrize("load", [0.3, 0.9])
+def test_arrivals_are_told_apart_by_their_dispersion(load):
+    even = learned(trace([(MINUTE, load)]))
+    poisson = learned(trace([(MINUTE, load)], random.Random(0)))
+    assert even.rate == pytest.approx(load / true_time(0), rel=0.01)
+    assert poisson.rate == pytest.approx(load / true_time(0), rel=0.15)
+    assert even.dispersion < 0.05
+    assert poisson.dispersion == pytest.approx(1.0, abs=0.25)
+
+
+def test_a_change_of_the_load_is_seen_within_the_recent_periods():
+    own, draw = Arrivals(), random.Random(0)
+    for rate in (1.0, 3.0):
+        for _ in range(400):
+            own.learn(draw.expovariate(1.0) * rate, 1.0)
+        for _ in range(32):
+            own.learn(rate, 1.0)
+        assert own.rate == pytest.approx(rate, rel=0.2)
+
+
+def test_without_a_queue_nothing_is_explained_by_chance():
+    own = policy()
+    for period in range(1000):
+        own.observe(period, 10.0)
+    assert (own.arrivals.rate, own.arrivals.dispersion) == (0.0, 0.0)
+    assert own.observe(1000, 120.0).kind == "down"
 
 
 # Signals

@@ -30,7 +30,7 @@ from turboquant_rs.table import table
 
 from .adaptive_picture import draw
 
-CORPUS, EVALUATED = 1024, 1024  # sentences to train on, places to measure KL at
+CORPUS, EVALUATED = 1024, 512  # sentences to train on, places to measure KL at
 CHOICES, LEVELS = (4, 8), 12
 BYTES = 12  # that a request asks for
 CALM, BURST = 0.4, 1.2  # work that comes, over what 8 bits can do

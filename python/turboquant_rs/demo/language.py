@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CONTEXT, EMBEDDED, WIDTH, INNER, BLOCKS = 32, 32, 1024, 2048, 4
-TRAINING_STEPS, BATCH, RATE = 120, 64, 1e-3
+TRAINING_STEPS, BATCH, RATE = 60, 64, 1e-3
 
 
 class _Block(nn.Module):
@@ -64,7 +64,7 @@ def train(data: Tensor, each: Callable[[int], None] = lambda done: None) -> Byte
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = ByteModel()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=TRAINING_STEPS)
     for step in range(TRAINING_STEPS):
         x, y = contexts(data, BATCH, step)
