@@ -1,10 +1,12 @@
 // Activations in the order of the matrix unit of a warp group, which takes them from shared memory as they lie.
+#include "choice.cuh"
 #include "words.cuh"
 
 // x (m, k) to ordered (m, padded), a multiple of 64 columns, zeros behind the last: place 16·t + 8·h + 2·q + e of
 // 64 is column 32·(t div 2) + 8·q + 4·(t mod 2) + 2·h + e, the one that lane q holds of W (`tiles.cuh`).
 // k is a multiple of 8, rows begin at a multiple of 16 bytes. A thread 8 places.
-extern "C" __global__ void matmul_order(const u16* x, u16* ordered, int m, int k, int padded) {
+extern "C" __global__ void matmul_order(CHOICE const u16* x, u16* ordered, int m, int k, int padded) {
+  UNLESS_CHOSEN;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");  // those that wait for its end where they must
 #endif

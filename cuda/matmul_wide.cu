@@ -4,6 +4,7 @@
 // SPLITS blocks, a cluster, share the columns.
 // SCALED: codes are scaled on their way to the matrix unit, rounded as `unpack` does; else sums are, and a code less
 // its zero point, with any fraction of that, has to be exact in 16 bits.
+#include "choice.cuh"
 #include "hopper.cuh"
 #include "sums.cuh"
 
@@ -80,8 +81,9 @@ struct TensorMaps {
 // of x. Maps are of x as `matmul_order` leaves it, in tiles of BLOCK_COLS rows, and of planes whose rows are
 // tiles of W, BLOCK_TILES of a stage at a time.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
-    matmul_wide(const u8* packed, const void* scales, const u8* zero_points, const void* bias, int bias_f32, u16* y,
+    matmul_wide(CHOICE const u8* packed, const void* scales, const u8* zero_points, const void* bias, int bias_f32, u16* y,
                 int m, int n, int k, const __grid_constant__ TensorMaps maps) {
+  UNLESS_CHOSEN;
   extern __shared__ u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES];
   const Matrix w = matrix(packed, scales, zero_points, n, k);

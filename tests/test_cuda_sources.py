@@ -156,13 +156,25 @@ def test_every_kernel_compiles(arch: str) -> None:
         assert kernel.compile(arch).startswith(b"\x7fELF"), kernel
 
 
-CHOSEN = ("dequantize.cu", "matmul_stream.cu", "matmul_block.cu", "matmul_expand.cu", "matmul_int8_")
+CHOSEN = (
+    "dequantize.cu",
+    "matmul_stream.cu",
+    "matmul_block.cu",
+    "matmul_expand.cu",
+    "matmul_order.cu",
+    "matmul_wide.cu",
+    "matmul_int8_",
+)
 """What a graph may choose: kernels that read planes, and those that serve them."""
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_every_kernel_that_reads_planes_can_be_chosen(arch: str) -> None:
-    every = (*kernels(), *tile_kernels(arch == "sm_90a"), *int8_kernels(True, arch == "sm_90a"))
+    every = (
+        *kernels(),
+        *tile_kernels(arch == "sm_90a", arch == "sm_90a"),
+        *int8_kernels(True, arch == "sm_90a"),
+    )
     found = {kernel.source: kernel for kernel in every if kernel.source.startswith(CHOSEN)}
     assert len(found) >= 7
     for kernel in found.values():

@@ -159,7 +159,8 @@ class Weight:
 
     def _by_tiles(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         kinds = {bits: tiles.Weight.of(self._scheme, self._planes, bits) for bits in self._choice.widths}
-        if len(x) >= tiles.EXPAND_ROWS:
+        first, bf16 = next(iter(kinds.values())), x.dtype == torch.bfloat16
+        if tiles.call_of(first, bf16, len(x), *self._shape, x.get_device()) is None:
             values = x.new_empty(self._shape)
             for bits in self._choice.each():
                 tiles.expand_into(values, *self._stored, kinds[bits])
