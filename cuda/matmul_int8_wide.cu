@@ -1,7 +1,7 @@
 // int8 activations by bytes of W through wgmma, for many rows of x on Hopper: blocks that stay, a warp group that
 // copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that multiply 64 rows each. Where
-// brackets end with a group, four multiply, 64 rows by half of the columns each: while some add their brackets in
-// float32, others have the matrix unit. What rows and columns bring to the groups that end in a stage arrives with it.
+// brackets end with a group, these two take turns at the matrix unit: while it works for one, the other adds its
+// brackets in float32. What rows and columns bring to the groups that end in a stage arrives with it.
 //
 // CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them. FLUSH: brackets end
 // every so many times 32 columns, a divisor or a multiple of 4; 0: with the row.
@@ -12,19 +12,11 @@
 #error "N_TILE: 64, 128 or 256; STAGES; CLUSTER; FLUSH"
 #endif
 
-// Columns of a tile that a warp group multiplies.
-#if FLUSH > 0
-#define GROUP_COLUMNS (N_TILE / 2)
-#else
-#define GROUP_COLUMNS N_TILE
-#endif
-
 constexpr int M_TILE = 128, GROUP_ROWS = 64, K_TILE = 128, STEPS = 4;
-constexpr int GROUP_THREADS = 128, ROW_GROUPS = M_TILE / GROUP_ROWS;
-constexpr int MULTIPLIERS = ROW_GROUPS * (N_TILE / GROUP_COLUMNS);
+constexpr int GROUP_THREADS = 128, MULTIPLIERS = M_TILE / GROUP_ROWS;
 constexpr int X_BYTES = M_TILE * K_TILE, W_BYTES = N_TILE * K_TILE, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int BAND = 8;  // clusters in m that go through the rows of W together, so that L2 serves them
-constexpr int RESULTS = GROUP_COLUMNS / 2;  // of a thread
+constexpr int RESULTS = N_TILE / 2;  // of a thread
 constexpr bool GROUPED = FLUSH > 0;
 constexpr int RUN = GROUPED && FLUSH < STEPS ? FLUSH : STEPS;  // steps of one group in a stage
 constexpr int SLOTS = GROUPED ? STEPS / RUN : 0;               // groups of a stage
@@ -87,6 +79,15 @@ __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
 }
 
+// Turns of the warp groups that multiply: each waits until the other has had one.
+__device__ __forceinline__ void turn_wait(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + MULTIPLIERS + group), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
+}
+
+__device__ __forceinline__ void turn_pass(int group) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(1 + MULTIPLIERS + (group ^ 1)), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
+}
+
 // A stage of the ring, and the parity of its phase.
 struct Slot {
   int stage = 0;
@@ -126,8 +127,7 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define SIXTY "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
 #define REGISTERS_8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
                        "+r"(d[i + 6]), "+r"(d[i + 7])
-#define REGISTERS_16(i) REGISTERS_8(i), REGISTERS_8(i + 8)
-#define REGISTERS_32(i) REGISTERS_16(i), REGISTERS_16(i + 16)
+#define REGISTERS_32(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24)
 #define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
 
 #if SIGNED
@@ -136,32 +136,26 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define BYTES "u8"
 #endif
 
-// d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of GROUP_COLUMNS rows of W.
+// d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of N_TILE rows of W.
 __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int more) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "wgmma is part of sm_90a alone"
-#elif GROUP_COLUMNS == 256
+#elif N_TILE == 256
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8." BYTES " {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
                "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, more;\n}"
                : REGISTERS_64(0), REGISTERS_64(64)
                : "l"(a), "l"(b), "r"(more));
-#elif GROUP_COLUMNS == 128
+#elif N_TILE == 128
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8." BYTES " {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
                : REGISTERS_64(0)
                : "l"(a), "l"(b), "r"(more));
-#elif GROUP_COLUMNS == 64
+#else
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." BYTES " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2)
                "%30,%31}, %32, %33, more;\n}"
                : REGISTERS_32(0)
-               : "l"(a), "l"(b), "r"(more));
-#else
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %18, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8." BYTES " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"
-               "%14,%15}, %16, %17, more;\n}"
-               : REGISTERS_16(0)
                : "l"(a), "l"(b), "r"(more));
 #endif
 }
@@ -201,11 +195,11 @@ struct Tiles {
   }
 };
 
-// What the columns of a warp group bring; twice, as one is read while the next is written.
+// What the columns of a tile bring, for each warp group; twice, as one is read while the next is written.
 struct alignas(16) Columns {
-  float scales[2][GROUPED ? 4 : GROUP_COLUMNS];
-  int zero_points[2][!GROUPED && ASYMMETRIC ? GROUP_COLUMNS : 4];
-  float bias[2][GROUP_COLUMNS];
+  float scales[2][GROUPED ? 4 : N_TILE];
+  int zero_points[2][!GROUPED && ASYMMETRIC ? N_TILE : 4];
+  float bias[2][N_TILE];
 };
 
 // What the rows and columns of a tile bring to a group. Those of the groups of a stage lie behind all stages.
@@ -316,11 +310,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPED ? 104 : 232));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPED ? 224 : 232));
     const int group = threadIdx.x / GROUP_THREADS - 1, thread = threadIdx.x % GROUP_THREADS;
     const int lane = thread % WARP, warp = thread / WARP;
-    const int first_row = group % ROW_GROUPS * GROUP_ROWS;
-    const int first_column = GROUPED ? group / ROW_GROUPS * GROUP_COLUMNS : 0;
     Columns& columns = shared_columns[group];
     const Weight w = {scales, zero_points, n, groups};
     const RowReader x = {x_scales, x_sums, m, groups, groups};
@@ -328,15 +320,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     const bool vectors = sizeof(Number<Y>::Bits) == 2 && n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
     Slot slot;
     int odd_tile = 0;
+    if (GROUPED && group == 1) turn_pass(group);
     int products[RESULTS];
     float total[GROUPED ? RESULTS : 1];
     for (int number = blockIdx.x / CLUSTER; number < tiles.count(); number += gridDim.x / CLUSTER, odd_tile ^= 1) {
       const Tile tile = tiles[number];
-      const int row = tile.m0 + rank * M_TILE + first_row + warp * 16 + lane / 4;
+      const int row = tile.m0 + rank * M_TILE + group * GROUP_ROWS + warp * 16 + lane / 4;
       RowTerms rows[2];
 #pragma unroll
-      for (int own = thread; own < GROUP_COLUMNS; own += GROUP_THREADS) {
-        const int column = tile.n0 + first_column + own;
+      for (int own = thread; own < N_TILE; own += GROUP_THREADS) {
+        const int column = tile.n0 + own;
         columns.bias[odd_tile][own] = out.bias_of(column);
         if constexpr (!GROUPED) {
           columns.scales[odd_tile][own] = w.scale(column, 0);
@@ -357,12 +350,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       const auto release = [&](int stage) {
         if (lane < CLUSTER) barrier_arrive(empties + 8 * stage, lane);
       };
-      const u32 x_offset = first_row * K_TILE, w_offset = X_BYTES + first_column * K_TILE;
+      const u32 x_offset = group * GROUP_ROWS * K_TILE;
       if constexpr (!GROUPED) {
         int before = 0;
         for (int k = 0; k < k_tiles; ++k) {
           const u32 stage = base + slot.stage * STAGE_BYTES;
-          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + w_offset);
+          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
           barrier_wait(fulls + 8 * slot.stage, slot.parity);
           settle(products);
           multiply_begin();
@@ -388,17 +381,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
         group_sync(group);
         for (int k = 0; k < k_tiles; ++k) {
           const u32 stage = base + slot.stage * STAGE_BYTES;
-          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + w_offset);
+          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
           barrier_wait(fulls + 8 * slot.stage, slot.parity);
 #pragma unroll
           for (int first = 0; first < STEPS; first += RUN) {
+            turn_wait(group);
             settle(products);
             multiply_begin();
 #pragma unroll
             for (int step = 0; step < RUN; ++step) {
               multiply(products, a + 2 * (first + step), b + 2 * (first + step), done | step);
+              if (step + 2 >= RUN) multiply_commit();
             }
-            multiply_commit();
             settle(products);
             done += RUN;
             const bool ends = (done == FLUSH || (k + 1 == k_tiles && first + RUN == STEPS)) && segment < groups;
@@ -408,12 +402,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
               rows[0] = {terms.row_scales[own], SIGNED ? 0 : terms.row_sums[own]};
               rows[1] = {terms.row_scales[own + 8], SIGNED ? 0 : terms.row_sums[own + 8]};
             }
+            // The last step is still under way when the other group's first arrives.
+            multiply_wait<RUN == 1 ? 0 : 1>();
+            if (group == 0 || k + 1 < k_tiles || first + RUN < STEPS || number + gridDim.x / CLUSTER < tiles.count()) {
+              turn_pass(group);
+            }
             multiply_wait<0>();
             settle(products);
             if (ends) {
 #pragma unroll
               for (int i = 0; i < RESULTS; i += 4) {
-                const int column = first_column + 2 * i + lane % 4 * 2;
+                const int column = 2 * i + lane % 4 * 2;
                 ColumnTerms own[2];
                 terms_of(terms.scales + column, terms.zero_points + (ASYMMETRIC ? column : 0), own);
 #pragma unroll
@@ -442,7 +441,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
       };
       const auto store = [&](auto gathered) {
 #pragma unroll
-        for (int block = 0; block < GROUP_COLUMNS / 32; ++block) {
+        for (int block = 0; block < N_TILE / 32; ++block) {
           u32 words[2][4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -456,11 +455,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
             for (int half = 0; half < 2; ++half) {
               const float2 result = results_of(4 * block + i, half, terms, own);
               if constexpr (decltype(gathered)::value) words[half][i] = narrow2<Y>(result.x, result.y);
-              else out.store(row + 8 * half, tile.n0 + first_column + column, result.x, result.y);
+              else out.store(row + 8 * half, tile.n0 + column, result.x, result.y);
             }
           }
           if constexpr (decltype(gathered)::value) {
-            const int column = tile.n0 + first_column + (4 * block + lane % 4) * 8;
+            const int column = tile.n0 + (4 * block + lane % 4) * 8;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const uint4 eight = gather_words(words[half], lane);

@@ -61,8 +61,8 @@ SLICE = 128
 WIDE_ROWS = 128
 """Rows of x of a tile of `wide`."""
 
-WARP_GROUP = 128
-"""Threads that multiply together on Hopper."""
+WIDE_THREADS = 384
+"""A warp group that copies and two that multiply."""
 
 EXPANDED = 4
 """Units of eight codes that a thread expands."""
@@ -309,7 +309,7 @@ def plan_of(
         weight, subtracted = weight.without_zero(), weight.subtracted
     kernel = kernel_of(weight, dtype, shape, nibbles, columns.bracket_steps)
     if isinstance(shape, Wide):
-        call = Call(kernel, device, shape.grid(m, n, limits), (shape.threads(columns),), kernel.shared)
+        call = Call(kernel, device, shape.grid(m, n, limits), (WIDE_THREADS,), kernel.shared)
     else:
         call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
     read = planes_read(planes, bits)
@@ -459,11 +459,6 @@ class Wide(NamedTuple):
             return True
         ends = columns.padded in (STEP, 2 * STEP) or columns.padded % SLICE == 0
         return self.n_tile < 256 and ends and columns.segments == columns.groups
-
-    @staticmethod
-    def threads(columns: Columns) -> int:
-        """A warp group that copies, and two that multiply, or four where there are several groups."""
-        return WARP_GROUP * (5 if columns.grouped else 3)
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of a cluster that cover a product."""
