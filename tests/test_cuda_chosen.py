@@ -187,18 +187,6 @@ def test_gradients_within_a_graph_follow_too(activations: str, dtype: torch.dtyp
             assert_identical(a, b, bits)
 
 
-def test_a_graphed_callable_follows_forwards_and_backwards() -> None:
-    layer = linear("float", torch.bfloat16)
-    x = normal(5, 512).bfloat16().cuda().requires_grad_()
-    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (x.detach().requires_grad_(),))
-    for bits in (4, 8, 4):
-        layer.read_bits = graphed.read_bits = bits
-        got, expected = graphed(x), layer(x)
-        assert_identical(got.detach(), expected.detach(), bits)
-        for a, b in zip(*(torch.autograd.grad(y.sum(), x) for y in (got, expected)), strict=True):
-            assert_identical(a, b, bits)
-
-
 def test_a_layer_that_reads_all_or_nothing_is_captured_as_it_is() -> None:
     layer = QuantLinear(
         128, 40, scheme=Scheme(bits=4), dtype=torch.bfloat16, device="cuda", activations="float"
