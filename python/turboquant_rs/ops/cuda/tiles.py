@@ -396,7 +396,7 @@ def order() -> Kernel:
 @cache
 def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch | None:
     """The kernel and grid for m rows of x; None where the weight is expanded for them."""
-    if limits.hopper and m > STREAM_ROWS and (m > EXACT_ROWS or weight.exact(bf16)):
+    if limits.hopper and (m > EXACT_ROWS or _is_wide(weight, bf16, m, n, limits)):
         return _wide(weight, bf16, m, n, k, limits) if m < EXPAND_ROWS else None
     if m > EXACT_ROWS:
         return None
@@ -437,14 +437,27 @@ def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Lim
     return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns)
 
 
+def _is_wide(weight: Weight, bf16: bool, m: int, n: int, limits: Limits) -> bool:
+    """Whether `wide` is faster than `stream` and `block` for rows of x that meet exact codes."""
+    if m <= STREAM_ROWS or not weight.exact(bf16):
+        return False
+    # Where groups end within units, its sums wait too often for fewer products than that.
+    return weight.group % UNIT_COLUMNS == 0 or m > 64 or (m > 32 and not _is_narrow(m, n, limits))
+
+
+def _is_narrow(m: int, n: int, limits: Limits) -> bool:
+    """Whether W has so few rows that 64 of them a block, twice for the columns, do not fill the GPU."""
+    return 2 * -(-n // 64) * -(-m // 256) <= limits.processors
+
+
 def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch:
     """Its shapes are the fastest of some on an H200."""
     columns = min(32, max(4, 1 << (-(-m // COLUMNS) - 1).bit_length()))
     rows = COLUMNS * columns
-    # Where W has few rows, one warp group a block, and two blocks for the columns.
-    few = 2 * -(-n // 64) * -(-m // rows) <= limits.processors
-    long = max(weight.planes) < 8 and (columns == 4 or (few and columns == 8))  # a copy has 2048 bytes a tile
-    groups, units = 1 if few else 2, 4 if long else 2
+    narrow = _is_narrow(m, n, limits)
+    # A copy has 2048 bytes of a tile at most.
+    whole = max(weight.planes) < 8 and weight.group % (2 * UNIT_COLUMNS) == 0
+    groups, units = 1 if narrow else 2, 4 if whole and (columns == 4 or (narrow and columns == 8)) else 2
     wide = Wide(groups, 2, units, m > EXACT_ROWS)
     while wide._replace(stages=wide.stages + 1).shared(weight, columns) <= limits.shared - RESERVED:
         wide = wide._replace(stages=wide.stages + 1)
