@@ -33,6 +33,7 @@ def schemes(group_size: int | None) -> list[Scheme]:
         *(Scheme(bits=bits, symmetric=False, group_size=group_size) for bits in (2, 3, 4, 8)),
         Scheme(bits=4, levels="nf4", group_size=group_size),
         Scheme(bits=3, levels="lloyd", group_size=group_size, scale_dtype="f32"),
+        *(Scheme(bits=bits, levels="lloyd", group_size=group_size) for bits in (1, 2)),
         Scheme.nested(group_size=group_size),
     ]
 

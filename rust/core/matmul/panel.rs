@@ -255,7 +255,7 @@ macro_rules! by_stack {
         by_stack!(@ $value, $stack => $run,
             0x8 0x4 0x2 0x1 0x12 0x14 0x24 0x124                        // static
             0x44 0x114 0x2114 0x112 0x1112 0x11112 0x211112             // nested
-            0x1000008 0x1000004 0x1000012                               // of levels
+            0x1000008 0x1000004 0x1000012 0x1000002 0x1000001           // of levels
         )
     };
     (@ $value:expr, $stack:ident => $run:expr, $($n:literal)*) => {
