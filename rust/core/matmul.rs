@@ -249,8 +249,9 @@ fn by_codes(
     }
     let x = &x;
     let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
-    parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        let part = codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out };
+    parallel::for_each(threads, parts, |Part { rows, columns, out, stream }| {
+        let part =
+            codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out, stream };
         match numbers {
             Numbers::Int8 => dispatch_bytes(isa, max_code, part),
             Numbers::Bf16 => dispatch_floats(isa, true, max_code, part),
@@ -275,8 +276,19 @@ fn by_values(
     let k = weight.shape.k;
     let finite: &Vec<bool> =
         &(0..m).map(|row| x[row * k..][..k].iter().all(|value| value.is_finite())).collect();
-    parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        isa.run(values::Panels { weight, layout, cuts, x, finite, bias, rows, outputs: columns, out });
+    parallel::for_each(threads, parts, |Part { rows, columns, out, stream }| {
+        isa.run(values::Panels {
+            weight,
+            layout,
+            cuts,
+            x,
+            finite,
+            bias,
+            rows,
+            outputs: columns,
+            out,
+            stream,
+        });
     });
 }
 

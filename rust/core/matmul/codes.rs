@@ -43,6 +43,8 @@ pub(super) struct Panels<'a> {
     /// Rows of the weight, from a multiple of 64.
     pub(super) outputs: Range<usize>,
     pub(super) out: Columns<'a>,
+    /// Whether the result bypasses the caches.
+    pub(super) stream: bool,
 }
 
 impl MultiplyKernel for Panels<'_> {
@@ -62,7 +64,7 @@ impl MultiplyKernel for Panels<'_> {
                 self.multiply(by, panel, block, &mut codes, &mut scratch);
             }
             let (finite, first) = (self.x.finite(&self.rows), panel.first - self.outputs.start);
-            scratch.sums.write(isa, panel, self.bias, finite, &mut self.out, first);
+            scratch.sums.write(isa, panel, self.bias, finite, self.stream, &mut self.out, first);
         }
     }
 }

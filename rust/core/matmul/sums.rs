@@ -53,9 +53,29 @@ impl Sums {
     }
 
     /// Writes the columns of a panel, from column `first` of `out` on: sums plus bias, NaN for the rows that
-    /// `finite` says are not. Rows of the result lie far apart: each is visited once.
+    /// `finite` says are not. Rows of the result lie far apart: each is visited once. `stream` bypasses the caches.
     #[inline(always)]
     pub(super) fn write<I: Isa>(
+        &self,
+        isa: I,
+        panel: Panel,
+        bias: Option<&[f32]>,
+        finite: &[bool],
+        stream: bool,
+        out: &mut Columns<'_>,
+        first: usize,
+    ) {
+        if stream {
+            self.write_by::<I, true>(isa, panel, bias, finite, out, first);
+            isa.fence();
+        } else {
+            self.write_by::<I, false>(isa, panel, bias, finite, out, first);
+        }
+    }
+
+    /// [`Sums::write`], `STREAM` as in [`Isa::store`].
+    #[inline(always)]
+    fn write_by<I: Isa, const STREAM: bool>(
         &self,
         isa: I,
         panel: Panel,
@@ -79,7 +99,7 @@ impl Sums {
                 if !finite[row] {
                     sum = isa.splat(f32::NAN);
                 }
-                out.write(isa, row, first + c * LANES, panel.rows_of(c), sum);
+                out.write::<I, STREAM>(isa, row, first + c * LANES, panel.rows_of(c), sum);
             }
         }
     }
