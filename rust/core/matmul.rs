@@ -218,12 +218,17 @@ fn multiply(
     };
     let longest = numbers.map_or(cuts::MAX_SEGMENT, Numbers::longest_segment);
     let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest);
-    // Whether whole blocks are multiplied, and the rows of x that come in one go.
+    // The order of codes if whole blocks are multiplied, and the rows of x that come in one go.
     let blocks = numbers == Some(Numbers::Int8) && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
-    let (max_rows, strip) = if blocks { (strips::max_rows(k), strips::ROWS) } else { (MAX_ROWS, 1) };
-    let parts = cut(out, m, n, k, max_rows, strip, threads);
+    let bytes = layout == Layout::Panels && weight.prefix.widths() == [8] && weight.scheme.table().is_none();
+    let tiles = blocks.then(|| strips::laid(cuts, bytes));
+    let (max_rows, strip, parts) = match blocks {
+        true => (strips::max_rows(k), strips::ROWS, strips::PARTS_A_THREAD),
+        false => (MAX_ROWS, 1, PARTS_A_THREAD),
+    };
+    let parts = cut(out, m, n, k, max_rows, strip, parts, threads);
     match numbers {
-        Some(numbers) => by_codes(isa, numbers, x, m, weight, layout, cuts, bias, parts, blocks, threads),
+        Some(numbers) => by_codes(isa, numbers, x, m, weight, layout, cuts, bias, parts, tiles, threads),
         None => by_values(isa, x, m, weight, layout, cuts, bias, parts, threads),
     }
 }
@@ -239,18 +244,15 @@ fn by_codes(
     cuts: &Cuts,
     bias: Option<&[f32]>,
     parts: Vec<Part<'_>>,
-    blocks: bool,
+    tiles: Option<panel::Laid>,
     threads: usize,
 ) {
     let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts, numbers != Numbers::Int8);
-    let mut x = activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, threads);
-    if blocks {
-        x.tile(strips::laid(cuts).step(), threads);
-    }
-    let x = &x;
+    let x = &activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, tiles, threads);
     let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
-    parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        let part = codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out };
+    parallel::for_each(threads, parts, |Part { rows, columns, out, bypass }| {
+        let part =
+            codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out, bypass };
         match numbers {
             Numbers::Int8 => dispatch_bytes(isa, max_code, part),
             Numbers::Bf16 => dispatch_floats(isa, true, max_code, part),
@@ -275,8 +277,19 @@ fn by_values(
     let k = weight.shape.k;
     let finite: &Vec<bool> =
         &(0..m).map(|row| x[row * k..][..k].iter().all(|value| value.is_finite())).collect();
-    parallel::for_each(threads, parts, |Part { rows, columns, out }| {
-        isa.run(values::Panels { weight, layout, cuts, x, finite, bias, rows, outputs: columns, out });
+    parallel::for_each(threads, parts, |Part { rows, columns, out, bypass }| {
+        isa.run(values::Panels {
+            weight,
+            layout,
+            cuts,
+            x,
+            finite,
+            bias,
+            rows,
+            outputs: columns,
+            out,
+            bypass,
+        });
     });
 }
 
@@ -308,7 +321,8 @@ fn check_integer_form(rounding: &Rounding) -> Result<(), Error> {
     Ok(())
 }
 
-/// Cuts the result: columns first, so that each weight is unpacked once; rows where columns are too few.
+/// Cuts the result in some `parts` a thread: columns first, so that each weight is unpacked once; rows where columns
+/// are too few.
 fn cut(
     out: Columns<'_>,
     m: usize,
@@ -316,10 +330,11 @@ fn cut(
     k: usize,
     max_rows: usize,
     strip: usize,
+    parts: usize,
     threads: usize,
 ) -> Vec<Part<'_>> {
     let threads = threads.clamp(1, (m * n * k.max(1)).div_ceil(MIN_WORK));
-    let wanted = if threads == 1 { 1 } else { threads * PARTS_A_THREAD };
+    let wanted = if threads == 1 { 1 } else { threads * parts };
     let panels = n.div_ceil(PANEL);
     let column_parts = wanted.min(panels);
     let column_step = panels.div_ceil(column_parts) * PANEL;

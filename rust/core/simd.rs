@@ -87,9 +87,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn store<const STREAM: bool>(self, to: &mut [f32; 16], v: Self::F32);
     /// Lanes to f64 (exact).
     fn store_f64<const STREAM: bool>(self, to: &mut [f64; 16], v: Self::F32);
-    /// Lanes to bfloat16, RNE. No lane may be NaN.
+    /// Lanes to bfloat16, RNE. No NaN but [`f32::NAN`].
     fn store_bf16<const STREAM: bool>(self, to: &mut [bf16; 16], v: Self::F32);
-    /// Lanes to half precision, RNE, to infinity above its range. No lane may be NaN.
+    /// Lanes to half precision, RNE, to infinity above its range. No NaN but [`f32::NAN`].
     fn store_f16<const STREAM: bool>(self, to: &mut [f16; 16], v: Self::F32);
     /// Makes streamed stores visible to other threads; call once after the last of them.
     fn fence(self);
@@ -254,7 +254,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Asks the second cache for the line `ahead` bytes behind `from`, which need not exist: requests of the first
     /// one are few, and soon stand in the way of its own. Nothing but speed depends on it.
     #[inline(always)]
-    fn prefetch(self, _from: &[u8; 64], _ahead: usize) {}
+    fn prefetch<T>(self, _from: &T, _ahead: usize) {}
     /// (a >> shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift low bits.
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8;
     /// (a << shift) & mask in every byte; `shift` at most 7, `mask` of at most 8 − shift high bits.

@@ -13,8 +13,8 @@ use crate::simd::multiply::Multiply;
 use crate::simd::{Isa, Kernel, LANES, TILE, Token, total};
 
 use super::affine::Affine;
-use super::cuts::{Cuts, MAX_SEGMENT};
-use super::panel::Lines;
+use super::cuts::{Cuts, MAX_SEGMENT, RUN, UNIT};
+use super::panel::{Laid, Lanes, Lines};
 
 /// The numbers that activations are held in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,16 +49,16 @@ impl Numbers {
 
 /// Rows of activations, cut like the weights they meet.
 pub(super) struct Activations {
-    /// Words of four columns, zeros behind them: whole lines a row.
+    /// Words of four columns, zeros behind them: whole lines a row; or `[16 rows][step][row][word]`, in tiles.
     words: Lines<u8, TILE>,
-    /// Each segment's sum, as brackets take it.
+    /// The order of codes that the tiles are for.
+    tiles: Option<Laid>,
+    /// Each segment's sum, as brackets take it: `[row][segment]`, in tiles `[16 rows][segment][row]`.
     terms: Vec<u32>,
-    /// Scale of each segment.
+    /// Scale of each segment, likewise.
     scales: Vec<f32>,
     /// Whether the row holds neither NaN nor ±Inf.
     finite: Vec<bool>,
-    /// The same words as a unit for blocks takes them: `[16 rows][step][row][word]`, if it takes any.
-    tiles: Lines<u8, TILE>,
     lines_a_row: usize,
     segments: usize,
 }
@@ -75,7 +75,8 @@ pub(super) struct Row<'a, W> {
 pub(super) const TASK: usize = 1 << 14;
 
 impl Activations {
-    /// Brings `rows` rows of `k` elements to `numbers`.
+    /// Brings `rows` rows of `k` elements to `numbers`; as a unit for blocks takes them, in the order of its codes,
+    /// if there are `tiles`.
     pub(super) fn new(
         token: Token,
         numbers: Numbers,
@@ -84,39 +85,49 @@ impl Activations {
         k: usize,
         cuts: &Cuts,
         affine: &Affine,
+        tiles: Option<Laid>,
         threads: usize,
     ) -> Self {
         // An odd number, so that the rows of a tile, read side by side, do not meet in the cache's sets.
         let lines_a_row = (numbers.word() * cuts.words()).div_ceil(TILE) | 1;
         let segments = cuts.segments.len();
+        let (together, padded) = match tiles {
+            Some(_) => (LANES, rows.next_multiple_of(LANES)),
+            None => (1, rows),
+        };
         let mut all = Self {
-            words: Lines::new(rows * lines_a_row),
-            terms: vec![0; rows * segments],
-            scales: vec![0.0; rows * segments],
+            words: Lines::new(padded * lines_a_row),
+            tiles,
+            terms: vec![0; padded * segments],
+            scales: vec![0.0; padded * segments],
             finite: vec![true; rows],
-            tiles: Lines::new(0),
             lines_a_row,
             segments,
         };
         let (mut words, mut terms, mut scales) =
             (all.words.lines_mut(), &mut all.terms[..], &mut all.scales[..]);
-        let step = TASK.div_ceil(k.max(1));
-        let tasks = all.finite.chunks_mut(step).enumerate().map(|(i, finite)| FillRows {
-            numbers,
-            x: x.part(i * step * k, finite.len() * k),
-            k,
-            cuts,
-            affine,
-            stride: lines_a_row * TILE,
-            words: take_mut(&mut words, finite.len() * lines_a_row).as_flattened_mut(),
-            terms: take_mut(&mut terms, finite.len() * segments),
-            scales: take_mut(&mut scales, finite.len() * segments),
-            finite,
+        let step = TASK.div_ceil(k.max(1)).next_multiple_of(together);
+        let tasks = all.finite.chunks_mut(step).enumerate().map(|(i, finite)| {
+            let padded = finite.len().next_multiple_of(together);
+            FillRows {
+                numbers,
+                x: x.part(i * step * k, finite.len() * k),
+                k,
+                cuts,
+                affine,
+                stride: lines_a_row * TILE,
+                words: take_mut(&mut words, padded * lines_a_row).as_flattened_mut(),
+                tiles,
+                terms: take_mut(&mut terms, padded * segments),
+                scales: take_mut(&mut scales, padded * segments),
+                finite,
+            }
         });
         parallel::for_each(threads, tasks.collect(), |task| token.run(task));
         all
     }
 
+    /// A row that lies in one piece: there are no tiles.
     #[inline(always)]
     pub(super) fn row<M: Multiply>(&self, row: usize) -> Row<'_, M::Word> {
         Row {
@@ -126,37 +137,23 @@ impl Activations {
         }
     }
 
-    /// Lays the words out in tiles of 16 rows and steps of `step` words, 8 or 16.
-    pub(super) fn tile(&mut self, step: usize, threads: usize) {
-        let (lines, rows) = (self.lines_a_row, self.finite.len());
-        let mut tiles = Lines::new(rows.next_multiple_of(LANES) * lines);
-        if lines > 0 {
-            let from = self.words.lines()[..rows * lines].chunks(LANES * lines);
-            let tasks = tiles.lines_mut().chunks_mut(LANES * lines).zip(from);
-            parallel::for_each(threads, tasks.collect(), |(to, from): (&mut [[u8; TILE]], &[[u8; TILE]])| {
-                for (r, row) in from.chunks(lines).enumerate() {
-                    match step {
-                        8 => place::<32>(row.as_flattened(), r, to.as_flattened_mut()),
-                        _ => place::<64>(row.as_flattened(), r, to.as_flattened_mut()),
-                    }
-                }
-            });
-        }
-        self.tiles = tiles;
+    /// The order of codes that the words are laid out for, if in tiles.
+    pub(super) fn tiles(&self) -> Option<Laid> {
+        self.tiles
     }
 
     /// The tiles from word `word` of row `row` on, which begin one, and the words from 16 rows to the next.
     #[inline(always)]
     pub(super) fn tiles_from(&self, row: usize, word: usize) -> (&[[u8; 4]], usize) {
         let strip = LANES * self.lines_a_row * TILE / 4;
-        (&self.tiles.lines().as_flattened().as_chunks().0[row / LANES * strip + LANES * word..], strip)
+        (&self.words.lines().as_flattened().as_chunks().0[row / LANES * strip + LANES * word..], strip)
     }
 
-    /// The scale and the term of one segment of a row.
+    /// The scales and terms of one segment of the 16 rows from `row` on, in tiles.
     #[inline(always)]
-    pub(super) fn factors(&self, row: usize, segment: usize) -> (f32, u32) {
-        let at = row * self.segments + segment;
-        (self.scales[at], self.terms[at])
+    pub(super) fn factors(&self, row: usize, segment: usize) -> (&Lanes, &[f32; LANES]) {
+        let at = row / LANES * self.segments + segment;
+        (&self.terms.as_chunks().0[at], &self.scales.as_chunks().0[at])
     }
 
     #[inline(always)]
@@ -165,8 +162,29 @@ impl Activations {
     }
 }
 
-/// Makes a row the row `r` of its tiles, whose rows have `BYTES` bytes.
-fn place<const BYTES: usize>(row: &[u8], r: usize, tiles: &mut [u8]) {
+/// Makes a row the row `r` of its tiles.
+#[inline(always)]
+fn place(row: &[u8], r: usize, order: Laid, tiles: &mut [u8]) {
+    match order {
+        Laid::Units => place_steps::<32>(row, r, tiles),
+        Laid::Pairs => place_steps::<64>(row, r, tiles),
+        Laid::Runs => {
+            let runs = tiles.as_chunks_mut::<{ LANES * RUN * UNIT * 4 }>().0;
+            for (from, to) in row.as_chunks::<{ RUN * UNIT * 4 }>().0.iter().zip(runs) {
+                let (words, to) = (from.as_chunks::<4>().0, to.as_chunks_mut::<4>().0);
+                for j in 0..UNIT {
+                    for unit in 0..RUN {
+                        to[(j * LANES + r) * RUN + unit] = words[unit * UNIT + j];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// [`place`] where words that lie together belong together, in steps of `BYTES` bytes a row.
+#[inline(always)]
+fn place_steps<const BYTES: usize>(row: &[u8], r: usize, tiles: &mut [u8]) {
     let tiles = tiles.as_chunks_mut::<BYTES>().0.chunks_mut(LANES);
     for (from, tile) in row.as_chunks::<BYTES>().0.iter().zip(tiles) {
         tile[r] = *from;
@@ -182,6 +200,8 @@ struct FillRows<'a> {
     /// Bytes from row to row.
     stride: usize,
     words: &'a mut [u8],
+    /// Whether the words go to tiles, and in which order.
+    tiles: Option<Laid>,
     terms: &'a mut [u32],
     scales: &'a mut [f32],
     finite: &'a mut [bool],
@@ -197,13 +217,23 @@ impl Kernel for FillRows<'_> {
             Source::F32(_) => Vec::new(),
             _ => vec![0.0; k.next_multiple_of(TILE)],
         };
+        let (words, stride) = (std::mem::take(&mut self.words), self.stride);
+        // A row on its way to tiles.
+        let mut line = vec![0; if self.tiles.is_some() { stride } else { 0 }];
         for row in 0..self.finite.len() {
+            let to = match self.tiles {
+                Some(_) => &mut line[..],
+                None => &mut words[row * stride..][..stride],
+            };
             match self.x {
-                Source::F32(x) => self.fill_row(isa, &x[row * k..][..k], row),
+                Source::F32(x) => self.fill_row(isa, &x[row * k..][..k], row, to),
                 x => {
                     widen_row(isa, x, row * k, &mut widened);
-                    self.fill_row(isa, &widened[..k], row);
+                    self.fill_row(isa, &widened[..k], row, to);
                 }
+            }
+            if let Some(order) = self.tiles {
+                place(&line, row % LANES, order, &mut words[row / LANES * LANES * stride..]);
             }
         }
     }
@@ -211,16 +241,19 @@ impl Kernel for FillRows<'_> {
 
 impl FillRows<'_> {
     #[inline(always)]
-    fn fill_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize) {
+    fn fill_row<I: Isa>(&mut self, isa: I, x: &[f32], row: usize, words: &mut [u8]) {
         let segments = self.cuts.segments.len();
         let word = self.numbers.word();
-        let words = &mut self.words[row * self.stride..][..self.stride];
-        let (terms, scales) = (&mut self.terms[row * segments..], &mut self.scales[row * segments..]);
+        // Where the factors of the row begin, and how far they lie apart.
+        let (first, step) = match self.tiles {
+            Some(_) => (row / LANES * LANES * segments + row % LANES, LANES),
+            None => (row * segments, 1),
+        };
         // The segments of a long group share its scale, so the scale is found group by group.
         let mut number = 0;
         for same_group in self.cuts.segments.chunk_by(|a, b| a.group == b.group) {
-            let (first, last) = (same_group[0], same_group[same_group.len() - 1]);
-            let largest = largest_magnitude(isa, &x[first.begin..last.begin + last.len]);
+            let (begin, last) = (same_group[0].begin, same_group[same_group.len() - 1]);
+            let largest = largest_magnitude(isa, &x[begin..last.begin + last.len]);
             if !largest.is_finite() {
                 self.finite[row] = false;
                 return;
@@ -236,12 +269,12 @@ impl FillRows<'_> {
             for segment in same_group {
                 let x = &x[segment.begin..][..segment.len];
                 let to = &mut words[word * segment.word..][..word * segment.words()];
-                terms[number] = match self.numbers {
-                    Numbers::Int8 => self.affine.term(quantize(isa, x, inverse, to)),
+                self.terms[first + number * step] = match self.numbers {
+                    Numbers::Int8 => self.affine.term(quantize(isa, x, inverse, to, 4 * self.k)),
                     Numbers::Bf16 => scale_floats::<I, true>(isa, x, inverse, to).to_bits(),
                     Numbers::F32 => scale_floats::<I, false>(isa, x, inverse, to).to_bits(),
                 };
-                scales[number] = scale;
+                self.scales[first + number * step] = scale;
                 number += 1;
             }
         }
@@ -287,13 +320,17 @@ pub(super) fn largest_magnitude<I: Isa>(isa: I, x: &[f32]) -> f32 {
     f32::from_bits(lanes.into_iter().fold(0, u32::max))
 }
 
-/// codes = RNE(x · inverse) as signed bytes, zeros behind them; returns their sum.
+/// codes = RNE(x · inverse) as signed bytes, zeros behind them; returns their sum. Asks for the memory `ahead` bytes
+/// behind x meanwhile.
 #[inline(always)]
-fn quantize<I: Isa>(isa: I, x: &[f32], inverse: f32, codes: &mut [u8]) -> i32 {
+fn quantize<I: Isa>(isa: I, x: &[f32], inverse: f32, codes: &mut [u8], ahead: usize) -> i32 {
     let mut sum = isa.splat_i32(0);
     let (whole, rest) = x.as_chunks::<TILE>();
     let (to, to_rest) = codes.split_at_mut(whole.len() * TILE);
     for (to, x) in to.as_chunks_mut::<TILE>().0.iter_mut().zip(whole) {
+        for quarter in x.as_chunks::<LANES>().0 {
+            isa.prefetch(quarter, ahead);
+        }
         quantize_tile(isa, x, inverse, to, &mut sum);
     }
     if !rest.is_empty() {

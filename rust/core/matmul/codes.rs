@@ -8,6 +8,7 @@
 //!   write the 64 columns of the result
 //! ```
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use crate::quantize::{Rows, ZeroPoints};
@@ -20,10 +21,10 @@ use super::affine::Affine;
 use super::cuts::{Block, Cuts};
 use super::output::Columns;
 use super::panel::{
-    Ahead, AlignedWords, Codes, LEVELS, Laid, Lanes, Panel, PanelPlanes, PanelScales, Word, bits_of,
+    Ahead, AlignedWords, BYTES, Codes, LEVELS, Laid, Lanes, Panel, PanelPlanes, PanelScales, Word, bits_of,
     by_stack, transpose_rows,
 };
-use super::strips::{self, Strips};
+use super::strips::Strips;
 use super::sums::{Sums, by_height, tiles};
 use super::tile::{Operands, Stream, Tile};
 
@@ -43,6 +44,8 @@ pub(super) struct Panels<'a> {
     /// Rows of the weight, from a multiple of 64.
     pub(super) outputs: Range<usize>,
     pub(super) out: Columns<'a>,
+    /// Whether the result bypasses the caches.
+    pub(super) bypass: bool,
 }
 
 impl MultiplyKernel for Panels<'_> {
@@ -54,7 +57,11 @@ impl MultiplyKernel for Panels<'_> {
         let mut scratch = Scratch::new(self.cuts, self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
             scratch.load_scales(isa, self.weight, self.layout, self.affine, panel);
-            scratch.sums.begin(panel.vectors(), M::TILE_VECTORS);
+            // Strips are as wide as a whole panel, whatever is in it.
+            match self.x.tiles() {
+                Some(_) => scratch.sums.begin_strips(),
+                None => scratch.sums.begin(panel.vectors(), M::TILE_VECTORS),
+            }
             let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
             let table = scheme.table();
             let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
@@ -62,7 +69,7 @@ impl MultiplyKernel for Panels<'_> {
                 self.multiply(by, panel, block, &mut codes, &mut scratch);
             }
             let (finite, first) = (self.x.finite(&self.rows), panel.first - self.outputs.start);
-            scratch.sums.write(isa, panel, self.bias, finite, &mut self.out, first);
+            scratch.sums.write(isa, panel, self.bias, finite, self.bypass, &mut self.out, first);
         }
     }
 }
@@ -89,6 +96,28 @@ impl Panels<'_> {
         let (cuts, affine, vectors) = (self.cuts, self.affine, panel.vectors());
         let mut carried = carried.as_mut();
         let on = Operands { x: self.x, cuts, block, affine, vectors, scales, zeros };
+        let in_place = codes.planes().and_then(|planes| planes.as_words(block));
+        if let (Some(amx), Some(order)) = (by.blocks(), self.x.tiles()) {
+            let words = match in_place.filter(|_| order == Laid::Runs && vectors == VECTORS) {
+                Some(words) => {
+                    // Nobody has asked for the first ones yet.
+                    if panel.first == self.outputs.start && block.units.start == 0 {
+                        words.iter().for_each(|word| by.isa().prefetch(word, 0));
+                    }
+                    words
+                }
+                None => {
+                    let to = &mut expanded.lines_mut()[..order.words(block.units.len(), VECTORS)];
+                    codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, order);
+                    to
+                }
+            };
+            // What follows the last panel is another task's.
+            let more = panel.first + panel.rows < self.outputs.end || block.units.end < cuts.units;
+            let (rows, planes) = (self.rows.clone(), codes.planes().filter(|_| more));
+            by.vectorize(Strips { on, amx, order, codes: words, rows, planes, sums, carried });
+            return;
+        }
         if let Codes::Panels(planes) = codes
             && self.rows.len() <= stream_rows::<M>(planes)
             && cuts.by_units
@@ -100,23 +129,7 @@ impl Panels<'_> {
                 return;
             }
         }
-        if let Some(amx) = by.blocks()
-            && self.rows.len() >= strips::MIN_ROWS
-            && cuts.by_units
-            && sums.wide(M::TILE_VECTORS)
-        {
-            let order = strips::laid(cuts);
-            let to = &mut expanded.lines_mut()[..order.words(block.units.len(), vectors)];
-            codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, order);
-            let (rows, planes) = (self.rows.clone(), codes.planes());
-            by.vectorize(Strips { on, amx, order, codes: to, rows, planes, sums, carried });
-            return;
-        }
-        let direct = match codes {
-            Codes::Panels(planes) => planes.as_words(block),
-            _ => None,
-        };
-        let words = match direct {
+        let words = match in_place {
             Some(words) => words,
             None => {
                 let to = &mut expanded.lines_mut()[..Laid::Units.words(block.units.len(), vectors)];
@@ -128,9 +141,6 @@ impl Panels<'_> {
         tiles.run(by);
     }
 }
-
-/// The stack of codes of a byte each.
-const BYTES: u32 = 0x8;
 
 /// Stacks that have a kernel for few rows whatever multiplies, see [`Multiply::EVERY_STACK`].
 const fn common(stack: u32) -> bool {
@@ -255,10 +265,24 @@ struct Scratch {
     carried: Option<Sums>,
 }
 
+thread_local! {
+    /// [`Scratch::expanded`] of a thread between two tasks: fresh memory, page by page, would cost many a task more
+    /// than its products.
+    static EXPANDED: Cell<Option<AlignedWords>> = const { Cell::new(None) };
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        EXPANDED.set(Some(std::mem::replace(&mut self.expanded, AlignedWords::new(0))));
+    }
+}
+
 impl Scratch {
     fn new(cuts: &Cuts, rows: usize) -> Self {
+        let words = Laid::Pairs.words(cuts.block_units(), VECTORS);
+        let kept = EXPANDED.take().filter(|kept| kept.lines().len() >= words);
         Self {
-            expanded: AlignedWords::new(Laid::Pairs.words(cuts.block_units(), VECTORS)),
+            expanded: kept.unwrap_or_else(|| AlignedWords::new(words)),
             scales: Vec::new(),
             zeros: Vec::new(),
             by_row: Vec::new(),

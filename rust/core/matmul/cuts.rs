@@ -15,6 +15,8 @@ use std::ops::Range;
 pub(super) const MAX_SEGMENT: usize = 32768;
 /// Words of a unit: in a plane of single bits they share one vector of bytes.
 pub(super) const UNIT: usize = 8;
+/// Units of which a word each makes a step of a unit for blocks, where codes are read as they lie in memory.
+pub(super) const RUN: usize = 16;
 /// Words of a block: with 64 rows, 256 KiB of codes.
 const BLOCK: usize = 1024;
 
@@ -82,6 +84,8 @@ pub(super) struct Cuts {
     pub(super) by_units: bool,
     /// Whether every segment even begins at a pair of units.
     pub(super) by_pairs: bool,
+    /// Whether every segment even begins at a run of [`RUN`] units, and the row is made of those.
+    pub(super) by_runs: bool,
     /// Whether every piece is a whole segment.
     pub(super) whole: bool,
 }
@@ -106,6 +110,8 @@ impl Cuts {
             contiguous: segments.iter().all(|segment| segment.begin == 4 * segment.word),
             by_units: segments.iter().all(|segment| segment.word.is_multiple_of(UNIT)),
             by_pairs: segments.iter().all(|segment| segment.word.is_multiple_of(2 * UNIT)),
+            by_runs: units.is_multiple_of(RUN)
+                && segments.iter().all(|segment| segment.word.is_multiple_of(RUN * UNIT)),
             whole: true,
             pieces: Vec::new(),
             blocks: Vec::new(),

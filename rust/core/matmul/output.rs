@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use crate::quantize::{Element, Target};
-use crate::simd::{Isa, LANES};
+use crate::simd::{Isa, LANES, VECTORS};
 
 /// Some columns of some rows of the result: a slice a row.
 pub(super) enum Columns<'a> {
@@ -15,11 +15,17 @@ pub(super) enum Columns<'a> {
     F16(Vec<&'a mut [f16]>),
 }
 
+/// Bytes of a result from which it bypasses the caches: beside x and the weight they have no room for it, and a
+/// line that is written as a whole need not be read before.
+const BYPASS: usize = 1 << 20;
+
 /// The part of the result that one task computes.
 pub(super) struct Part<'a> {
     pub(super) rows: Range<usize>,
     pub(super) columns: Range<usize>,
     pub(super) out: Columns<'a>,
+    /// Whether the result bypasses the caches.
+    pub(super) bypass: bool,
 }
 
 /// Cuts rows of `n` columns into bands of `row_step` rows and `column_step` columns.
@@ -41,6 +47,7 @@ fn cut_rows<'a, E>(
 ) -> Vec<Part<'a>> {
     let mut parts = Vec::new();
     let (count, mut rows) = (rows.len(), rows.into_iter());
+    let bypass = count * n * size_of::<E>() >= BYPASS;
     for first in (0..count).step_by(row_step) {
         let height = row_step.min(count - first);
         let mut bands: Vec<Vec<&'a mut [E]>> = (0..n.div_ceil(column_step)).map(|_| Vec::new()).collect();
@@ -53,6 +60,7 @@ fn cut_rows<'a, E>(
             rows: first..first + height,
             columns: i * column_step..n.min((i + 1) * column_step),
             out: wrap(pieces),
+            bypass,
         }));
     }
     parts
@@ -90,33 +98,45 @@ impl<'a> Columns<'a> {
 }
 
 impl Columns<'_> {
-    /// Writes the first `count` lanes of `v` to columns `column …` of `row`, rounded to the type of the result.
+    /// Writes the first `count` of `lanes` to columns `column …` of `row`, rounded to the type of the result;
+    /// `STREAM` as in [`Isa::store`].
     #[inline(always)]
-    pub(super) fn write<I: Isa>(&mut self, isa: I, row: usize, column: usize, count: usize, v: I::F32) {
+    pub(super) fn write<I: Isa, const STREAM: bool>(
+        &mut self,
+        isa: I,
+        row: usize,
+        column: usize,
+        count: usize,
+        lanes: &[I::F32; VECTORS],
+    ) {
         match self {
-            Self::F32(rows) => write(isa, &mut rows[row][column..][..count], v, |x| x),
-            Self::F64(rows) => write(isa, &mut rows[row][column..][..count], v, f64::from),
-            Self::Bf16(rows) => write(isa, &mut rows[row][column..][..count], v, bf16::from_f32),
-            Self::F16(rows) => write(isa, &mut rows[row][column..][..count], v, f16::from_f32),
+            Self::F32(rows) => write::<I, _, STREAM>(isa, &mut rows[row][column..][..count], lanes),
+            Self::F64(rows) => write::<I, _, STREAM>(isa, &mut rows[row][column..][..count], lanes),
+            Self::Bf16(rows) => write::<I, _, STREAM>(isa, &mut rows[row][column..][..count], lanes),
+            Self::F16(rows) => write::<I, _, STREAM>(isa, &mut rows[row][column..][..count], lanes),
         }
     }
 }
 
 #[inline(always)]
-fn write<I: Isa, E: Element>(isa: I, to: &mut [E], v: I::F32, convert: impl Fn(f32) -> E) {
-    let mut lanes = [0.0f32; LANES];
-    isa.store::<false>(&mut lanes, v);
-    let nans = lanes.iter().fold(0, |nans, x| nans + u32::from(x.is_nan()));
-    if nans > 0 {
-        // One NaN for all instruction sets, which differ in the sign of theirs.
-        for (to, x) in to.iter_mut().zip(lanes) {
-            *to = convert(if x.is_nan() { f32::NAN } else { x });
+fn write<I: Isa, E: Element, const STREAM: bool>(isa: I, to: &mut [E], lanes: &[I::F32; VECTORS]) {
+    for (to, v) in to.chunks_mut(LANES).zip(lanes) {
+        let v = one_nan(isa, *v);
+        if let Some(to) = to.first_chunk_mut() {
+            E::store::<I, STREAM>(isa, to, v);
+        } else {
+            let mut whole = [E::default(); LANES];
+            E::store::<I, false>(isa, &mut whole, v);
+            to.copy_from_slice(&whole[..to.len()]);
         }
-    } else if let Some(to) = to.first_chunk_mut() {
-        E::store::<I, false>(isa, to, v);
-    } else {
-        let mut whole = [E::default(); LANES];
-        E::store::<I, false>(isa, &mut whole, v);
-        to.copy_from_slice(&whole[..to.len()]);
     }
+}
+
+/// One NaN for all instruction sets, which differ in the sign of theirs.
+#[inline(always)]
+fn one_nan<I: Isa>(isa: I, v: I::F32) -> I::F32 {
+    let magnitude = isa.and(isa.to_bits(v), isa.splat_i32(i32::MAX));
+    let infinity = isa.splat_i32(f32::INFINITY.to_bits().cast_signed());
+    let nan = isa.negative(isa.from_bits(isa.sub_i32(infinity, magnitude)));
+    isa.select(nan, isa.splat(f32::NAN), v)
 }

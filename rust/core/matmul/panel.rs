@@ -89,23 +89,23 @@ impl<T: Copy + Default, const N: usize> Lines<T, N> {
 /// How expanded codes lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Laid {
-    /// `[unit][vector][word]`.
-    Units = 1,
+    /// `[unit][vector][word]`, the words of a unit together.
+    Units,
     /// The same of pairs of units: `[pair][vector][word of 16]`. Half of the last pair may be anything.
-    Pairs = 2,
+    Pairs,
+    /// As [`Laid::Units`], but what belongs together are the first words of a run of 16 units, then the second
+    /// ones: so 16 words are together in codes that nobody has moved.
+    Runs,
 }
 
 impl Laid {
-    /// Units of a vector that lie together.
+    /// Words of a vector that belong together, in units.
     #[inline(always)]
     pub(super) fn together(self) -> usize {
-        self as usize
-    }
-
-    /// Words of a vector that lie together.
-    #[inline(always)]
-    pub(super) fn step(self) -> usize {
-        self.together() * UNIT
+        match self {
+            Self::Units => 1,
+            Self::Pairs | Self::Runs => 2,
+        }
     }
 
     /// Words that `units` units of `vectors` vectors take.
@@ -113,10 +113,15 @@ impl Laid {
         units.next_multiple_of(self.together()) * vectors * UNIT
     }
 
+    /// The vectors side by side in memory for `units` units.
+    fn width(self, units: usize, memory: &[Word]) -> usize {
+        memory.len() / self.words(units, 1)
+    }
+
     /// The first word of a unit of vector `c`.
     #[inline(always)]
     fn at(self, unit: usize, c: usize, vectors: usize) -> usize {
-        let together = self.together();
+        let together = if self == Self::Pairs { 2 } else { 1 };
         ((unit / together * vectors + c) * together + unit % together) * UNIT
     }
 }
@@ -218,12 +223,12 @@ impl<'a> PanelPlanes<'a> {
 
     /// The expanded words of a block where they are what lies in memory.
     pub(super) fn as_words(&self, block: &Block) -> Option<&'a [Word]> {
-        let plain = self.count == 1 && self.planes[0].width == 8 && self.table.is_none();
         let unit = self.vectors * UNIT;
-        plain.then(|| &self.planes[0].bytes[block.units.start * unit..block.units.end * unit])
+        (self.stack() == BYTES)
+            .then(|| &self.planes[0].bytes[block.units.start * unit..block.units.end * unit])
     }
 
-    /// Expands units `units` into `to`.
+    /// Expands units `units` into `to`, which may be wider than the panel.
     #[inline(always)]
     pub(super) fn expand<I: Isa>(&self, isa: I, units: Range<usize>, to: &mut [Word], order: Laid) {
         by_stack!(self.stack(), STACK => {
@@ -245,6 +250,8 @@ impl<'a> PanelPlanes<'a> {
     }
 }
 
+/// The stack of codes of a byte each.
+pub(super) const BYTES: u32 = 0x8;
 /// Marks a stack whose codes are numbers of levels.
 pub(super) const LEVELS: u32 = 1 << (4 * MAX_PLANES);
 
@@ -393,10 +400,11 @@ impl<const STACK: u32> Kernel for Expand<'_, '_, STACK> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let vectors = self.planes.vectors;
+        let width = self.order.width(self.units.len(), self.to);
         for (number, unit) in self.units.enumerate() {
             let unit = self.planes.unit::<STACK>(unit, vectors);
             for c in 0..vectors {
-                let to = &mut self.to[self.order.at(number, c, vectors)..][..UNIT];
+                let to = &mut self.to[self.order.at(number, c, width)..][..UNIT];
                 // In a hurry as a single row is: nothing is multiplied meanwhile.
                 let words = unit.words::<I, STACK>(isa, c, ahead(1));
                 for j in 0..UNIT {
@@ -491,7 +499,7 @@ impl<'a> Codes<'a> {
         }
     }
 
-    /// Expands the next block into `to`.
+    /// Expands the next block into `to`, which may be wider than the panel.
     #[inline(always)]
     pub(super) fn expand<I: Isa>(
         &mut self,
@@ -503,10 +511,10 @@ impl<'a> Codes<'a> {
         order: Laid,
     ) {
         let units = block.units.clone();
+        let width = order.width(units.len(), to);
         match self {
             Self::Panels(planes) => planes.expand(isa, units, to, order),
             Self::Canonical { readers, table } => {
-                let vectors = readers.len().div_ceil(LANES);
                 for (i, first) in units.step_by(2).enumerate() {
                     let len = TILE.min(k - first * 4 * UNIT);
                     for (c, rows) in readers.chunks_mut(LANES).enumerate() {
@@ -515,13 +523,12 @@ impl<'a> Codes<'a> {
                             let codes = read_levels(isa, *table, reader, len);
                             *lane = isa.from_bits(isa.words(codes));
                         }
-                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c, order);
+                        store_units(isa, &lanes, &mut to[2 * i * width * UNIT..], width, c, order);
                     }
                 }
             }
             Self::Spread { rows } => {
                 let stride = cuts.words() * 4;
-                let vectors = (rows.len() / stride).div_ceil(LANES);
                 for (i, first) in units.step_by(2).enumerate() {
                     for (c, rows) in rows.chunks(LANES * stride).enumerate() {
                         let mut lanes = [isa.splat(0.0); LANES];
@@ -529,7 +536,7 @@ impl<'a> Codes<'a> {
                             let codes = load_padded(isa, &row[first * 4 * UNIT..]);
                             *lane = isa.from_bits(isa.words(codes));
                         }
-                        store_units(isa, &lanes, &mut to[2 * i * vectors * UNIT..], vectors, c, order);
+                        store_units(isa, &lanes, &mut to[2 * i * width * UNIT..], width, c, order);
                     }
                 }
             }

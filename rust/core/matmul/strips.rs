@@ -2,15 +2,15 @@
 //!
 //! ```text
 //! for each strip of 32 rows of x:
-//!   for each piece of a segment:
-//!     products = codes · q, or added to what the block before left      32 rows × 64 outputs, i32, exact
+//!   for each piece of a segment, each pair of vectors:
+//!     products = codes · q, or added to what the block before left      32 rows × 32 outputs, i32, exact
 //!     at the segment's end, row by row: what tile.rs does with dots
 //! ```
 
 use std::ops::Range;
 
 pub(super) use crate::simd::amx::ROWS;
-use crate::simd::amx::{Amx, Tiles};
+use crate::simd::amx::{Amx, Order, Tiles};
 use crate::simd::multiply::{Multiply, MultiplyKernel};
 use crate::simd::{Aligned, LANES, VECTORS};
 
@@ -24,14 +24,22 @@ pub(super) const MIN_ROWS: usize = 16;
 /// Bytes of x that stay in the second-level cache while panels pass by.
 const X_BYTES: usize = 1 << 20;
 
+/// Parts a thread: few, since each begins with codes that nobody has fetched ahead. Measured.
+pub(super) const PARTS_A_THREAD: usize = 1;
+
 /// Rows of x for one task: whole strips.
 pub(super) fn max_rows(k: usize) -> usize {
     (X_BYTES / k.max(1) / ROWS * ROWS).clamp(ROWS, 16 * ROWS)
 }
 
-/// The order of codes that suits the cuts of a row: a step takes 64 columns where segments allow, else 32.
-pub(super) fn laid(cuts: &Cuts) -> Laid {
-    if cuts.by_pairs { Laid::Pairs } else { Laid::Units }
+/// The order of codes that suits the cuts of a row: a step takes 64 columns where segments allow, else 32. Where the
+/// codes are `bytes` in panels, longer segments let them be read where they lie.
+pub(super) fn laid(cuts: &Cuts, bytes: bool) -> Laid {
+    match bytes && cuts.by_runs {
+        true => Laid::Runs,
+        false if cuts.by_pairs => Laid::Pairs,
+        false => Laid::Units,
+    }
 }
 
 /// All rows of x against the expanded codes of a block, a whole panel wide.
@@ -62,12 +70,21 @@ impl MultiplyKernel for Strips<'_> {
         let whole = rows / ROWS * ROWS;
         for (rows, height) in [(0..whole, ROWS), (whole..rows, rows - whole)] {
             if !rows.is_empty() {
-                let tiles = self.amx.tiles(height, self.order.step());
+                let tiles = self.amx.tiles(height, order(self.order));
                 for row in rows.step_by(ROWS) {
                     self.strip(by, &tiles, row, height, &mut products.0, &mut ahead);
                 }
             }
         }
+    }
+}
+
+/// The order as the unit has it.
+fn order(laid: Laid) -> Order {
+    match laid {
+        Laid::Units => Order::Together { words: UNIT },
+        Laid::Pairs => Order::Together { words: 2 * UNIT },
+        Laid::Runs => Order::Apart,
     }
 }
 
@@ -96,9 +113,11 @@ impl Strips<'_> {
             let steps = (piece.end.div_ceil(UNIT) - unit).div_ceil(self.order.together());
             let (x, strip) = on.x.tiles_from(row, on.block.words().start + piece.begin);
             let codes = &self.codes[unit * VECTORS * UNIT..];
-            tiles.multiply(x, strip, codes, steps, !piece.first, products, ahead.take(2 * steps));
-            if piece.last {
-                on.add_strip(by.isa(), sums, products, row, piece);
+            for pair in 0..VECTORS / 2 {
+                tiles.multiply(x, strip, codes, pair, steps, !piece.first, products, ahead.take(steps));
+                if piece.last {
+                    on.add_strip(by.isa(), sums, products, row, piece, pair);
+                }
             }
         }
     }

@@ -24,6 +24,11 @@ impl Sums {
         self.lanes.lines_mut().fill([0; LANES]);
     }
 
+    /// What strips begin with: anything, as wide as a whole panel.
+    pub(super) fn begin_strips(&mut self) {
+        self.wide = true;
+    }
+
     /// Whether tiles are [`VECTORS`] wide, else a single vector. `tile_vectors`, as in [`Sums::begin`], lets the
     /// compiler leave out what an instruction set never does.
     #[inline(always)]
@@ -53,9 +58,29 @@ impl Sums {
     }
 
     /// Writes the columns of a panel, from column `first` of `out` on: sums plus bias, NaN for the rows that
-    /// `finite` says are not. Rows of the result lie far apart: each is visited once.
+    /// `finite` says are not. Rows of the result lie far apart: each is visited once. `bypass`: past the caches.
     #[inline(always)]
     pub(super) fn write<I: Isa>(
+        &self,
+        isa: I,
+        panel: Panel,
+        bias: Option<&[f32]>,
+        finite: &[bool],
+        bypass: bool,
+        out: &mut Columns<'_>,
+        first: usize,
+    ) {
+        if bypass {
+            self.write_by::<I, true>(isa, panel, bias, finite, out, first);
+            isa.fence();
+        } else {
+            self.write_by::<I, false>(isa, panel, bias, finite, out, first);
+        }
+    }
+
+    /// [`Sums::write`], `STREAM` as in [`Isa::store`].
+    #[inline(always)]
+    fn write_by<I: Isa, const STREAM: bool>(
         &self,
         isa: I,
         panel: Panel,
@@ -70,17 +95,17 @@ impl Sums {
         }
         let (biases, _) = biases.as_chunks();
         for row in 0..self.rows {
-            for c in 0..panel.vectors() {
-                let at = if self.wide { row * VECTORS + c } else { c * self.rows + row };
-                let mut sum = isa.from_bits(isa.load_i32(&self.lanes.lines()[at]));
-                if bias.is_some() {
-                    sum = isa.add(sum, isa.load(&biases[c]));
+            let mut lanes = [isa.splat(f32::NAN); VECTORS];
+            if finite[row] {
+                for c in 0..panel.vectors() {
+                    let at = if self.wide { row * VECTORS + c } else { c * self.rows + row };
+                    lanes[c] = isa.from_bits(isa.load_i32(&self.lanes.lines()[at]));
+                    if bias.is_some() {
+                        lanes[c] = isa.add(lanes[c], isa.load(&biases[c]));
+                    }
                 }
-                if !finite[row] {
-                    sum = isa.splat(f32::NAN);
-                }
-                out.write(isa, row, first + c * LANES, panel.rows_of(c), sum);
             }
+            out.write::<I, STREAM>(isa, row, first, panel.rows, &lanes);
         }
     }
 }

@@ -12,7 +12,7 @@ fn small_work_is_one_part_whatever_the_threads() {
     for (m, n, k) in [(1, 64, 64), (1, 512, 512), (4, 256, 256)] {
         let mut out = vec![0.0; m * n];
         assert_eq!(
-            cut(Columns::of(Target::F32(&mut out), n), m, n, k, MAX_ROWS, 1, 16).len(),
+            cut(Columns::of(Target::F32(&mut out), n), m, n, k, MAX_ROWS, 1, PARTS_A_THREAD, 16).len(),
             1,
             "{m} {n} {k}"
         );
@@ -441,6 +441,19 @@ fn int8_of_many_rows_equals_the_plain_loop() {
             x[random.below(m * k)] = random.pick(&[1.0, f32::NAN]);
             matrix.check(&x, m, Some(&bias), Activations::Int8);
         }
+    }
+}
+
+#[test]
+fn int8_of_many_rows_against_bytes_in_place_equals_the_plain_loop() {
+    let mut random = Random(13);
+    // Runs of 512 columns; more than a block of them; panels that are not whole.
+    for (k, group, m) in [(512, 0, 16), (1536, 512, 33), (4608, 0, 40)] {
+        let scheme = scheme(8, group, true, false, &[]);
+        let shape = Shape { rows: random.pick(&[80, 144]), k };
+        let matrix = Matrix::new(&mut random, shape, scheme, &[8], 8);
+        let x = values(&mut random, m * k);
+        matrix.check(&x, m, None, Activations::Int8);
     }
 }
 

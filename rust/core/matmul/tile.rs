@@ -136,8 +136,9 @@ impl Operands<'_> {
         (scales, zeros)
     }
 
-    /// Adds a segment's brackets to the sums of the rows from `row` on, a whole panel wide, from products that
-    /// began at 0 and lie in memory.
+    /// Adds a segment's brackets to the sums of the rows from `row` on, or begins these with the first segment's: for
+    /// x in tiles, from products that began at 0 and lie in memory, those of a pair of vectors. The panel may have
+    /// but one of them, or none.
     #[inline(always)]
     pub(super) fn add_strip<I: Isa>(
         &self,
@@ -146,38 +147,71 @@ impl Operands<'_> {
         products: &[[Lanes; VECTORS]],
         row: usize,
         piece: &Piece,
+        pair: usize,
     ) {
-        match self.affine.form {
-            Form::Start => self.add_strip_form(isa, sums, products, row, piece, |dots, zero, term| {
-                let dots = isa.add_i32(dots, isa.splat_i32(term.cast_signed()));
-                Affine::bracket::<I, true>(isa, isa.to_f32(dots), zero, term)
-            }),
-            Form::Float => self.add_strip_form(isa, sums, products, row, piece, |dots, zero, term| {
-                Affine::bracket::<I, false>(isa, isa.to_f32(dots), zero, term)
-            }),
-            Form::Integer => self.add_strip_form(isa, sums, products, row, piece, |dots, zero, term| {
-                self.affine.integer_bracket(isa, dots, zero, term)
-            }),
+        match self.vectors.saturating_sub(2 * pair) {
+            0 => {}
+            1 => self.add_columns::<I, 1>(isa, sums, products, row, piece, 2 * pair),
+            _ => self.add_columns::<I, 2>(isa, sums, products, row, piece, 2 * pair),
         }
     }
 
-    /// [`Operands::add_strip`] with the bracket of one form.
+    /// [`Operands::add_strip`] for the `C` vectors from `first` on.
     #[inline(always)]
-    fn add_strip_form<I: Isa>(
+    fn add_columns<I: Isa, const C: usize>(
         &self,
         isa: I,
         sums: &mut [[Lanes; VECTORS]],
         products: &[[Lanes; VECTORS]],
         row: usize,
         piece: &Piece,
+        first: usize,
+    ) {
+        match self.affine.form {
+            Form::Start => {
+                self.add_form_of_strip::<I, C>(isa, sums, products, row, piece, first, |dots, zero, term| {
+                    let dots = isa.add_i32(dots, isa.splat_i32(term.cast_signed()));
+                    Affine::bracket::<I, true>(isa, isa.to_f32(dots), zero, term)
+                })
+            }
+            Form::Float => {
+                self.add_form_of_strip::<I, C>(isa, sums, products, row, piece, first, |dots, zero, term| {
+                    Affine::bracket::<I, false>(isa, isa.to_f32(dots), zero, term)
+                })
+            }
+            Form::Integer => {
+                self.add_form_of_strip::<I, C>(isa, sums, products, row, piece, first, |dots, zero, term| {
+                    self.affine.integer_bracket(isa, dots, zero, term)
+                })
+            }
+        }
+    }
+
+    /// [`Operands::add_columns`] with the bracket of one form.
+    #[inline(always)]
+    fn add_form_of_strip<I: Isa, const C: usize>(
+        &self,
+        isa: I,
+        sums: &mut [[Lanes; VECTORS]],
+        products: &[[Lanes; VECTORS]],
+        row: usize,
+        piece: &Piece,
+        first: usize,
         bracket: impl Fn(I::I32, &Lanes, u32) -> I::F32,
     ) {
-        let (scales, zeros) = self.factors::<I, VECTORS>(isa, piece, 0);
-        for (r, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
-            let (scale_x, term) = self.x.factors(row + r, piece.segment);
-            for c in 0..VECTORS {
-                let bracket = bracket(isa.load_i32(&products[c]), zeros[c], term);
-                add_bracket(isa, &mut sums[c], scales[c], scale_x, bracket);
+        let (scales, zeros) = self.factors::<I, C>(isa, piece, first);
+        let begins = piece.segment == 0;
+        let tiles = sums.chunks_mut(LANES).zip(products.chunks(LANES));
+        for (row, (sums, products)) in (row..).step_by(LANES).zip(tiles) {
+            let (terms, scales_x) = self.x.factors(row, piece.segment);
+            for (r, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
+                for c in 0..C {
+                    let bracket = bracket(isa.load_i32(&products[first + c]), zeros[c], terms[r]);
+                    let sum = &mut sums[first + c];
+                    let before = if begins { isa.splat(0.0) } else { isa.from_bits(isa.load_i32(sum)) };
+                    let added = with_bracket(isa, before, scales[c], scales_x[r], bracket);
+                    isa.store_i32(sum, isa.to_bits(added));
+                }
             }
         }
     }
@@ -233,9 +267,14 @@ impl Operands<'_> {
 /// sum = fma(s_r · s_x, bracket, sum)
 #[inline(always)]
 fn add_bracket<I: Isa>(isa: I, sum: &mut Lanes, scale: I::F32, scale_x: f32, bracket: I::F32) {
-    let scale = isa.mul(scale, isa.splat(scale_x));
-    let added = isa.mul_add(scale, bracket, isa.from_bits(isa.load_i32(sum)));
+    let added = with_bracket(isa, isa.from_bits(isa.load_i32(sum)), scale, scale_x, bracket);
     isa.store_i32(sum, isa.to_bits(added));
+}
+
+/// fma(s_r · s_x, bracket, sum)
+#[inline(always)]
+fn with_bracket<I: Isa>(isa: I, sum: I::F32, scale: I::F32, scale_x: f32, bracket: I::F32) -> I::F32 {
+    isa.mul_add(isa.mul(scale, isa.splat(scale_x)), bracket, sum)
 }
 
 /// `R` rows of x against the vectors `first` to `first + C` of expanded codes.

@@ -34,6 +34,8 @@ pub(super) struct Panels<'a> {
     pub(super) rows: Range<usize>,
     pub(super) outputs: Range<usize>,
     pub(super) out: Columns<'a>,
+    /// Whether the result bypasses the caches.
+    pub(super) bypass: bool,
 }
 
 impl Kernel for Panels<'_> {
@@ -73,7 +75,7 @@ impl Kernel for Panels<'_> {
                 }
             }
             let (finite, first) = (&self.finite[self.rows.clone()], panel.first - self.outputs.start);
-            sums.write(isa, panel, self.bias, finite, &mut self.out, first);
+            sums.write(isa, panel, self.bias, finite, self.bypass, &mut self.out, first);
         }
     }
 }

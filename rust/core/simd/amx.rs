@@ -32,6 +32,12 @@ pub(crate) struct Amx {
 }
 
 impl Amx {
+    /// Plain loops in place of the unit.
+    #[cfg(test)]
+    pub(super) fn stand_in() -> Self {
+        Self { emulated: true }
+    }
+
     /// The token, if there is one to have. Asks the system for permission, once.
     pub(crate) fn detect() -> Option<Self> {
         match unit::granted() {
@@ -40,18 +46,47 @@ impl Amx {
         }
     }
 
-    /// Shapes the tiles of this thread for blocks of `rows` rows of x, at most [`ROWS`], and steps of `words`
-    /// words of four columns, 8 or 16.
+    /// Shapes the tiles of this thread for blocks of `rows` rows of x, at most [`ROWS`], and codes in that order.
     ///
     /// Panics if the thread has them in use already.
-    pub(crate) fn tiles(self, rows: usize, words: usize) -> Tiles {
-        assert!((1..=ROWS).contains(&rows) && (words == 8 || words == 16));
+    pub(crate) fn tiles(self, rows: usize, order: Order) -> Tiles {
+        assert!((1..=ROWS).contains(&rows) && matches!(order.words(), 8 | 16));
         assert!(!IN_USE.replace(true), "the tiles of a thread have one shape at a time");
-        let tiles = Tiles { rows, words, emulated: self.emulated, thread: PhantomData };
+        let tiles = Tiles { rows, order, emulated: self.emulated, thread: PhantomData };
         if !self.emulated {
-            unit::shape(rows, words);
+            unit::shape(rows, order.words());
         }
         tiles
+    }
+}
+
+/// Which words of codes a step takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// `words` words of four columns, 8 or 16, that follow one another: codes are `[step][vector][word]`.
+    Together { words: usize },
+    /// One of each of 16 runs of [`RUN`] words: codes are `[16 runs][vector][step of `RUN`]`.
+    Apart,
+}
+
+/// Words of a run of [`Order::Apart`].
+const RUN: usize = 8;
+
+impl Order {
+    /// Words of a step.
+    fn words(self) -> usize {
+        match self {
+            Self::Together { words } => words,
+            Self::Apart => 16,
+        }
+    }
+
+    /// Where word `word` of vector `c` lies in step `step`.
+    fn at(self, step: usize, c: usize, word: usize) -> usize {
+        match self {
+            Self::Together { words } => (step * VECTORS + c) * words + word,
+            Self::Apart => ((step / RUN * 16 + word) * VECTORS + c) * RUN + step % RUN,
+        }
     }
 }
 
@@ -63,7 +98,7 @@ thread_local! {
 /// The tiles of this thread, shaped.
 pub(crate) struct Tiles {
     rows: usize,
-    words: usize,
+    order: Order,
     emulated: bool,
     /// The shape is the thread's.
     thread: PhantomData<*const ()>,
@@ -79,10 +114,11 @@ impl Drop for Tiles {
 }
 
 impl Tiles {
-    /// The products of some rows of x with a panel of codes: set, or added to what is there (`add`).
+    /// The products of some rows of x with a pair of vectors of a panel of codes: set, or added to what is there
+    /// (`add`).
     ///
     /// * `x`: signed, `[step][row of 16][word]`; `strip` words behind it those of the rows from 16 on.
-    /// * `codes`: `[step][vector][word]`, unsigned.
+    /// * `codes`: unsigned, in their order; where words lie apart, of whole runs.
     /// * `products`: a row for each row of x.
     #[inline(always)]
     pub(crate) fn multiply(
@@ -90,24 +126,29 @@ impl Tiles {
         x: &[[u8; 4]],
         strip: usize,
         codes: &[[u8; 64]],
+        pair: usize,
         steps: usize,
         add: bool,
         products: &mut Products,
         prefetch: Prefetch,
     ) {
+        assert!(pair < VECTORS / 2);
         let strips = (self.rows - 1) / 16;
-        let x = &x[..strips * strip + steps * 16 * self.words];
-        let codes = &codes[..steps * VECTORS * self.words];
+        let x = &x[..strips * strip + steps * 16 * self.order.words()];
+        let codes = &codes[..steps * VECTORS * self.order.words()];
+        assert!(self.order != Order::Apart || steps.is_multiple_of(RUN));
         let products = &mut products[..self.rows];
         if cfg!(test) && self.emulated {
-            return emulate(x, strip, codes, self.words, add, products);
+            return emulate(x, strip, codes, self.order, pair, steps, add, products);
         }
-        let operands = Operands { x, strip, codes, steps, add, products, prefetch };
-        match (self.words, self.rows > 16) {
-            (16, true) => unit::multiply::<16, true>(operands),
-            (16, false) => unit::multiply::<16, false>(operands),
-            (_, true) => unit::multiply::<8, true>(operands),
-            (_, false) => unit::multiply::<8, false>(operands),
+        let operands = Operands { x, strip, codes, pair, steps, add, products, prefetch };
+        match (self.order, self.rows > 16) {
+            (Order::Apart, true) => unit::multiply::<16, true, true>(operands),
+            (Order::Apart, false) => unit::multiply::<16, true, false>(operands),
+            (Order::Together { words: 16 }, true) => unit::multiply::<16, false, true>(operands),
+            (Order::Together { words: 16 }, false) => unit::multiply::<16, false, false>(operands),
+            (Order::Together { .. }, true) => unit::multiply::<8, false, true>(operands),
+            (Order::Together { .. }, false) => unit::multiply::<8, false, false>(operands),
         }
     }
 }
@@ -117,6 +158,7 @@ struct Operands<'a> {
     x: &'a [[u8; 4]],
     strip: usize,
     codes: &'a [[u8; 64]],
+    pair: usize,
     steps: usize,
     add: bool,
     products: &'a mut Products,
@@ -128,23 +170,25 @@ fn emulate(
     x: &[[u8; 4]],
     strip: usize,
     codes: &[[u8; 64]],
-    words: usize,
+    order: Order,
+    pair: usize,
+    steps: usize,
     add: bool,
     products: &mut Products,
 ) {
+    let words = order.words();
     for (row, products) in products.iter_mut().enumerate() {
-        let x = |step| &x[row / 16 * strip + (16 * step + row % 16) * words..];
-        for (c, sums) in products.iter_mut().enumerate() {
+        for (c, sums) in products.iter_mut().enumerate().skip(2 * pair).take(2) {
             if !add {
                 *sums = [0; 16];
             }
-            for (step, codes) in codes.chunks(VECTORS * words).enumerate() {
-                for (q, codes) in x(step).iter().zip(&codes[c * words..][..words]) {
-                    for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<4>().0) {
-                        for (q, code) in q.iter().zip(codes) {
-                            let product = i32::from(*q as i8) * i32::from(*code);
-                            *sum = sum.wrapping_add(product.cast_unsigned());
-                        }
+            for (step, word) in (0..steps).flat_map(|step| (0..words).map(move |word| (step, word))) {
+                let q = x[row / 16 * strip + (16 * step + row % 16) * words + word];
+                let codes = &codes[order.at(step, c, word)];
+                for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<4>().0) {
+                    for (q, code) in q.iter().zip(codes) {
+                        let product = i32::from(*q as i8) * i32::from(*code);
+                        *sum = sum.wrapping_add(product.cast_unsigned());
                     }
                 }
             }
@@ -158,7 +202,7 @@ mod unit {
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
     use std::sync::LazyLock;
 
-    use super::{Operands, VECTORS};
+    use super::{Operands, RUN, VECTORS};
     use crate::simd::Aligned;
 
     /// Whether the CPU has AMX for bytes and the system grants it.
@@ -238,12 +282,14 @@ mod unit {
         unsafe { asm!("tilerelease", options(nomem, nostack)) }
     }
 
-    /// Two vectors of codes with one or two tiles of x. The loop over steps has a loop over lines in it.
+    /// Two vectors of codes with one or two tiles of x. A tile is loaded for the next step as soon as this one is
+    /// through with it. The loop over steps has a loop over lines in it.
     macro_rules! pair {
         (
-            $of:ident, $pair:ident, $words:ident,
-            begin: [$($begin:literal)*], add: [$($add:literal)*], step: [$($step:literal)*],
-            next: [$($next:literal)*], store: [$($store:literal)*]
+            $of:ident, $words:ident, $apart:ident,
+            begin: [$($begin:literal)*], add: [$($add:literal)*], load: [$($load:literal)*],
+            next: [$($next:literal)*], step: [$($step:literal)*], last: [$($last:literal)*],
+            store: [$($store:literal)*]
         ) => {
             // SAFETY: `Tiles::multiply` has cut the operands to what the shape of the tiles reads and writes;
             // prefetching never faults. A token exists, so the instructions do.
@@ -256,34 +302,50 @@ mod unit {
                     "2:",
                     $($add,)*
                     "3:",
-                    $($step,)*
+                    $($load,)*
+                    "4:",
                     "mov {line}, {lines}",
                     "test {line}, {line}",
-                    "jz 5f",
-                    "4:",
+                    "jz 6f",
+                    "5:",
                     "prefetcht1 [{ahead}]",
                     "add {ahead}, 64",
                     "dec {line}",
-                    "jnz 4b",
-                    "5:",
+                    "jnz 5b",
+                    "6:",
+                    "dec {steps}",
+                    "jz 8f",
                     "add {x}, 64 * {words}",
                     $($next,)*
-                    "add {codes}, 64 * 4 * {words}",
-                    "dec {steps}",
-                    "jnz 3b",
+                    "add {codes}, {next_step}",
+                    // Steps come in runs, behind which more lies than a step.
+                    "test {steps:e}, {run} - 1",
+                    "jnz 7f",
+                    "add {codes}, {next_run}",
+                    "7:",
+                    $($step,)*
+                    "jmp 4b",
+                    "8:",
+                    $($last,)*
                     $($store,)*
                     x = inout(reg) $of.x.as_ptr() => _,
                     high = inout(reg) $of.x.as_ptr().wrapping_add($of.strip) => _,
-                    stride = in(reg) 4 * $words,
-                    codes = inout(reg) $of.codes.as_ptr().wrapping_add(2 * $pair * $words) => _,
-                    products = in(reg) $of.products.as_mut_ptr().cast::<[u32; 16]>().wrapping_add(2 * $pair),
-                    line64 = in(reg) 64usize,
+                    row = in(reg) 4 * $words,
+                    codes = inout(reg) $of.codes.as_ptr().wrapping_add(2 * $of.pair * if $apart { RUN } else { $words }) => _,
+                    word = in(reg) 64 * if $apart { VECTORS * RUN } else { 1 },
+                    products = in(reg) $of.products.as_mut_ptr().cast::<[u32; 16]>().wrapping_add(2 * $of.pair),
                     steps = inout(reg) $of.steps => _,
                     add = in(reg) u32::from($of.add),
-                    ahead = inout(reg) $of.prefetch.from.wrapping_add($pair * $of.steps * $of.prefetch.lines * 64) => _,
+                    ahead = inout(reg) $of.prefetch.from.cast::<u8>() => _,
                     lines = in(reg) $of.prefetch.lines,
                     line = out(reg) _,
                     words = const $words,
+                    // Rows of products lie 256 bytes apart.
+                    rows = const 64 / $words,
+                    run = const RUN,
+                    second = const 64 * if $apart { RUN } else { $words },
+                    next_step = const 64 * if $apart { 1 } else { VECTORS * $words },
+                    next_run = const 64 * if $apart { (16 * VECTORS - 1) * RUN } else { 0 },
                     out("tmm0") _,
                     out("tmm1") _,
                     out("tmm2") _,
@@ -298,66 +360,85 @@ mod unit {
         };
     }
 
-    /// With steps of `WORDS` words, for more than 16 rows (`TALL`) or up to 16.
+    /// With steps of `WORDS` words, which lie `APART` or not, for more than 16 rows (`TALL`) or up to 16.
     #[inline(always)]
-    pub(super) fn multiply<const WORDS: usize, const TALL: bool>(of: Operands<'_>) {
+    pub(super) fn multiply<const WORDS: usize, const APART: bool, const TALL: bool>(of: Operands<'_>) {
         if of.steps == 0 {
             if !of.add {
-                of.products.fill([[0; 16]; VECTORS]);
+                of.products.iter_mut().for_each(|row| row[2 * of.pair..][..2].fill([0; 16]));
             }
             return;
         }
-        for pair in 0..VECTORS / 2 {
-            if TALL {
-                pair!(
-                    of, pair, WORDS,
-                    begin: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
-                    add: [
-                        "tileloadd tmm0, [{products} + 4 * {line64}]"
-                        "tileloadd tmm1, [{products} + 4 * {line64} + 64]"
-                        "tileloadd tmm2, [{products} + 4 * {line64} + 4096]"
-                        "tileloadd tmm3, [{products} + 4 * {line64} + 4160]"
-                    ],
-                    step: [
-                        "tileloadd tmm6, [{codes} + {line64}]"
-                        "tileloadd tmm4, [{x} + {stride}]"
-                        "tdpbsud tmm0, tmm4, tmm6"
-                        "tileloadd tmm7, [{codes} + {line64} + 64 * {words}]"
-                        "tdpbsud tmm1, tmm4, tmm7"
-                        "tileloadd tmm5, [{high} + {stride}]"
-                        "tdpbsud tmm2, tmm5, tmm6"
-                        "tdpbsud tmm3, tmm5, tmm7"
-                    ],
-                    next: ["add {high}, 64 * {words}"],
-                    store: [
-                        "tilestored [{products} + 4 * {line64}], tmm0"
-                        "tilestored [{products} + 4 * {line64} + 64], tmm1"
-                        "tilestored [{products} + 4 * {line64} + 4096], tmm2"
-                        "tilestored [{products} + 4 * {line64} + 4160], tmm3"
-                    ]
-                );
-            } else {
-                pair!(
-                    of, pair, WORDS,
-                    begin: ["tilezero tmm0" "tilezero tmm1"],
-                    add: [
-                        "tileloadd tmm0, [{products} + 4 * {line64}]"
-                        "tileloadd tmm1, [{products} + 4 * {line64} + 64]"
-                    ],
-                    step: [
-                        "tileloadd tmm6, [{codes} + {line64}]"
-                        "tileloadd tmm4, [{x} + {stride}]"
-                        "tdpbsud tmm0, tmm4, tmm6"
-                        "tileloadd tmm7, [{codes} + {line64} + 64 * {words}]"
-                        "tdpbsud tmm1, tmm4, tmm7"
-                    ],
-                    next: ["/* {high} stays unused */"],
-                    store: [
-                        "tilestored [{products} + 4 * {line64}], tmm0"
-                        "tilestored [{products} + 4 * {line64} + 64], tmm1"
-                    ]
-                );
-            }
+        if TALL {
+            pair!(
+                of, WORDS, APART,
+                begin: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
+                add: [
+                    "tileloadd tmm0, [{products} + {rows} * {row}]"
+                    "tileloadd tmm1, [{products} + {rows} * {row} + 64]"
+                    "tileloadd tmm2, [{products} + {rows} * {row} + 4096]"
+                    "tileloadd tmm3, [{products} + {rows} * {row} + 4160]"
+                ],
+                load: [
+                    "tileloadd tmm4, [{x} + {row}]"
+                    "tileloadd tmm6, [{codes} + {word}]"
+                    "tileloadd tmm5, [{high} + {row}]"
+                    "tileloadd tmm7, [{codes} + {word} + {second}]"
+                ],
+                next: ["add {high}, 64 * {words}"],
+                step: [
+                    "tdpbsud tmm0, tmm4, tmm6"
+                    "tdpbsud tmm2, tmm5, tmm6"
+                    "tdpbsud tmm1, tmm4, tmm7"
+                    "tileloadd tmm6, [{codes} + {word}]"
+                    "tileloadd tmm4, [{x} + {row}]"
+                    "tdpbsud tmm3, tmm5, tmm7"
+                    "tileloadd tmm5, [{high} + {row}]"
+                    "tileloadd tmm7, [{codes} + {word} + {second}]"
+                ],
+                last: [
+                    "tdpbsud tmm0, tmm4, tmm6"
+                    "tdpbsud tmm2, tmm5, tmm6"
+                    "tdpbsud tmm1, tmm4, tmm7"
+                    "tdpbsud tmm3, tmm5, tmm7"
+                ],
+                store: [
+                    "tilestored [{products} + {rows} * {row}], tmm0"
+                    "tilestored [{products} + {rows} * {row} + 64], tmm1"
+                    "tilestored [{products} + {rows} * {row} + 4096], tmm2"
+                    "tilestored [{products} + {rows} * {row} + 4160], tmm3"
+                ]
+            );
+        } else {
+            pair!(
+                of, WORDS, APART,
+                begin: ["tilezero tmm0" "tilezero tmm1"],
+                add: [
+                    "tileloadd tmm0, [{products} + {rows} * {row}]"
+                    "tileloadd tmm1, [{products} + {rows} * {row} + 64]"
+                ],
+                load: [
+                    "tileloadd tmm4, [{x} + {row}]"
+                    "tileloadd tmm6, [{codes} + {word}]"
+                    "tileloadd tmm7, [{codes} + {word} + {second}]"
+                ],
+                next: ["/* {high} stays unused */"],
+                step: [
+                    "tdpbsud tmm0, tmm4, tmm6"
+                    "tileloadd tmm6, [{codes} + {word}]"
+                    "tdpbsud tmm1, tmm4, tmm7"
+                    "tileloadd tmm4, [{x} + {row}]"
+                    "tileloadd tmm7, [{codes} + {word} + {second}]"
+                ],
+                last: [
+                    "tdpbsud tmm0, tmm4, tmm6"
+                    "tdpbsud tmm1, tmm4, tmm7"
+                ],
+                store: [
+                    "tilestored [{products} + {rows} * {row}], tmm0"
+                    "tilestored [{products} + {rows} * {row} + 64], tmm1"
+                ]
+            );
         }
     }
 }
@@ -375,9 +456,10 @@ mod unit {
 
     pub(super) fn release() {}
 
-    pub(super) fn multiply<const WORDS: usize, const TALL: bool>(of: Operands<'_>) {
-        let Operands { x, strip, codes, steps: _, add, products, prefetch: _ } = of;
-        super::emulate(x, strip, codes, WORDS, add, products);
+    pub(super) fn multiply<const WORDS: usize, const APART: bool, const TALL: bool>(of: Operands<'_>) {
+        let Operands { x, strip, codes, pair, steps, add, products, prefetch: _ } = of;
+        let order = if APART { super::Order::Apart } else { super::Order::Together { words: WORDS } };
+        super::emulate(x, strip, codes, order, pair, steps, add, products);
     }
 }
 
@@ -390,9 +472,10 @@ mod tests {
     fn products_of_every_shape_equal_plain_loops() {
         let amx = Amx::detect().unwrap();
         let byte = |i: usize| (i * 167 + i / 7 * 31) as u8;
-        for words in [8, 16] {
+        for order in [Order::Together { words: 8 }, Order::Together { words: 16 }, Order::Apart] {
             for rows in [1, 2, 15, 16, 17, 31, 32] {
-                let (steps, strip) = (3, 3 * 16 * words + 16);
+                let words = order.words();
+                let (steps, strip) = (16, 16 * 16 * words + 16);
                 let x: Vec<[u8; 4]> =
                     (0..2 * strip).map(|i| [0, 1, 2, 3].map(|j| byte(4 * i + j) | 1)).collect();
                 let codes: Vec<[u8; 64]> = (0..steps * VECTORS * words)
@@ -400,14 +483,15 @@ mod tests {
                     .collect();
                 let mut products = vec![[[7; 16]; VECTORS]; ROWS];
                 let mut expected = products.clone();
-                let tiles = amx.tiles(rows, words);
-                for (add, steps) in [(false, steps), (true, 2), (true, 0)] {
+                let tiles = amx.tiles(rows, order);
+                let few = if order == Order::Apart { 8 } else { 3 };
+                let calls = [(0, false, steps), (1, false, few), (0, true, few), (1, true, 0), (1, false, 0)];
+                for (pair, add, steps) in calls {
                     let prefetch = Prefetch { from: codes.as_ptr().cast(), lines: rows % 3 };
-                    tiles.multiply(&x, strip, &codes, steps, add, &mut products, prefetch);
-                    let codes = &codes[..steps * 4 * words];
-                    emulate(&x, strip, codes, words, add, &mut expected[..rows]);
+                    tiles.multiply(&x, strip, &codes, pair, steps, add, &mut products, prefetch);
+                    emulate(&x, strip, &codes, order, pair, steps, add, &mut expected[..rows]);
                 }
-                assert_eq!(products, expected, "rows={rows} words={words}");
+                assert_eq!(products, expected, "rows={rows} {order:?}");
             }
         }
     }
@@ -416,7 +500,8 @@ mod tests {
     #[should_panic(expected = "one shape at a time")]
     fn tiles_of_a_thread_have_one_owner() {
         let amx = Amx::detect().unwrap();
-        let _first = amx.tiles(1, 16);
-        let _second = amx.tiles(2, 16);
+        let order = Order::Together { words: 16 };
+        let _first = amx.tiles(1, order);
+        let _second = amx.tiles(2, order);
     }
 }

@@ -418,9 +418,9 @@ impl Isa for Avx2 {
         a
     }
     #[inline(always)]
-    fn prefetch(self, from: &[u8; 64], ahead: usize) {
+    fn prefetch<T>(self, from: &T, ahead: usize) {
         // SAFETY: prefetching is part of every x86-64; it reads nothing and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(ahead).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(from).wrapping_byte_add(ahead).cast()) }
     }
     #[inline(always)]
     fn shr_and_u8(self, a: Self::U8, shift: u32, mask: u8) -> Self::U8 {

@@ -128,6 +128,12 @@ impl Dot for Scalar {
         self
     }
 
+    /// So that whatever drives the unit is tested on every CPU.
+    #[cfg(test)]
+    fn blocks(self) -> Option<Amx> {
+        Some(Amx::stand_in())
+    }
+
     #[inline(always)]
     fn dot(self, acc: [i32; 16], codes: [u8; 64], word: i32) -> [i32; 16] {
         // Factors of 16 bits in lanes of 32: compilers have a cheap multiplication for those.
