@@ -24,6 +24,7 @@ HOW = {
     "speed": "make bench-speed",
     "quality": "make quality",
     "linear": "make bench-linear",
+    "linear-avx2": "benches/linear.py with --results on a CPU that has AVX2 and no more",
     "models": "make bench-models",
     "precision": "make quality",
     "control": "make quality",
@@ -119,12 +120,12 @@ CONTESTS = {
 """Who of ours meets which kinds of peers."""
 
 
-def linear() -> str:
+def linear(record: str) -> str:
     """One line a cell: ours, and the time of the fastest peer that does the same, over ours."""
-    contenders = read("linear", "contenders")
+    contenders = read(record, "contenders")
     floats = [name for name, about in contenders.items() if about["kind"] == "float"]
     lines = []
-    for cell in (cell for cell in read("linear", "cells") if not cell["hot"]):
+    for cell in (cell for cell in read(record, "cells") if not cell["hot"]):
         line = [f"{cell['n']} × {cell['k']}", str(cell["threads"]), str(cell["m"])]
         for ours, kinds in CONTESTS.items():
             peers = [name for name in cell["gops"] if contenders[name]["kind"] in kinds]
@@ -343,7 +344,8 @@ TABLES = {
     "quality-language": language,
     "quality-perplexity": perplexity,
     "speed": speed,
-    "linear": linear,
+    "linear": partial(linear, "linear"),
+    "linear-avx2": partial(linear, "linear-avx2"),
     "linear-all": linear_all,
     "models-encoder": models_encoder,
     "models-language": models_language,

@@ -26,7 +26,7 @@ use crate::planes::check_packed;
 use crate::quantize::{Rows, Scales, Source, Target, ZeroPoints, check_groups, readable};
 use crate::scheme::{Mode, Planes, Rounding, Scheme};
 use crate::simd::dot::has_blocks;
-use crate::simd::multiply::{dispatch_bytes, dispatch_floats, prefers_bf16};
+use crate::simd::multiply::{dispatch_bytes, dispatch_floats, offset, prefers_bf16};
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 mod activations;
@@ -247,9 +247,13 @@ fn by_codes(
     tiles: Option<panel::Laid>,
     threads: usize,
 ) {
-    let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts, numbers != Numbers::Int8);
-    let x = &activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, tiles, threads);
     let max_code = affine::max_code(weight.scheme.table(), weight.prefix.bits());
+    let (floats, offset) = match numbers {
+        Numbers::Int8 => (false, offset(isa, max_code)),
+        Numbers::Bf16 | Numbers::F32 => (true, 0),
+    };
+    let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts, floats, offset);
+    let x = &activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, tiles, threads);
     parallel::for_each(threads, parts, |Part { rows, columns, out, bypass }| {
         let part =
             codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out, bypass };

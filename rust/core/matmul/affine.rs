@@ -36,18 +36,18 @@ pub(super) struct Affine {
 }
 
 impl Affine {
-    /// The form for sums of integer products, or of floats.
-    pub(super) fn new(scheme: &Scheme, read_bits: u32, cuts: &Cuts, floats: bool) -> Self {
+    /// The form for sums of integer products, or of floats, of codes less `offset`.
+    pub(super) fn new(scheme: &Scheme, read_bits: u32, cuts: &Cuts, floats: bool, offset: i32) -> Self {
         let dropped = scheme.bits() - read_bits;
-        // Twice the value of the dropped bits' middle.
-        let middle = (1 << dropped) - 1;
+        // Twice the value of the dropped bits' middle, and of what is taken off the codes.
+        let middle = (1 << dropped) - 1 + (offset << (dropped + 1));
         let fixed = scheme.zero_point().map(|z| (2.0 * z) as i32 - middle);
         let (mut shift, mut zero) = (dropped + 1, fixed.unwrap_or(0));
         while fixed.is_some() && shift > 0 && zero % 2 == 0 {
             (shift, zero) = (shift - 1, zero / 2);
         }
         let (z_factor, z_offset) = match dropped {
-            0 => (1, 0),
+            0 => (1, offset),
             _ => (2, middle),
         };
         if fixed.is_none() && dropped == 0 {

@@ -28,9 +28,6 @@ use super::strips::Strips;
 use super::sums::{Sums, by_height, tiles};
 use super::tile::{Operands, Stream, Tile};
 
-/// [`Multiply::STREAM_ROWS`] for codes of a byte each, which there is nothing to expand of.
-const STREAM_ROWS_OF_BYTES: usize = 1;
-
 /// The work of one thread at a time: some panels of the weight, some rows of x.
 pub(super) struct Panels<'a> {
     pub(super) weight: &'a Rows<'a>,
@@ -57,16 +54,17 @@ impl MultiplyKernel for Panels<'_> {
         let mut scratch = Scratch::new(self.cuts, self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
             scratch.load_scales(isa, self.weight, self.layout, self.affine, panel);
-            // Strips are as wide as a whole panel, whatever is in it.
-            match self.x.tiles() {
-                Some(_) => scratch.sums.begin_strips(),
-                None => scratch.sums.begin(panel.vectors(), M::TILE_VECTORS),
-            }
             let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
             let table = scheme.table();
             let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
+            let stream = panel.vectors() == VECTORS && self.streams::<M>(&codes);
+            // Strips are as wide as a whole panel, whatever is in it.
+            match self.x.tiles() {
+                Some(_) => scratch.sums.begin_strips(),
+                None => scratch.sums.begin(panel.vectors(), if stream { VECTORS } else { M::TILE_VECTORS }),
+            }
             for block in &self.cuts.blocks {
-                self.multiply(by, panel, block, &mut codes, &mut scratch);
+                self.multiply(by, panel, block, &mut codes, stream, &mut scratch);
             }
             let (finite, first) = (self.x.finite(&self.rows), panel.first - self.outputs.start);
             scratch.sums.write(isa, panel, self.bias, finite, self.bypass, &mut self.out, first);
@@ -75,6 +73,13 @@ impl MultiplyKernel for Panels<'_> {
 }
 
 impl Panels<'_> {
+    /// Whether rows are so few that the codes of whole panels are expanded in registers.
+    #[inline(always)]
+    fn streams<M: Multiply>(&self, codes: &Codes<'_>) -> bool {
+        let most = codes.planes().map_or(0, |planes| stream_rows::<M>(planes.stack()));
+        self.cuts.by_units && self.rows.len() <= most
+    }
+
     /// Adds a block's products to the sums of all rows.
     #[inline(always)]
     fn multiply<M: Multiply>(
@@ -83,6 +88,7 @@ impl Panels<'_> {
         panel: Panel,
         block: &Block,
         codes: &mut Codes<'_>,
+        stream: bool,
         scratch: &mut Scratch,
     ) {
         let Scratch { expanded, scales, zeros, sums, carried, .. } = scratch;
@@ -94,7 +100,7 @@ impl Panels<'_> {
             ),
         };
         let (cuts, affine, vectors) = (self.cuts, self.affine, panel.vectors());
-        let mut carried = carried.as_mut();
+        let carried = carried.as_mut();
         let on = Operands { x: self.x, cuts, block, affine, vectors, scales, zeros };
         let in_place = codes.planes().and_then(|planes| planes.as_words(block));
         if let (Some(amx), Some(order)) = (by.blocks(), self.x.tiles()) {
@@ -119,15 +125,10 @@ impl Panels<'_> {
             return;
         }
         if let Codes::Panels(planes) = codes
-            && self.rows.len() <= stream_rows::<M>(planes)
-            && cuts.by_units
-            && sums.wide(M::TILE_VECTORS)
+            && stream
         {
-            let mut streams =
-                Streams { on, codes: planes, rows: self.rows.clone(), sums, carried: carried.as_deref_mut() };
-            if streams.run(by) {
-                return;
-            }
+            Streams { on, codes: planes, rows: self.rows.clone(), sums, carried }.run(by);
+            return;
         }
         let words = match in_place {
             Some(words) => words,
@@ -147,9 +148,16 @@ const fn common(stack: u32) -> bool {
     matches!(stack, BYTES | 0x4 | 0x2 | 0x12 | 0x44) || stack == LEVELS | 0x4
 }
 
-/// Rows of x up to which these codes are expanded in registers, a few rows after the other.
-fn stream_rows<M: Multiply>(planes: &PanelPlanes<'_>) -> usize {
-    if planes.stack() == BYTES { STREAM_ROWS_OF_BYTES } else { M::STREAM_ROWS }
+/// Rows of x up to which the codes of a stack are expanded in registers, a few rows after the other; 0 where there
+/// is no kernel for it.
+const fn stream_rows<M: Multiply>(stack: u32) -> usize {
+    let bits = bits_of(stack);
+    let chosen = *M::BITS.start() <= bits && bits <= *M::BITS.end();
+    match stack {
+        _ if M::STREAM_ROWS == 0 || !chosen || !(M::EVERY_STACK || common(stack)) => 0,
+        BYTES => M::STREAM_ROWS_OF_BYTES,
+        _ => M::STREAM_ROWS,
+    }
 }
 
 /// A few rows of x against the codes of a block as they lie in memory.
@@ -162,16 +170,13 @@ struct Streams<'a> {
 }
 
 impl Streams<'_> {
-    /// Whether there is a kernel for the planes of these codes; then it has run.
     #[inline(always)]
-    fn run<M: Multiply>(&mut self, by: M) -> bool {
+    fn run<M: Multiply>(mut self, by: M) {
         by_stack!(self.codes.stack(), STACK => {
-            let compiled = const { bits_of(STACK) <= M::MAX_BITS as usize && (M::EVERY_STACK || common(STACK)) };
-            if compiled {
+            if const { stream_rows::<M>(STACK) > 0 } {
                 self.stack::<M, STACK>(by);
             }
-            compiled
-        })
+        });
     }
 
     #[inline(always)]
@@ -179,8 +184,10 @@ impl Streams<'_> {
         let mut done = 0;
         while done < self.rows.len() {
             done += match self.rows.len() - done {
-                // Bytes come one row at a time, see `STREAM_ROWS_OF_BYTES`: nothing else is compiled for them.
-                rows if rows == 1 || STACK == BYTES => self.rows_of::<M, STACK, 1>(by, done),
+                // More are compiled only where there may be more.
+                rows if rows == 1 || STACK == BYTES && M::STREAM_ROWS_OF_BYTES == 1 => {
+                    self.rows_of::<M, STACK, 1>(by, done)
+                }
                 2 | 3 => self.rows_of::<M, STACK, 2>(by, done),
                 _ => self.rows_of::<M, STACK, 4>(by, done),
             };

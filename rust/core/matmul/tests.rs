@@ -470,6 +470,25 @@ fn int8_does_not_overflow_in_rows_longer_than_a_segment() {
 }
 
 #[test]
+fn int8_is_exact_where_every_product_is_the_largest() {
+    let mut random = Random(13);
+    for (bits, symmetric, nested, table, widths, read) in readings() {
+        // Segments of one word, of a unit and a word more, of a block and more.
+        for (k, group, m) in [(4, 0, 1), (36, 0, 5), (200, 32, 4), (160, 64, 9), (4200, 0, 3)] {
+            let shape = Shape { rows: 64, k };
+            let scheme = scheme(bits, group, symmetric, nested, table);
+            let mut matrix = Matrix::new(&mut random, shape, scheme, &widths, read);
+            let largest = if widths == [8] { (u32::MAX >> (32 - bits)) as u8 } else { u8::MAX };
+            matrix.packed.fill(largest);
+            // All of one sign, and of two in every pattern within a word.
+            let x: Vec<f32> =
+                (0..m * k).map(|i| if (i / k) >> (i % 4) & 1 == 0 { 1.0 } else { -1.0 }).collect();
+            matrix.check(&x, m, None, Activations::Int8);
+        }
+    }
+}
+
+#[test]
 fn rows_that_are_not_finite_give_rows_of_nan_and_zero_rows_give_the_bias() {
     let mut random = Random(4);
     let matrix =

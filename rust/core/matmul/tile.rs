@@ -9,7 +9,7 @@
 //!
 //! [`Tile`] reads expanded codes, which many rows of x share; [`Stream`] expands them in registers.
 
-use crate::simd::multiply::{Multiply, MultiplyKernel};
+use crate::simd::multiply::{FEW, Multiply, MultiplyKernel};
 use crate::simd::{Isa, LANES, VECTORS};
 
 use super::activations::{Activations, Row};
@@ -17,6 +17,8 @@ use super::affine::{Affine, Form};
 use super::cuts::{Block, Cuts, Piece, UNIT};
 use super::panel::{Ahead, Lanes, PanelPlanes, PanelScales, Word, ahead};
 use super::sums::Sums;
+
+const _: () = assert!(UNIT <= FEW, "a partial sum takes the products of a unit");
 
 /// What the kernels share: x, and one block of columns of one panel.
 #[derive(Clone, Copy)]
@@ -336,35 +338,72 @@ fn multiply_words<M: Multiply, const R: usize, const C: usize>(
     for r in 0..R {
         q[r] = &x[r].words[word..][..len];
     }
-    if len == UNIT {
-        for j in 0..UNIT {
-            dots = multiply_word(by, dots, &vectors, &q, j);
+    if M::ABREAST {
+        return multiply_abreast(by, dots, &vectors, &q, len);
+    }
+    for c in 0..C {
+        let mut column = [[by.splat(0)]; R];
+        for r in 0..R {
+            column[r] = [dots[r][c]];
         }
-    } else {
-        for j in 0..len {
-            dots = multiply_word(by, dots, &vectors, &q, j);
+        column = multiply_abreast(by, column, &[vectors[c]], &q, len);
+        for r in 0..R {
+            dots[r][c] = column[r][0];
         }
     }
     dots
 }
 
-/// Word `j` of [`multiply_words`].
+/// [`multiply_words`] with all vectors side by side, in one partial sum each.
 #[inline(always)]
-fn multiply_word<M: Multiply, const R: usize, const C: usize>(
+fn multiply_abreast<M: Multiply, const R: usize, const C: usize>(
     by: M,
     mut dots: [[M::Sum; C]; R],
     vectors: &[&[Word]; C],
     q: &[&[M::Word]; R],
-    j: usize,
+    len: usize,
 ) -> [[M::Sum; C]; R] {
+    let mut partials = [[by.begin(by.splat(0)); C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            partials[r][c] = by.begin(dots[r][c]);
+        }
+    }
+    // Unrolled only where there is room: the compiler loads ahead, and spills what it has no register for.
+    if len == UNIT && M::ABREAST {
+        for j in 0..UNIT {
+            partials = multiply_word(by, partials, vectors, q, j);
+        }
+    } else {
+        for j in 0..len {
+            partials = multiply_word(by, partials, vectors, q, j);
+        }
+    }
+    for r in 0..R {
+        for c in 0..C {
+            dots[r][c] = by.end(dots[r][c], partials[r][c]);
+        }
+    }
+    dots
+}
+
+/// Word `j` of [`multiply_abreast`].
+#[inline(always)]
+fn multiply_word<M: Multiply, const R: usize, const C: usize>(
+    by: M,
+    mut partials: [[M::Partial; C]; R],
+    vectors: &[&[Word]; C],
+    q: &[&[M::Word]; R],
+    j: usize,
+) -> [[M::Partial; C]; R] {
     let isa = by.isa();
     for c in 0..C {
         let codes = by.codes(isa.load_u8(&vectors[c][j]));
         for r in 0..R {
-            dots[r][c] = by.multiply(dots[r][c], codes, q[r][j]);
+            partials[r][c] = by.multiply(partials[r][c], codes, q[r][j]);
         }
     }
-    dots
+    partials
 }
 
 /// `R` rows of x against a whole panel, its codes expanded in registers: for few rows, which
@@ -404,17 +443,19 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
                     let words = unit.words::<M::Isa, STACK>(isa, c, ahead(R));
                     // Taken out of their array: in it, found by a count, they would be stored after every word.
                     let mut column = [by.splat(0); R];
+                    let mut partials = [by.begin(by.splat(0)); R];
                     for r in 0..R {
                         column[r] = dots[r][c];
+                        partials[r] = by.begin(column[r]);
                     }
                     for j in 0..UNIT {
                         let codes = by.codes(words[j]);
                         for r in 0..R {
-                            column[r] = by.multiply(column[r], codes, q[r][j]);
+                            partials[r] = by.multiply(partials[r], codes, q[r][j]);
                         }
                     }
                     for r in 0..R {
-                        dots[r][c] = column[r];
+                        dots[r][c] = by.end(column[r], partials[r]);
                     }
                 }
             }

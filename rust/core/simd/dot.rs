@@ -3,9 +3,12 @@
 //! A [`Dot`] is an [`Isa`] together with the way it multiplies unsigned codes with signed activations. Every
 //! way is exact, so which one runs is never visible in a result. Best is an instruction that does just that:
 //! `vpdpbusd`, `usdot`. Without it codes below 128 have a way of their own (`maddubs`, whose two products then
-//! fit 16 bits; `sdot`, whose bytes are all signed), and others one that makes them wider or moves them first.
+//! fit 16 bits; `sdot`, whose bytes are all signed), and others one that makes them wider or moves them first. Where
+//! many products of small codes fit 16 bits, no dot product is best: see `Short` in `multiply.rs`.
 
 #![expect(unsafe_code, reason = "a token proves that the CPU has the instructions")]
+
+use std::ops::RangeInclusive;
 
 use super::amx::Amx;
 use super::{Isa, Kernel, Scalar, Token};
@@ -23,9 +26,15 @@ pub(crate) trait Dot: Copy + Send + Sync {
     const TILE_ROWS: usize = Self::Isa::TILE_ROWS;
     /// Vectors of such a tile: 1 or 4.
     const TILE_VECTORS: usize = Self::Isa::TILE_VECTORS;
+    /// Whether those are multiplied side by side, or one after the other.
+    const ABREAST: bool = true;
 
     /// Whether it is one instruction.
     const INSTRUCTION: bool = false;
+    /// What it takes off every code before it multiplies.
+    const OFFSET: i32 = 0;
+    /// Bits of the codes that it is chosen for.
+    const BITS: RangeInclusive<usize> = 1..=8;
 
     /// The token of the instruction set.
     fn isa(self) -> Self::Isa;
@@ -36,8 +45,8 @@ pub(crate) trait Dot: Copy + Send + Sync {
         None
     }
 
-    /// Lane `i` of `acc` plus the products of codes 4·i … 4·i + 3 (unsigned) with the four bytes of `word`
-    /// (signed, none −128).
+    /// Lane `i` of `acc` plus the products of codes 4·i … 4·i + 3 (unsigned), less [`Dot::OFFSET`], with the four
+    /// bytes of `word` (signed, none −128).
     fn dot(
         self,
         acc: <Self::Isa as Isa>::I32,
@@ -85,14 +94,12 @@ pub(crate) fn dispatch_dot<K: DotKernel>(token: Token, max_code: u8, kernel: K) 
             (None, false) => x86::Avx512Dot::<false>(isa).vectorize(kernel),
         },
         #[cfg(target_arch = "x86_64")]
-        Token::Avx2(isa) => {
-            match (x86::Avx2Vnni::<false>::detect(isa), x86::Avx2Vnni::<true>::detect(isa), narrow) {
-                (Some(dot), _, _) => dot.vectorize(kernel),
-                (None, Some(dot), _) => dot.vectorize(kernel),
-                (None, None, true) => x86::Avx2Dot::<true>(isa).vectorize(kernel),
-                (None, None, false) => x86::Avx2Dot::<false>(isa).vectorize(kernel),
-            }
-        }
+        Token::Avx2(isa) => match (x86::Avx2Vnni::<false>::detect(isa), x86::Avx2Vnni::<true>::detect(isa)) {
+            (Some(dot), _) => dot.vectorize(kernel),
+            (None, Some(dot)) => dot.vectorize(kernel),
+            (None, None) if narrow => x86::Avx2Dot::<true>(isa).vectorize(kernel),
+            (None, None) => x86::Avx2Dot::<false>(isa).vectorize(kernel),
+        },
         #[cfg(target_arch = "aarch64")]
         Token::Neon(isa) => match (neon::Usdot::detect(isa), neon::Sdot::detect(isa), narrow) {
             (Some(dot), _, _) => dot.vectorize(kernel),
@@ -114,6 +121,23 @@ pub(crate) fn has_blocks(token: Token) -> bool {
         #[inline(always)]
         fn run<D: Dot>(self, dot: D) -> bool {
             dot.blocks().is_some()
+        }
+    }
+
+    dispatch_dot(token, u8::MAX, Asked)
+}
+
+/// Whether the dot product of `token` is one instruction.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_instruction(token: Token) -> bool {
+    struct Asked;
+
+    impl DotKernel for Asked {
+        type Output = bool;
+
+        #[inline(always)]
+        fn run<D: Dot>(self, _: D) -> bool {
+            D::INSTRUCTION
         }
     }
 
@@ -164,11 +188,17 @@ mod tests {
         fn run<D: Dot>(self, dot: D) -> [u32; 16] {
             let isa = dot.isa();
             let (mut codes, mut acc) = ([0; 64], isa.splat_i32(7));
-            for word in [0x7f7f_7f7f, -0x7e7e_7e7f, 0x0180_7f81 | 1, 0] {
+            for word in [0x7f7f_7f7f_i32, -0x7e7e_7e7f, 0x0181_7f81, 0x7f81_7f81, 0] {
                 for (i, code) in codes.iter_mut().enumerate() {
-                    *code = if i % 5 == 0 { self.max_code } else { (i * 37 + 11) as u8 & self.max_code };
+                    *code = match i % 5 {
+                        0 => self.max_code,
+                        1 => 0,
+                        _ => (i * 37 + 11) as u8 & self.max_code,
+                    };
                 }
                 let words = isa.words(isa.load_u8(&codes));
+                let x: i32 = word.to_le_bytes().iter().map(|x| i32::from(*x as i8)).sum();
+                acc = isa.add_i32(acc, isa.splat_i32(D::OFFSET * x));
                 acc = dot.dot(acc, isa.bytes(words), word);
                 isa.store_u8(&mut codes, isa.bytes(words));
             }

@@ -1,18 +1,26 @@
 //! How unsigned codes meet activations, four columns at a time: in bytes, in f32 or in bfloat16.
 //!
-//! The matmul kernels are written once over [`Multiply`]. In bytes every sum is an exact integer ([`Dot`]). In
-//! floats a code is exact too, in eight bits of significand, and the four products of a word are added one after
-//! the other, columns 2, 0, 3, 1: the order in which `vdpbf16ps` takes two pairs. With fused multiply-adds in that
-//! order f32 gives the same bits as bfloat16 does, for activations that bfloat16 holds.
+//! The matmul kernels are written once over [`Multiply`]. In bytes every sum is an exact integer ([`Dot`]), the
+//! products of a few words perhaps in 16 bits first, where they always fit. In floats a code is exact too, in eight
+//! bits of significand, and the four products of a word are added one after the other, columns 2, 0, 3, 1: the order
+//! in which `vdpbf16ps` takes two pairs. With fused multiply-adds in that order f32 gives the same bits as bfloat16
+//! does, for activations that bfloat16 holds.
 
 #![cfg_attr(
     target_arch = "x86_64",
     expect(unsafe_code, reason = "a token proves that the CPU has the instructions")
 )]
 
+use std::ops::RangeInclusive;
+
 use super::amx::Amx;
+#[cfg(target_arch = "x86_64")]
+use super::dot::has_instruction;
 use super::dot::{Dot, DotKernel, dispatch_dot};
 use super::{Isa, Kernel, LANES, Token};
+
+/// Words whose products a partial sum takes.
+pub(crate) const FEW: usize = 8;
 
 /// An instruction set and its way of multiplying codes with activations.
 pub(crate) trait Multiply: Copy + Send + Sync {
@@ -20,22 +28,31 @@ pub(crate) trait Multiply: Copy + Send + Sync {
     type Isa: Isa;
     /// 16 running sums of products.
     type Sum: Copy;
+    /// The same of [`FEW`] words at most: narrower where so few leave room.
+    type Partial: Copy;
     /// Four columns of codes, as they are multiplied.
     type Codes: Copy;
     /// Four activations, as they lie in memory.
     type Word: Copy;
-    /// Most bits of a code that it takes.
-    const MAX_BITS: u32 = 8;
+    /// Bits of the codes that it is chosen for: few rows have kernels of their own for no others.
+    const BITS: RangeInclusive<usize> = 1..=8;
+    /// What is taken off every code before it is multiplied.
+    const OFFSET: i32 = 0;
     /// Whether few rows have a kernel of their own for every number of bits, not only for the common ones: each is
     /// compiled for each instruction set, and takes its time and room.
     const EVERY_STACK: bool = false;
     /// Rows of x up to which codes of less than a byte are better expanded again for every few rows than once, in
-    /// memory, for all: measured.
+    /// memory, for all: measured. With 0 nothing is compiled for it.
     const STREAM_ROWS: usize = 8;
+    /// The same for codes of a byte each, which there is nothing to expand of.
+    const STREAM_ROWS_OF_BYTES: usize = 1;
     /// Rows of a tile whose sums fit the registers, [`Multiply::TILE_VECTORS`] vectors wide.
     const TILE_ROWS: usize;
     /// Vectors of such a tile: 1 or 4.
     const TILE_VECTORS: usize;
+    /// Whether the vectors of a tile are multiplied side by side; or one after the other, unit by unit, because the
+    /// registers have room for the sums of one.
+    const ABREAST: bool = true;
 
     /// The token of the instruction set.
     fn isa(self) -> Self::Isa;
@@ -50,8 +67,12 @@ pub(crate) trait Multiply: Copy + Send + Sync {
     fn words(bytes: &[u8]) -> &[Self::Word];
     /// Codes for a product.
     fn codes(self, codes: <Self::Isa as Isa>::U8) -> Self::Codes;
-    /// Lane `i` of `sum` plus the products of codes 4·i … 4·i + 3 with the four activations of `word`.
-    fn multiply(self, sum: Self::Sum, codes: Self::Codes, word: Self::Word) -> Self::Sum;
+    /// The partial sum that goes on from `sum`: the very same, or zeros.
+    fn begin(self, sum: Self::Sum) -> Self::Partial;
+    /// Lane `i` of `partial` plus the products of codes 4·i … 4·i + 3 with the four activations of `word`.
+    fn multiply(self, partial: Self::Partial, codes: Self::Codes, word: Self::Word) -> Self::Partial;
+    /// `sum` with the products that `partial` has beyond its beginning.
+    fn end(self, sum: Self::Sum, partial: Self::Partial) -> Self::Sum;
     /// Sums from their bits.
     fn load(self, bits: &[u32; LANES]) -> Self::Sum;
     /// The bits of sums.
@@ -95,12 +116,21 @@ pub(crate) struct Bytes<D>(D);
 impl<D: Dot> Multiply for Bytes<D> {
     type Isa = D::Isa;
     type Sum = <D::Isa as Isa>::I32;
+    type Partial = Self::Sum;
     type Codes = <D::Isa as Isa>::U8;
     type Word = [u8; 4];
+    const OFFSET: i32 = D::OFFSET;
     const EVERY_STACK: bool = D::INSTRUCTION;
-    const STREAM_ROWS: usize = 16;
+    const BITS: RangeInclusive<usize> = D::BITS;
+    const STREAM_ROWS: usize = match (D::ABREAST, D::TILE_VECTORS) {
+        (true, 1) => 0,
+        (true, _) => 16,
+        (false, _) => 8,
+    };
+    const STREAM_ROWS_OF_BYTES: usize = if D::ABREAST { 1 } else { 4 };
     const TILE_ROWS: usize = D::TILE_ROWS;
     const TILE_VECTORS: usize = D::TILE_VECTORS;
+    const ABREAST: bool = D::ABREAST;
 
     #[inline(always)]
     fn isa(self) -> D::Isa {
@@ -123,8 +153,18 @@ impl<D: Dot> Multiply for Bytes<D> {
     }
 
     #[inline(always)]
+    fn begin(self, sum: Self::Sum) -> Self::Sum {
+        sum
+    }
+
+    #[inline(always)]
     fn multiply(self, sum: Self::Sum, codes: Self::Codes, word: [u8; 4]) -> Self::Sum {
         self.0.dot(sum, codes, i32::from_le_bytes(word))
+    }
+
+    #[inline(always)]
+    fn end(self, _: Self::Sum, partial: Self::Sum) -> Self::Sum {
+        partial
     }
 
     #[inline(always)]
@@ -171,8 +211,10 @@ pub(crate) struct Floats<I>(I);
 impl<I: Isa> Multiply for Floats<I> {
     type Isa = I;
     type Sum = I::F32;
+    type Partial = I::F32;
     type Codes = [I::F32; 4];
     type Word = [u8; 16];
+    const STREAM_ROWS: usize = if I::TILE_VECTORS == 1 { 0 } else { 8 };
     // In wide tiles a row less: the codes of a word take four registers.
     const TILE_ROWS: usize = if I::TILE_VECTORS == 1 { I::TILE_ROWS } else { I::TILE_ROWS - 1 };
     const TILE_VECTORS: usize = I::TILE_VECTORS;
@@ -195,6 +237,11 @@ impl<I: Isa> Multiply for Floats<I> {
     }
 
     #[inline(always)]
+    fn begin(self, sum: I::F32) -> I::F32 {
+        sum
+    }
+
+    #[inline(always)]
     fn multiply(self, mut sum: I::F32, codes: [I::F32; 4], word: [u8; 16]) -> I::F32 {
         let x = word.as_chunks::<4>().0;
         for column in [2, 0, 3, 1] {
@@ -202,6 +249,11 @@ impl<I: Isa> Multiply for Floats<I> {
             sum = self.0.mul_add(codes[column], x, sum);
         }
         sum
+    }
+
+    #[inline(always)]
+    fn end(self, _: I::F32, partial: I::F32) -> I::F32 {
+        partial
     }
 
     #[inline(always)]
@@ -240,7 +292,30 @@ pub(crate) fn prefers_bf16(token: Token) -> bool {
 
 /// Runs `kernel` on the instruction set of `token` in bytes, for codes up to `max_code`.
 pub(crate) fn dispatch_bytes<K: MultiplyKernel>(token: Token, max_code: u8, kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    if let Token::Avx2(isa) = token
+        && max_code <= x86::Short::MAX_CODE
+        && !has_instruction(token)
+    {
+        return x86::Short(isa).vectorize(kernel);
+    }
     dispatch_dot(token, max_code, InBytes(kernel))
+}
+
+/// [`Multiply::OFFSET`] of what [`dispatch_bytes`] chooses.
+pub(crate) fn offset(token: Token, max_code: u8) -> i32 {
+    struct Asked;
+
+    impl MultiplyKernel for Asked {
+        type Output = i32;
+
+        #[inline(always)]
+        fn run<M: Multiply>(self, _: M) -> i32 {
+            M::OFFSET
+        }
+    }
+
+    dispatch_bytes(token, max_code, Asked)
 }
 
 /// Runs `kernel` on the instruction set of `token`, multiplying codes up to `max_code` with words of f32, or of
@@ -275,9 +350,114 @@ pub(crate) fn dispatch_floats<K: MultiplyKernel>(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+    use std::ops::RangeInclusive;
 
-    use super::super::{Avx512, Isa, LANES};
-    use super::{Multiply, MultiplyKernel};
+    use super::super::{Avx2, Avx512, Isa, LANES, VECTORS};
+    use super::{FEW, Multiply, MultiplyKernel, Within};
+
+    /// AVX2 and bytes by `vpmaddubsw`, for codes up to [`Short::MAX_CODE`]: its sums of two products stay 16 bits wide
+    /// for [`FEW`] words and only then widen. The ports bound it: two instructions for 32 products, where a dot
+    /// product takes three or four.
+    #[derive(Clone, Copy)]
+    pub(super) struct Short(pub(super) Avx2);
+
+    impl Short {
+        /// The largest code whose products with activations up to 127, two of each word, fit an i16.
+        pub(super) const MAX_CODE: u8 = (i16::MAX as usize / (2 * 127 * FEW)) as u8;
+    }
+
+    impl Multiply for Short {
+        type Isa = Avx2;
+        type Sum = [__m256i; 2];
+        /// 16 lanes of i16, two for each of i32.
+        type Partial = [__m256i; 2];
+        type Codes = [__m256i; 2];
+        type Word = [u8; 4];
+        const BITS: RangeInclusive<usize> = 1..=4;
+        const STREAM_ROWS: usize = 8;
+        const TILE_ROWS: usize = 4;
+        const TILE_VECTORS: usize = VECTORS;
+        const ABREAST: bool = false;
+
+        #[inline(always)]
+        fn isa(self) -> Avx2 {
+            self.0
+        }
+
+        #[inline(always)]
+        fn words(bytes: &[u8]) -> &[[u8; 4]] {
+            bytes.as_chunks().0
+        }
+
+        #[inline(always)]
+        fn codes(self, codes: [__m256i; 2]) -> [__m256i; 2] {
+            codes
+        }
+
+        #[inline(always)]
+        fn begin(self, _: [__m256i; 2]) -> [__m256i; 2] {
+            self.0.splat_i32(0)
+        }
+
+        #[inline(always)]
+        fn multiply(self, partial: [__m256i; 2], codes: [__m256i; 2], word: [u8; 4]) -> [__m256i; 2] {
+            let word = i32::from_le_bytes(word);
+            // SAFETY: the token proves AVX2.
+            unsafe { [add_pairs(partial[0], codes[0], word), add_pairs(partial[1], codes[1], word)] }
+        }
+
+        #[inline(always)]
+        fn end(self, sum: [__m256i; 2], partial: [__m256i; 2]) -> [__m256i; 2] {
+            // SAFETY: the token proves AVX2.
+            self.0.add_i32(sum, unsafe { [widen_pairs(partial[0]), widen_pairs(partial[1])] })
+        }
+
+        #[inline(always)]
+        fn load(self, bits: &[u32; LANES]) -> [__m256i; 2] {
+            self.0.load_i32(bits)
+        }
+
+        #[inline(always)]
+        fn store(self, bits: &mut [u32; LANES], sum: [__m256i; 2]) {
+            self.0.store_i32(bits, sum);
+        }
+
+        #[inline(always)]
+        fn splat(self, bits: u32) -> [__m256i; 2] {
+            self.0.splat_i32(bits.cast_signed())
+        }
+
+        #[inline(always)]
+        fn value(self, sum: [__m256i; 2]) -> [__m256; 2] {
+            self.0.to_f32(sum)
+        }
+
+        fn vectorize<K: MultiplyKernel>(self, kernel: K) -> K::Output {
+            self.0.vectorize(Within { by: self, kernel })
+        }
+    }
+
+    /// 16 lanes of i16 plus the sums of two products each of unsigned codes with the four signed bytes of `word`.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have AVX2.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn add_pairs(sums: __m256i, codes: __m256i, word: i32) -> __m256i {
+        _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(word)))
+    }
+
+    /// The sums of lanes 2·i and 2·i + 1 of i16.
+    ///
+    /// # Safety
+    ///
+    /// The CPU must have AVX2.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn widen_pairs(sums: __m256i) -> __m256i {
+        _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
+    }
 
     /// AVX-512 with its products of bfloat16; `NARROW` promises codes below 32.
     #[derive(Clone, Copy)]
@@ -299,11 +479,12 @@ mod x86 {
     impl<const NARROW: bool> Multiply for Bf16<NARROW> {
         type Isa = Avx512;
         type Sum = __m512;
+        type Partial = __m512;
         /// Columns 0 and 2, then 1 and 3.
         type Codes = [__m512i; 2];
         /// In the same order.
         type Word = [u8; 8];
-        const MAX_BITS: u32 = if NARROW { 5 } else { 8 };
+        const BITS: RangeInclusive<usize> = if NARROW { 1..=5 } else { 6..=8 };
         // Wide codes take registers on their way to bfloat16.
         const TILE_ROWS: usize = if NARROW { Avx512::TILE_ROWS } else { Avx512::TILE_ROWS - 1 };
         const TILE_VECTORS: usize = Avx512::TILE_VECTORS;
@@ -325,6 +506,11 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn begin(self, sum: __m512) -> __m512 {
+            sum
+        }
+
+        #[inline(always)]
         fn multiply(self, sum: __m512, codes: [__m512i; 2], word: [u8; 8]) -> __m512 {
             let x = word.as_chunks::<4>().0;
             // SAFETY: `detect` found the instruction.
@@ -332,6 +518,11 @@ mod x86 {
                 let sum = dot(sum, codes[0], i32::from_le_bytes(x[0]));
                 dot(sum, codes[1], i32::from_le_bytes(x[1]))
             }
+        }
+
+        #[inline(always)]
+        fn end(self, _: __m512, partial: __m512) -> __m512 {
+            partial
         }
 
         #[inline(always)]
@@ -430,6 +621,86 @@ mod x86 {
         // SAFETY: both are 512 bits, and any of them are pairs of bfloat16.
         unsafe {
             std::mem::transmute::<__m512i, __m512bh>(bits)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::TILE;
+
+    /// Products of the largest codes with the largest activations, word after word, as the kernels take them.
+    struct Largest {
+        max_code: u8,
+        word: [i8; 4],
+        words: usize,
+    }
+
+    impl MultiplyKernel for Largest {
+        type Output = [u32; LANES];
+
+        #[inline(always)]
+        fn run<M: Multiply>(self, by: M) -> [u32; LANES] {
+            let isa = by.isa();
+            let x = self.word.map(|x| x as u8);
+            let word = M::words(&x)[0];
+            let codes = by.codes(isa.load_u8(&[self.max_code; TILE]));
+            // What is taken off the codes, for all words at once.
+            let taken = M::OFFSET * self.word.iter().map(|x| i32::from(*x)).sum::<i32>() * self.words as i32;
+            let mut sum = by.splat((7 + taken).cast_unsigned());
+            let mut done = 0;
+            while done < self.words {
+                let few = (self.words - done).min(FEW);
+                let mut partial = by.begin(sum);
+                for _ in 0..few {
+                    partial = by.multiply(partial, codes, word);
+                }
+                sum = by.end(sum, partial);
+                done += few;
+            }
+            let mut bits = [0; LANES];
+            by.store(&mut bits, sum);
+            bits
+        }
+    }
+
+    #[test]
+    fn sums_of_the_largest_products_are_exact_however_many() {
+        const SIGNS: [[i8; 4]; 4] = [[127; 4], [-127; 4], [127, -127, -127, 127], [-127, -127, 127, 0]];
+        for max_code in [1, 3, 7, 15, 16, 17, 31, 63, 127, 128, 129, 130, 255] {
+            for (word, words) in SIGNS.into_iter().flat_map(|word| [1, 2, 7, 8, 9, 16, 33].map(|n| (word, n)))
+            {
+                let of_a_word: i32 = word.iter().map(|x| i32::from(*x) * i32::from(max_code)).sum();
+                let expected = [(7 + of_a_word * words as i32).cast_unsigned(); LANES];
+                for token in Token::available() {
+                    let got = dispatch_bytes(token, max_code, Largest { max_code, word, words });
+                    assert_eq!(
+                        got,
+                        expected,
+                        "{}: {words} words {word:?} with codes {max_code}",
+                        token.name()
+                    );
+                }
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn sums_of_16_bits_have_room_for_the_largest_codes_and_for_no_larger() {
+        let Some(isa) = crate::simd::Avx2::detect() else { return };
+        let sums = |max_code: u8, x: i8| {
+            let kernel = Largest { max_code, word: [x; 4], words: FEW };
+            x86::Short(isa).vectorize(kernel).map(u32::cast_signed)
+        };
+        let exact = |max_code: u8, x: i32| [7 + FEW as i32 * 4 * x * i32::from(max_code); LANES];
+        for x in [127, -127] {
+            for max_code in 1..=x86::Short::MAX_CODE {
+                assert_eq!(sums(max_code, x), exact(max_code, i32::from(x)), "{max_code}");
+            }
+            let larger = x86::Short::MAX_CODE + 1;
+            assert_ne!(sums(larger, x), exact(larger, i32::from(x)), "{larger}");
         }
     }
 }

@@ -141,6 +141,7 @@ pub(super) struct SdotDot<const NARROW: bool>(pub(super) Sdot);
 impl<const NARROW: bool> Dot for SdotDot<NARROW> {
     type Isa = Neon;
     const TILE_ROWS: usize = 4;
+    const OFFSET: i32 = if NARROW { 0 } else { 128 };
 
     #[inline(always)]
     fn isa(self) -> Neon {
@@ -170,7 +171,7 @@ unsafe fn with_dotprod<const NARROW: bool, K: DotKernel>(dot: SdotDot<NARROW>, k
     kernel.run(dot)
 }
 
-/// [`Dot::dot`] by `sdot`. Wide codes u become the signed u − 128, and 128·Σx is added: twice 64·Σx.
+/// [`Dot::dot`] by `sdot`: less 128, wide codes are signed bytes too.
 ///
 /// # Safety
 ///
@@ -184,19 +185,11 @@ unsafe fn dot_sdot<const NARROW: bool>(
 ) -> [int32x4_t; 4] {
     let x = vreinterpretq_s8_s32(vdupq_n_s32(word));
     // SAFETY: the features of `sdot` are those of this function.
-    let quarter = |acc, codes| unsafe { sdot(acc, vreinterpretq_s8_u8(codes), x) };
-    if NARROW {
-        return [
-            quarter(acc[0], codes[0]),
-            quarter(acc[1], codes[1]),
-            quarter(acc[2], codes[2]),
-            quarter(acc[3], codes[3]),
-        ];
-    }
-    let (top, half) = (vdupq_n_u8(128), vdupq_n_u8(64));
-    let centre = quarter(quarter(vdupq_n_s32(0), half), half);
-    let wide = |i: usize| quarter(vaddq_s32(acc[i], centre), veorq_u8(codes[i], top));
-    [wide(0), wide(1), wide(2), wide(3)]
+    let quarter = |i: usize| unsafe {
+        let codes = if NARROW { codes[i] } else { veorq_u8(codes[i], vdupq_n_u8(128)) };
+        sdot(acc[i], vreinterpretq_s8_u8(codes), x)
+    };
+    [quarter(0), quarter(1), quarter(2), quarter(3)]
 }
 
 /// Lane `i` of `acc` plus the products of the signed bytes 4·i … 4·i + 3 of both operands.

@@ -1,18 +1,24 @@
 //! Dot products of bytes on x86-64.
 
 use std::arch::x86_64::*;
+use std::ops::RangeInclusive;
 
 use super::{Dot, DotKernel};
 use crate::simd::amx::Amx;
-use crate::simd::{Avx2, Avx512};
+use crate::simd::{Avx2, Avx512, VECTORS};
 
-/// AVX2; `NARROW` promises codes below 128.
+/// AVX2; `NARROW` promises codes below 128. The ports bound it: three instructions for 32 products, or four.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2Dot<const NARROW: bool>(pub(super) Avx2);
 
 impl<const NARROW: bool> Dot for Avx2Dot<NARROW> {
     type Isa = Avx2;
     const TILE_ROWS: usize = 4;
+    const TILE_VECTORS: usize = VECTORS;
+    const ABREAST: bool = false;
+    const OFFSET: i32 = if NARROW { 0 } else { 128 };
+    // Codes of fewer bits have sums of their own: see `Short`.
+    const BITS: RangeInclusive<usize> = if NARROW { 5..=7 } else { 8..=8 };
 
     #[inline(always)]
     fn isa(self) -> Avx2 {
@@ -26,7 +32,8 @@ impl<const NARROW: bool> Dot for Avx2Dot<NARROW> {
     }
 }
 
-/// Eight lanes of [`Dot::dot`].
+/// Eight lanes of [`Dot::dot`]. Wide codes less 128 give `x` their signs, so that their magnitudes, at most 128, are
+/// the unsigned operand, and no sum of two products leaves 16 bits.
 ///
 /// # Safety
 ///
@@ -35,16 +42,13 @@ impl<const NARROW: bool> Dot for Avx2Dot<NARROW> {
 #[target_feature(enable = "avx2")]
 unsafe fn dot_ymm<const NARROW: bool>(acc: __m256i, codes: __m256i, word: i32) -> __m256i {
     let x = _mm256_set1_epi32(word);
-    if NARROW {
-        let pairs = _mm256_maddubs_epi16(codes, x);
-        return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-    let even = _mm256_madd_epi16(
-        _mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
-        _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-    );
-    let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), _mm256_srai_epi16::<8>(x));
-    _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+    let pairs = if NARROW {
+        _mm256_maddubs_epi16(codes, x)
+    } else {
+        let codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+        _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes))
+    };
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// AVX2 with `vpdpbusd`, in one of its two encodings for the registers of AVX2: that of AVX-VNNI, or (`EVEX`)
@@ -134,6 +138,7 @@ pub(super) struct Avx512Dot<const NARROW: bool>(pub(super) Avx512);
 
 impl<const NARROW: bool> Dot for Avx512Dot<NARROW> {
     type Isa = Avx512;
+    const BITS: RangeInclusive<usize> = if NARROW { 1..=7 } else { 8..=8 };
 
     #[inline(always)]
     fn isa(self) -> Avx512 {
