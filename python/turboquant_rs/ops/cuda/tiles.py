@@ -441,8 +441,8 @@ def _is_wide(weight: Weight, bf16: bool, m: int, n: int, limits: Limits) -> bool
     """Whether `wide` is faster than `stream` and `block` for rows of x that meet exact codes."""
     if m <= STREAM_ROWS or not weight.exact(bf16):
         return False
-    # Where groups end within units, its sums wait too often for fewer products than that.
-    return weight.group % UNIT_COLUMNS == 0 or m > 64 or (m > 32 and not _is_narrow(m, n, limits))
+    # Where groups end within a stage, its sums wait too often for fewer products than that.
+    return weight.group % (2 * UNIT_COLUMNS) == 0 or m > 64 or (m > 32 and not _is_narrow(m, n, limits))
 
 
 def _is_narrow(m: int, n: int, limits: Limits) -> bool:
