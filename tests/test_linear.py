@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import safetensors.torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import turboquant_rs as tq
+from turboquant_rs.ops.cuda import CanonicalProduct
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BUFFERS = ["weight_packed", "weight_scale", "weight_zero_point"]
@@ -646,6 +648,39 @@ def test_packed_bytes_that_somebody_holds_stay_as_they_are():
     del held
     layer(torch.randn(1, 70))
     assert in_panels(layer)
+
+
+def test_shared_bytes_that_a_graph_has_captured_stay_where_it_reads_them(monkeypatch):
+    """Also once nobody else holds them: a replay would read memory that is somebody else's by then."""
+    layer, x = quant_layer(activations="float"), torch.randn(1, 70)
+    held, address = layer.weight_packed, layer.weight_packed.data_ptr()
+    for _ in range(2):
+        with monkeypatch.context() as capture:
+            capture.setattr("turboquant_rs.nn.linear.capturing", lambda: True)
+            layer(x)
+    del held
+    layer(x)
+    assert not in_panels(layer) and layer.weight_packed.data_ptr() == address
+    assert len(layer._captured) == 1
+    layer.weight = float_layer().weight
+    layer(x)
+    assert in_panels(layer)  # the graph has bytes of its own now
+
+
+def test_a_call_past_the_dispatcher_on_cuda_leaves_odd_operands_to_the_operator():
+    """Those it must refuse in words, or has nothing to launch for."""
+    arguments = (*tq.Scheme().op_args(), *tq.Rounding.nearest().op_args(), tq.Scheme().widths, 4)
+    nothing, empty = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.bfloat16)
+    assert CanonicalProduct(0, 70, *arguments)(torch.zeros(3, 70), nothing, empty, None, None) is None
+    p = tq.pack(torch.ones(24, 70))
+    for x in (torch.zeros(1, 70).to_sparse(), csr(torch.zeros(1, 70))):
+        assert CanonicalProduct(24, 70, *arguments)(x, p.packed, p.scales, None, None) is None
+
+
+def csr(x: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are in beta
+        return x.to_sparse_csr()
 
 
 def test_threads_may_compute_while_others_ask_for_the_canonical_bytes():

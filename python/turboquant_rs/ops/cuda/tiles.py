@@ -323,6 +323,8 @@ class Product:
         """
         if type(x) is not Tensor or observed() or x.get_device() != self._device:
             return None
+        if x.layout is not torch.strided:
+            return None
         shape, dtype, address, n, k = x.shape, x.dtype, x.data_ptr(), self._n, self._k
         if not shape or shape[-1] != k or address % ALIGNMENT or not x.is_contiguous() or x.is_neg():
             return None
@@ -337,6 +339,8 @@ class Product:
             return None
         bias_address, wide = 0, 0
         if bias is not None:
+            if bias.layout is not torch.strided:
+                return None
             bias_address = bias.data_ptr()
             known = self._bias
             if known is None or known[0] is not bias or known[1] != bias_address:
