@@ -911,6 +911,11 @@ def test_values_that_are_not_what_lies_in_memory_are_resolved(arranged):
     x = torch.randn(1, 70)
     with torch.no_grad():
         assert torch.equal(arranged(torch._neg_view(x)), arranged(-x))
+        assert torch.equal(arranged(torch._efficientzerotensor((1, 70))), arranged(torch.zeros(1, 70)))
+    p = arranged.packed
+    for view, values in ((torch._neg_view(x), -x), (torch._efficientzerotensor((1, 70)), torch.zeros(1, 70))):
+        assert torch.equal(tq.matmul(view, p), tq.matmul(values, p))
+        assert torch.equal(tq.pack(view).packed, tq.pack(values).packed)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 71), torch.zeros(()), torch.zeros(2, 70, device="meta")])

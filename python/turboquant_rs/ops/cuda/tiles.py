@@ -326,7 +326,9 @@ class Product:
         if x.layout is not torch.strided:
             return None
         shape, dtype, address, n, k = x.shape, x.dtype, x.data_ptr(), self._n, self._k
-        if not shape or shape[-1] != k or address % ALIGNMENT or not x.is_contiguous() or x.is_neg():
+        if not shape or shape[-1] != k or not address or address % ALIGNMENT:
+            return None
+        if not x.is_contiguous() or x.is_neg():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
