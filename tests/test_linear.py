@@ -20,7 +20,10 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import turboquant_rs as tq
+from turboquant_rs import ops
 from turboquant_rs.ops.cuda import CanonicalProduct
+from turboquant_rs.packed import matmul_refined
+from turboquant_rs.panels import Panels
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BUFFERS = ["weight_packed", "weight_scale", "weight_zero_point"]
@@ -675,6 +678,17 @@ def test_a_call_past_the_dispatcher_on_cuda_leaves_odd_operands_to_the_operator(
     p = tq.pack(torch.ones(24, 70))
     for x in (torch.zeros(1, 70).to_sparse(), csr(torch.zeros(1, 70))):
         assert CanonicalProduct(24, 70, *arguments)(x, p.packed, p.scales, None, None) is None
+
+
+def test_tiles_of_a_layer_that_has_int8_activations_now_are_refined_as_its_canonical_bytes_are():
+    p, x = tq.pack(torch.randn(24, 128), scheme=NESTED), torch.randn(9, 128) * torch.arange(9).view(9, 1)
+    stored = ops.to_tiles(*p._stored, p.scheme.widths, 128)
+    tiles = Panels(*stored, (24, 128), p.scheme, p.rounding, p.bits)
+    object.__setattr__(tiles, "layout", "tiles")
+    how = {"bits": 4, "refined_bits": 8, "threshold": 0.1}
+    (y, which), (expected, refined) = tiles.matmul_refined(x, None, **how), matmul_refined(x, p, None, **how)
+    assert 0 < refined.sum() < 9
+    assert torch.equal(y, expected) and torch.equal(which, refined)
 
 
 def csr(x: torch.Tensor) -> torch.Tensor:
