@@ -149,8 +149,9 @@ __device__ inline u64 minus_bytes(u64 a, u64 b) {
     return BITS < 8 ? difference : difference ^ (a ^ ~b) & tops;
 }
 
-// The codes of a unit of a systematic block, in bytes whose upper bits are undefined. With A the running sum of the fractions of the block's eight units, an
-// element rounds up where A passes an integer; the sum of t + z instead of f counts the rest of the code in as well.
+// The codes of a unit of a systematic block, in bytes whose upper bits are undefined. With A the running sum of the
+// fractions of the block's eight units, an element rounds up where A passes an integer; the sum of t + z instead of f
+// counts the rest of the code in as well.
 // Threads of a team hold units in order, and a small team holds a block in several chunks: `carry` is the sum before
 // this one, for the first chunk of a block its phase.
 __device__ inline u64 systematic_codes(

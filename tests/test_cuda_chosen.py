@@ -210,6 +210,20 @@ def test_a_graph_keeps_the_weight_that_it_reads() -> None:
     del rubbish
 
 
+def test_a_graph_keeps_shared_bytes_once_nobody_else_does() -> None:
+    layer, x = linear("float", torch.bfloat16), normal(3, 512).bfloat16().cuda()
+    held = layer.weight_packed
+    graph, y = captured(layer, x)
+    graph.replay()
+    expected = y.clone()
+    del held
+    layer(x)
+    rubbish = [torch.full((2**18,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(8)]
+    graph.replay()
+    assert_identical(y, expected)
+    del rubbish
+
+
 def test_a_repr_moves_nothing() -> None:
     layer = linear("float", torch.bfloat16)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import safetensors.torch
@@ -19,6 +20,10 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import turboquant_rs as tq
+from turboquant_rs import ops
+from turboquant_rs.ops.cuda import CanonicalProduct
+from turboquant_rs.packed import matmul_refined
+from turboquant_rs.panels import Panels
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BUFFERS = ["weight_packed", "weight_scale", "weight_zero_point"]
@@ -648,6 +653,50 @@ def test_packed_bytes_that_somebody_holds_stay_as_they_are():
     assert in_panels(layer)
 
 
+def test_shared_bytes_that_a_graph_has_captured_stay_where_it_reads_them(monkeypatch):
+    """Also once nobody else holds them: a replay would read memory that is somebody else's by then."""
+    layer, x = quant_layer(activations="float"), torch.randn(1, 70)
+    held, address = layer.weight_packed, layer.weight_packed.data_ptr()
+    for _ in range(2):
+        with monkeypatch.context() as capture:
+            capture.setattr("turboquant_rs.nn.linear.capturing", lambda: True)
+            layer(x)
+    del held
+    layer(x)
+    assert not in_panels(layer) and layer.weight_packed.data_ptr() == address
+    assert len(layer._captured) == 1
+    layer.weight = float_layer().weight
+    layer(x)
+    assert in_panels(layer)  # the graph has bytes of its own now
+
+
+def test_a_call_past_the_dispatcher_on_cuda_leaves_odd_operands_to_the_operator():
+    """Those it must refuse in words, or has nothing to launch for."""
+    arguments = (*tq.Scheme().op_args(), *tq.Rounding.nearest().op_args(), tq.Scheme().widths, 4)
+    nothing, empty = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.bfloat16)
+    assert CanonicalProduct(0, 70, *arguments)(torch.zeros(3, 70), nothing, empty, None, None) is None
+    p = tq.pack(torch.ones(24, 70))
+    for x in (torch.zeros(1, 70).to_sparse(), csr(torch.zeros(1, 70))):
+        assert CanonicalProduct(24, 70, *arguments)(x, p.packed, p.scales, None, None) is None
+
+
+def test_tiles_of_a_layer_that_has_int8_activations_now_are_refined_as_its_canonical_bytes_are():
+    p, x = tq.pack(torch.randn(24, 128), scheme=NESTED), torch.randn(9, 128) * torch.arange(9).view(9, 1)
+    stored = ops.to_tiles(*p._stored, p.scheme.widths, 128)
+    tiles = Panels(*stored, (24, 128), p.scheme, p.rounding, p.bits)
+    object.__setattr__(tiles, "layout", "tiles")
+    how = {"bits": 4, "refined_bits": 8, "threshold": 0.1}
+    (y, which), (expected, refined) = tiles.matmul_refined(x, None, **how), matmul_refined(x, p, None, **how)
+    assert 0 < refined.sum() < 9
+    assert torch.equal(y, expected) and torch.equal(which, refined)
+
+
+def csr(x: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are in beta
+        return x.to_sparse_csr()
+
+
 def test_threads_may_compute_while_others_ask_for_the_canonical_bytes():
     layer, x = quant_layer(), torch.randn(3, 70)
     expected, state = layer(x), quant_layer().state_dict()
@@ -876,6 +925,11 @@ def test_values_that_are_not_what_lies_in_memory_are_resolved(arranged):
     x = torch.randn(1, 70)
     with torch.no_grad():
         assert torch.equal(arranged(torch._neg_view(x)), arranged(-x))
+        assert torch.equal(arranged(torch._efficientzerotensor((1, 70))), arranged(torch.zeros(1, 70)))
+    p = arranged.packed
+    for view, values in ((torch._neg_view(x), -x), (torch._efficientzerotensor((1, 70)), torch.zeros(1, 70))):
+        assert torch.equal(tq.matmul(view, p), tq.matmul(values, p))
+        assert torch.equal(tq.pack(view).packed, tq.pack(values).packed)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 71), torch.zeros(()), torch.zeros(2, 70, device="meta")])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turboquant_rs import ops
-from turboquant_rs.packed import PackedTensor, autocast, check_linear
+from turboquant_rs.packed import PackedTensor, autocast, check_linear, matmul_refined
 from turboquant_rs.scheme import Rounding, Scheme
 
 
@@ -99,6 +99,11 @@ class Panels:
 
         Also returns how many rows were refined, or which. The panels hold every bit of the scheme.
         """
+        if self.layout == "tiles":  # of a layer that had float activations when it was arranged
+            whole = self.to_packed(x.dtype)
+            return matmul_refined(
+                autocast(x), whole, bias, bits=bits, refined_bits=refined_bits, threshold=threshold
+            )
         if not torch.compiler.is_compiling():
             product = self._products.get(("int8", bits, True)) or self._product("int8", bits, True)
             found = product(x, bias, (refined_bits, threshold))

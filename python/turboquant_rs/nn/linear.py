@@ -49,7 +49,8 @@ class QuantLinear(PackedWeight, nn.Linear):
     """
 
     _panels: Panels | None = None
-    _captured: tuple[Panels, ...] = ()  # what CUDA graphs read of it, whatever has become of the layer since
+    # What CUDA graphs read of it, whatever has become of the layer since.
+    _captured: tuple[Panels | PackedTensor, ...] = ()
     _product: tuple[Scheme, Rounding, int, ops.cuda.CanonicalProduct] | None = None
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
@@ -198,10 +199,15 @@ class QuantLinear(PackedWeight, nn.Linear):
         """What the graph that captures this chooses the bits by, if there is a choice."""
         panels = self._panels
         if panels is None:
+            if self.activations == "float":  # which would be brought to panels once nobody shares it
+                self._keep_captured(self._packed_at(self._stored_bits))
             return self._choice(self.weight_packed.device)
-        if panels not in self._captured:
-            self._captured = (*self._captured, panels)
+        self._keep_captured(panels)
         return self._choice(panels.packed.device)
+
+    def _keep_captured(self, weight: Panels | PackedTensor) -> None:
+        if all(kept.packed is not weight.packed for kept in self._captured):
+            self._captured = (*self._captured, weight)
 
     def _forward_chosen(
         self, input: Tensor, bias: Tensor | None, panels: Panels | None, choice: Choice

@@ -1,7 +1,7 @@
 """What every quantized module shares: packed planes where a float module keeps its `weight`.
 
 buffers      weight_packed (u8, bit planes) · weight_scale · weight_zero_point      (canonical, as in a file)
-             on the CPU a linear layer keeps them as panels instead (`nn.linear`), until they are asked for
+             a linear layer keeps them as panels instead (`nn.linear`), until they are asked for
 state_dict   the same keys, and `_extra_state`: scheme, rounding and stored bits as JSON in a u8 tensor
 weight       a float view of logical shape, dequantized when its values are asked for, never raw codes
 """

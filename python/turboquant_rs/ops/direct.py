@@ -30,11 +30,15 @@ def observed() -> bool:
 
 
 def unseen(*tensors: Tensor) -> bool:
-    """Whether nobody sees a call with these: plain tensors, of which none asks for a gradient."""
+    """Whether nobody sees a call with these: plain tensors, whose values lie in memory, none that asks for a
+    gradient."""
     if torch.compiler.is_compiling() or observed():
         return False
     graded = torch.is_grad_enabled()
     return all(
-        type(tensor) in (Tensor, Parameter) and not tensor.is_neg() and not (graded and tensor.requires_grad)
+        type(tensor) in (Tensor, Parameter)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        and not (graded and tensor.requires_grad)
         for tensor in tensors
     )

@@ -99,7 +99,7 @@ fn narrow_f16(v: float32x4_t) -> uint16x4_t {
     bits
 }
 
-/// Four f32 that are not NaN to bf16, RNE: half a unit less one, plus one where the kept part is odd.
+/// Four f32, no NaN but [`f32::NAN`], to bf16, RNE: half a unit less one, plus one where the kept part is odd.
 #[inline(always)]
 fn narrow_bf16(v: float32x4_t) -> uint16x4_t {
     simd!({

@@ -204,7 +204,9 @@ class Product:
         optional = (part for part in (zero_points, bias) if part is not None)
         tensors = (x, packed, scales, *optional)
         shape, device, memory = x.shape, x.get_device(), self._memory
-        if not shape or shape[-1] != self._k or not unseen(*tensors):
+        if not shape or shape[-1] != self._k or not self._n or x.layout is not torch.strided:
+            return None
+        if not unseen(*tensors):
             return None
         for tensor in tensors:
             if tensor.get_device() != device or not tensor.is_contiguous():

@@ -323,8 +323,12 @@ class Product:
         """
         if type(x) is not Tensor or observed() or x.get_device() != self._device:
             return None
+        if x.layout is not torch.strided:
+            return None
         shape, dtype, address, n, k = x.shape, x.dtype, x.data_ptr(), self._n, self._k
-        if not shape or shape[-1] != k or address % ALIGNMENT or not x.is_contiguous() or x.is_neg():
+        if not shape or shape[-1] != k or not address or address % ALIGNMENT:
+            return None
+        if not x.is_contiguous() or x.is_neg():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
@@ -337,6 +341,8 @@ class Product:
             return None
         bias_address, wide = 0, 0
         if bias is not None:
+            if bias.layout is not torch.strided:
+                return None
             bias_address = bias.data_ptr()
             known = self._bias
             if known is None or known[0] is not bias or known[1] != bias_address:
