@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from backends import assert_identical
-from turboquant_rs import ops
+from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.ops.cuda import tiles as kernels
+from turboquant_rs.ops.schema import SchemeArgs
 from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, prefix_of, tiles_nbytes
 
 PLANES = ((1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,), (4, 4), (4, 1, 1, 2), (2, 1, 1, 1, 1, 2))
@@ -72,3 +74,30 @@ def test_a_prefix_of_the_planes() -> None:
     assert prefix_of([8], 8) == (8,)
     with pytest.raises(ValueError, match="cannot read 7 bits"):
         prefix_of([4, 1, 1, 2], 7)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(bits=4, group_size=64),
+        Scheme(bits=3, group_size=None, symmetric=False),
+        Scheme(bits=8, group_size=32, symmetric=False, scale_dtype=torch.float32),
+        Scheme.nested(planes=(4, 4), group_size=128),
+    ],
+    ids=str,
+)
+def test_memory_that_a_kernel_would_read_past_is_refused(scheme: Scheme) -> None:
+    n, k, planes = 33, 264, list(scheme.widths)
+    stored = ops.pack(normal(n, k), *scheme.op_args(), *Rounding.nearest().op_args(), planes, False)
+    packed, scales, zeros = ops.to_tiles(*stored, planes, k)
+    weight = kernels.Weight.of(SchemeArgs(*scheme.op_args()), planes, scheme.bits)
+    weight.check(packed, scales, zeros, n, k)
+    for wrong in (
+        (packed[:-1], scales, zeros),
+        (packed, scales[:-1], zeros),
+        *([(packed, scales, zeros[:-1])] if zeros.numel() else []),
+    ):
+        with pytest.raises(ValueError, match=r"where rows=33, k=264 need"):
+            weight.check(*wrong, n, k)
+    with pytest.raises(TypeError, match=r"scales must be"):
+        weight.check(packed, scales.double(), zeros, n, k)

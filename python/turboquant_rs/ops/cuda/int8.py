@@ -166,13 +166,18 @@ def multiply(
     read_bits: int,
     out: Tensor,
 ) -> None:
-    """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds; W is canonical."""
+    """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds; W is canonical.
+
+    Raises: ValueError and TypeError for scales, zero points and codes of another length or dtype than W has.
+    """
     (m, k), n = x.shape, out.shape[1]
     device = device_of(x, packed, scales, out)
     scheme = scheme._replace(table=tuple(scheme.table))
     planes = tuple(planes)
     plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, aligned(packed), device)
-    check_holds(packed, planes[: plan.planes_read], n, k)
+    read = planes[: plan.planes_read]
+    check_holds(packed, read, n, k)
+    Memory.of(scheme, rounding, read, n, k).check_groups(scales, zero_points)
     weight = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
     _run(plan, scheme, planes, x, *weight, bias, out, device)
 
@@ -218,6 +223,8 @@ class Product:
         if scales.dtype is not memory.scale_dtype or scales.numel() != memory.groups:
             return None
         if memory.zero_points != (0 if zero_points is None else zero_points.numel()):
+            return None
+        if zero_points is not None and zero_points.dtype is not memory.zero_point_dtype:
             return None
         if not takes(x, self._scheme, self._rounding):
             return None

@@ -25,11 +25,18 @@ from torch.nn import Parameter
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
-from turboquant_rs.ops.cuda.macros import ALIGNMENT, aligned, as_bias, plane_macros
+from turboquant_rs.ops.cuda.macros import (
+    ALIGNMENT,
+    aligned,
+    as_bias,
+    check_dtype,
+    check_length,
+    plane_macros,
+)
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
 from turboquant_rs.ops.direct import observed
-from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, split_args
-from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, fits, prefix_of
+from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, groups_per_row, split_args
+from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, fits, prefix_of, tiles_nbytes
 
 __all__ = ["Product", "Weight", "multiply", "takes"]
 
@@ -80,6 +87,18 @@ class Weight(NamedTuple):
     def bits(self) -> int:
         """Bits that are read of each code."""
         return sum(self.planes)
+
+    def check(self, packed: Tensor, scales: Tensor, zero_points: Tensor, n: int, k: int) -> None:
+        """Refuses memory of other lengths or dtypes than a kernel would touch for W (n, k)."""
+        need = tiles_nbytes(n, k, self.bits)
+        if packed.numel() < need:
+            check_length("packed", packed, need, n, k)
+        groups = -(-n // TILE_ROWS) * TILE_ROWS * groups_per_row(k, self.group)
+        check_length("scales", scales, groups, n, k)
+        check_dtype("scales", scales, tuple(_SCALES)[self.scale])
+        if self.asymmetric:
+            check_length("zero_points", zero_points, groups, n, k)
+            check_dtype("zero_points", zero_points, torch.uint8)
 
     def exact(self, bf16: bool) -> bool:
         """Whether a code less its zero point, and what that has of a fraction, is exact in 16 bits.
@@ -213,8 +232,12 @@ def multiply(
     weight: Weight,
     out: Tensor,
 ) -> None:
-    """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds."""
+    """x (m, k) · Wᵀ (+ bias) into out (m, n), both contiguous, for which `takes` holds.
+
+    Raises: ValueError and TypeError for a weight whose memory is not that of (n, k) in tiles.
+    """
     (m, k), n = x.shape, out.shape[1]
+    weight.check(packed, scales, zero_points, n, k)
     bf16, device = x.dtype == torch.bfloat16, x.get_device()
     stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
     if not aligned(x):
