@@ -62,8 +62,9 @@ class Number:
             if capturing():
                 self.on(torch.cuda.current_device())
             self._value = value
-            for device, memory in self._memory.items():
-                write(memory.data_ptr(), value, device)
+            if self._memory:  # without a graph a switch allocates nothing, not even an iterator
+                for device, memory in self._memory.items():
+                    write(memory.data_ptr(), value, device)
 
     def on(self, device: int) -> Tensor:
         """Its memory on a device: i32 (1,)."""
