@@ -12,7 +12,6 @@ or waited for.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,6 @@ from turboquant_rs.ops.tiles import from_tiles, prefix_of
 __all__ = ["NUMBERS", "Choice", "Number", "Weight", "capturing"]
 
 _is_initialized: Any = torch.cuda.is_initialized
-_SETTING = threading.RLock()  # a number is not set while another thread gives it memory
 
 NUMBERS = 63
 """A choice is made by a number below this."""
@@ -58,21 +56,19 @@ class Number:
 
     def set(self, value: int) -> None:
         """What replays read that begin behind this on the stream. Waits for nothing."""
-        with _SETTING:
-            if capturing():
-                self.on(torch.cuda.current_device())
-            self._value = value
-            if self._memory:  # without a graph a switch allocates nothing, not even an iterator
-                for device, memory in self._memory.items():
-                    write(memory.data_ptr(), value, device)
+        if capturing():
+            self.on(torch.cuda.current_device())
+        self._value = value
+        if self._memory:
+            for device, memory in self._memory.items():
+                write(memory.data_ptr(), value, device)
 
     def on(self, device: int) -> Tensor:
         """Its memory on a device: i32 (1,)."""
-        with _SETTING:
-            if device not in self._memory:
-                with not_captured(device):
-                    self._memory[device] = torch.full((1,), self._value, dtype=torch.int32, device=device)
-            return self._memory[device]
+        if device not in self._memory:
+            with not_captured(device):
+                self._memory[device] = torch.full((1,), self._value, dtype=torch.int32, device=device)
+        return self._memory[device]
 
     def __getstate__(self) -> int:
         return self._value
