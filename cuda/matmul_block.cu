@@ -81,25 +81,6 @@ struct Copier {
   }
 };
 
-// A lane's words of a unit in a stage.
-__device__ __forceinline__ void read_unit(Words<BITS>& to, u32 stage, int tile, int unit, int lane) {
-  for_planes([&](auto plane) {
-    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
-    const u32 from = stage + plane_in_stage(p) + (tile * WARPS_K + unit) * (width * WARP * 4);
-    u32* words = to.word + bits_before(p);
-    if constexpr (width == 8) {
-      read_shared(words, from + 16 * lane);
-      read_shared(words + 4, from + 16 * (WARP + lane));
-    } else if constexpr (width == 4) {
-      read_shared(words, from + 16 * lane);
-    } else if constexpr (width == 2) {
-      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from + 8 * lane));
-    } else {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from + 4 * lane));
-    }
-  });
-}
-
 // y (m, n) = x (m, k) · Wᵀ (+ bias). Grid: BLOCK_ROWS rows of W, SPLITS, blocks of BLOCK_COLS rows of x.
 // k is a multiple of 8, rows of x begin at a multiple of 16 bytes.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
@@ -145,7 +126,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();
     Words<BITS> codes[R_TILES];
 #pragma unroll
-    for (int r = 0; r < R_TILES; ++r) read_unit(codes[r], here, warp_r * R_TILES + r, warp_k, lane);
+    for (int r = 0; r < R_TILES; ++r) {
+      read_unit<plane_in_stage, WARPS_K>(codes[r], here, warp_r * R_TILES + r, warp_k, lane);
+    }
     if (stage + STAGES - 1 < end) copier.fetch(ahead, stage + STAGES - 1);
     copies_commit();
     Group groups[R_TILES][FLUSHES];

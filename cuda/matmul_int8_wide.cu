@@ -6,6 +6,7 @@
 // CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them. FLUSH: brackets end
 // every so many times 32 columns, a divisor or a multiple of 4; 0: with the row.
 #include "choice.cuh"
+#include "hopper.cuh"
 #include "matmul_int8.cuh"
 
 #if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER) || !defined(FLUSH)
@@ -13,7 +14,7 @@
 #endif
 
 constexpr int M_TILE = 128, GROUP_ROWS = 64, K_TILE = 128, STEPS = 4;
-constexpr int GROUP_THREADS = 128, MULTIPLIERS = M_TILE / GROUP_ROWS;
+constexpr int MULTIPLIERS = M_TILE / GROUP_ROWS;
 constexpr int X_BYTES = M_TILE * K_TILE, W_BYTES = N_TILE * K_TILE, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int BAND = 8;  // clusters in m that go through the rows of W together, so that L2 serves them
 constexpr int RESULTS = N_TILE / 2;  // of a thread
@@ -26,49 +27,12 @@ struct Constant {
   static constexpr bool value = V;
 };
 
-struct alignas(64) TensorMap {
-  u64 words[16];
-};
-
 // Of x and of W: one argument, the last of the kernel.
 struct TensorMaps {
   TensorMap x, w;
 };
 
 // Barriers --------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-// Arrives, and lets `bytes` of copies arrive before the phase ends.
-__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_here(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives at the barrier of block `rank` of the cluster. What it says is that copies may overwrite what wgmma has
-// read, and of that the threads have waited for the end.
-__device__ __forceinline__ void barrier_arrive(u32 barrier, int rank) {
-  u32 address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(barrier), "r"(rank));
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  u32 done;
-  do {
-    asm volatile(
-        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (!done);
-}
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -88,24 +52,7 @@ __device__ __forceinline__ void turn_pass(int group) {
   asm volatile("bar.arrive %0, %1;" ::"r"(1 + MULTIPLIERS + (group ^ 1)), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
 }
 
-// A stage of the ring, and the parity of its phase.
-struct Slot {
-  int stage = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
 // Copies ----------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
 
 // To the same place of every block of the cluster.
 __device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
@@ -117,11 +64,6 @@ __device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap& map, i
 }
 
 // The matrix unit -------------------------------------------------------------------------------------------
-
-// What describes rows of 128 bytes, swizzled, that begin at `address`; 32 columns on are 2 more.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (address & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
 
 #define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define SIXTY "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
@@ -158,15 +100,6 @@ __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int mo
                : REGISTERS_32(0)
                : "l"(a), "l"(b), "r"(more));
 #endif
-}
-
-__device__ __forceinline__ void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-// Waits until all but the `N` latest groups of products are there.
-template <int N>
-__device__ __forceinline__ void multiply_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
 // Keeps reads and writes of sums on their side of what the compiler does not see.
@@ -302,7 +235,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
                 to.row_scales[thread] = own.row.scale;
                 if constexpr (!SIGNED) to.row_sums[thread] = own.row.sum;
               }
-              barrier_arrive_here(fulls + 8 * slot.stage);
+              barrier_arrive(fulls + 8 * slot.stage);
             }
             slot.advance();
           }

@@ -34,37 +34,65 @@ constexpr int STAGE_BLOCKS = 2 * UNITS / BLOCK_HALVES;
 constexpr bool BETWEEN = N_TILES >= 16;
 constexpr int BLOCK_UNITS = (BLOCK_HALVES + 1) / 2, BLOCK_GROUPS = BLOCK_HALVES / FLUSH;
 
-// A stage of the ring, and the parity of its phase.
-struct Slot {
-  int stage = 0;
-  u32 parity = 0;
+// The matrix unit -------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+#define REGISTERS_8(i) "+f"(d[(i) / 4][0]), "+f"(d[(i) / 4][1]), "+f"(d[(i) / 4][2]), "+f"(d[(i) / 4][3]), \
+                       "+f"(d[(i) / 4 + 1][0]), "+f"(d[(i) / 4 + 1][1]), "+f"(d[(i) / 4 + 1][2]), "+f"(d[(i) / 4 + 1][3])
+#define REGISTERS_16(i) REGISTERS_8(i), REGISTERS_8(i + 8)
+#define REGISTERS_32(i) REGISTERS_16(i), REGISTERS_16(i + 16)
+#define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
+#define TEN(t) ",%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
+#define EIGHT "%0,%1,%2,%3,%4,%5,%6,%7"
+#define SIXTY EIGHT ",%8,%9" TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
+#if BF16
+#define HALF_TYPES ".f32.bf16.bf16 {"
+#else
+#define HALF_TYPES ".f32.f16.f16 {"
+#endif
+// The operands behind `d`, by their numbers.
+#define WGMMA(shape, d_list, a0, a1, a2, a3, b, more)                                                      \
+  "{\n.reg .pred more;\nsetp.ne.b32 more, %" #more ", 0;\nwgmma.mma_async.sync.aligned." shape HALF_TYPES d_list \
+  "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", more, 1, 1, 0;\n}"
+
+// d = a · b, `more`: + d. A warp's 16 rows of the 64 of its group by 16 columns; those columns of 8·N rows of x.
+template <int N>
+__device__ __forceinline__ void multiply(float (&d)[N][4], const u32 (&a)[4], u64 b, int more) {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "wgmma is part of sm_90a alone"
+#endif
+  static_assert(N == 2 || N == 4 || N == 8 || N == 16 || N == 32, "16 to 256 rows of x");
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more)
+  if constexpr (N == 2) {
+    asm volatile(WGMMA("m64n16k16", EIGHT, 8, 9, 10, 11, 12, 13) : REGISTERS_8(0) : OPERANDS);
+  } else if constexpr (N == 4) {
+    asm volatile(WGMMA("m64n32k16", EIGHT ",%8,%9,%10,%11,%12,%13,%14,%15", 16, 17, 18, 19, 20, 21)
+                 : REGISTERS_16(0) : OPERANDS);
+  } else if constexpr (N == 8) {
+    asm volatile(WGMMA("m64n64k16", EIGHT ",%8,%9" TEN(1) TEN(2) ",%30,%31", 32, 33, 34, 35, 36, 37)
+                 : REGISTERS_32(0) : OPERANDS);
+  } else if constexpr (N == 16) {
+    asm volatile(WGMMA("m64n128k16", SIXTY ",%60,%61,%62,%63", 64, 65, 66, 67, 68, 69) : REGISTERS_64(0) : OPERANDS);
+  } else {
+    asm volatile(WGMMA("m64n256k16", SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+                       ",%120,%121,%122,%123,%124,%125,%126,%127", 128, 129, 130, 131, 132, 133)
+                 : REGISTERS_64(0), REGISTERS_64(64) : OPERANDS);
   }
-};
+#undef OPERANDS
+}
+
+// Keeps reads and writes of sums on their side of what the compiler does not see.
+template <int N>
+__device__ __forceinline__ void settle(float (&d)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
+}
+
+// Codes and maps --------------------------------------------------------------------------------------------
 
 // Where plane `plane` begins in the codes of a stage: plane ▸ tile ▸ unit ▸ lane ▸ words.
 constexpr int plane_in_stage(int plane) { return bits_before(plane) * BLOCK_TILES * UNITS * WARP * 4; }
-
-// A lane's words of a unit.
-__device__ __forceinline__ void read_unit(Words<BITS>& to, u32 codes, int tile, int unit, int lane) {
-  for_planes([&](auto plane) {
-    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
-    const u32 from = codes + plane_in_stage(p) + (tile * UNITS + unit) * (width * WARP * 4);
-    u32* words = to.word + bits_before(p);
-    if constexpr (width == 8) {
-      read_shared(words, from + 16 * lane);
-      read_shared(words + 4, from + 16 * (WARP + lane));
-    } else if constexpr (width == 4) {
-      read_shared(words, from + 16 * lane);
-    } else if constexpr (width == 2) {
-      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from + 8 * lane));
-    } else {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from + 4 * lane));
-    }
-  });
-}
 
 // Keeps what is decoded next behind the products that read what was before.
 __device__ __forceinline__ void settle_operand(u32 (&a)[4]) {
@@ -156,7 +184,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
   auto read_codes = [&](u32 stage, int block) {
 #pragma unroll
     for (int unit = 0; unit < BLOCK_UNITS; ++unit) {
-      read_unit(codes[unit], stage + X_BYTES, tile_of_warp, block * BLOCK_HALVES / 2 + unit, lane);
+      const int of_tile = block * BLOCK_HALVES / 2 + unit;
+      read_unit<plane_in_stage, UNITS>(codes[unit], stage + X_BYTES, tile_of_warp, of_tile, lane);
     }
   };
   u32 a[BLOCK_STEPS][4];

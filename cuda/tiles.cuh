@@ -40,6 +40,27 @@ __device__ __forceinline__ void for_planes(F f) {
   }
 }
 
+// A lane's words of a unit in a stage in shared memory, whose planes begin at `PLANE`: each has `UNITS_A_TILE` units of
+// a tile.
+template <int (*PLANE)(int), int UNITS_A_TILE>
+__device__ __forceinline__ void read_unit(Words<BITS>& to, u32 stage, int tile, int unit, int lane) {
+  for_planes([&](auto plane) {
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p];
+    const u32 from = stage + PLANE(p) + (tile * UNITS_A_TILE + unit) * (width * WARP * 4);
+    u32* words = to.word + bits_before(p);
+    if constexpr (width == 8) {
+      read_shared(words, from + 16 * lane);
+      read_shared(words + 4, from + 16 * (WARP + lane));
+    } else if constexpr (width == 4) {
+      read_shared(words, from + 16 * lane);
+    } else if constexpr (width == 2) {
+      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from + 8 * lane));
+    } else {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from + 4 * lane));
+    }
+  });
+}
+
 // Groups: of 32·HALVES columns; 0 is the whole row. Scales change within a unit where HALVES is odd.
 constexpr int HALVES = GROUP / 32;
 static_assert(GROUP % 32 == 0, "groups of a multiple of 32 columns");
