@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import turboquant_rs as tq
 from backends import assert_identical
 from test_controller import controlled, ticking
-from tiny import batches
+from tiny import Ends, batches, quantized_ends
+from tiny import ends_tokens as tokens
 from turboquant_rs import Scheme, ops
 from turboquant_rs.nn import QuantEmbedding, QuantLinear
 from turboquant_rs.nn.precision import switchable
@@ -51,35 +52,11 @@ def captured(module: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor
     return graph, y
 
 
-class Model(nn.Module):
-    """What a language model has: a table, layers between, a head."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(100, 128, dtype=dtype)
-        self.up, self.down = nn.Linear(128, 320, dtype=dtype), nn.Linear(320, 128, bias=False, dtype=dtype)
-        self.head = nn.Linear(128, 100, dtype=dtype)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
-        hidden = hidden + self.down(nn.functional.silu(self.up(hidden)))
-        y: Tensor = self.head(hidden)
-        return y
-
-
 NAMES = ("embed", "up", "down", "head")
 
 
-def model(activations: str = "float", planes: tuple[int, ...] = (4, 1, 1, 2)) -> Model:
-    torch.manual_seed(0)
-    made = Model(torch.bfloat16)
-    scheme = Scheme.nested(planes=planes)
-    tq.quantize_(made, {"embed": scheme, "*": scheme}, activations=activations, progress=False)
-    return made.eval().cuda()
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).cuda()
+def model(activations: str = "float", planes: tuple[int, ...] = (4, 1, 1, 2)) -> Ends:
+    return quantized_ends(Scheme.nested(planes=planes), activations, torch.bfloat16)
 
 
 # Launches that a number chooses ---------------------------------------------------------------------------
@@ -318,16 +295,22 @@ LADDER = [
 ]
 
 
+def level_by_level(net: Ends, ids: Tensor) -> list[Tensor]:
+    """What the model gives that reads each level for good."""
+    with torch.no_grad():
+        found = []
+        for level in LADDER:
+            tq.set_precision(net, level)
+            found.append(net(ids).clone())
+    tq.set_precision(net, None)
+    return found
+
+
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_ladder_moves_graphs(activations: str) -> None:
     """10 switches up and down; each level is what a model gives that reads those bits for good."""
     net, ids = model(activations), tokens(2, 3)
-    expected = []
-    with torch.no_grad():
-        for level in LADDER:
-            tq.set_precision(net, level)
-            expected.append(net(ids).clone())
-    tq.set_precision(net, None)
+    expected = level_by_level(net, ids)
     switch = switchable(net, LADDER)
     graph, y = captured(net, ids)
     for level in (0, 4, 2, 1, 3, 0, 2, 4, 3, 1):
@@ -342,12 +325,7 @@ def test_a_ladder_moves_graphs(activations: str) -> None:
 def test_a_forward_in_a_graph_reads_one_level_whatever_happens_meanwhile() -> None:
     """Another thread, on another stream, switches all the time: every replay is one of the levels, whole."""
     net, ids = model(), tokens(2, 3)
-    expected = []
-    with torch.no_grad():
-        for level in LADDER:
-            tq.set_precision(net, level)
-            expected.append(net(ids).clone())
-    tq.set_precision(net, None)
+    expected = level_by_level(net, ids)
     switch = switchable(net, LADDER)
     graph, y = captured(net, ids)
     done = threading.Event()

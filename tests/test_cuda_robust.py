@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import turboquant_rs as tq
 from backends import assert_identical
 from test_bit_identity import CASES, raw
+from tiny import Ends, quantized_ends
+from tiny import ends_tokens as tokens
 from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.nn import QuantEmbedding, QuantLinear
 
@@ -293,30 +295,8 @@ def test_moving_there_and_back_keeps_every_byte(name: str, dtype: torch.dtype) -
 # Streams, graphs, the compiler, gradients -----------------------------------------------------------------
 
 
-class Model(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(100, 128, dtype=dtype)
-        self.up, self.down = nn.Linear(128, 320, dtype=dtype), nn.Linear(320, 128, bias=False, dtype=dtype)
-        self.head = nn.Linear(128, 100, dtype=dtype)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
-        hidden = hidden + self.down(nn.functional.silu(self.up(hidden)))
-        y: Tensor = self.head(hidden)
-        return y
-
-
-def model(activations: str, dtype: torch.dtype) -> Model:
-    torch.manual_seed(0)
-    made = Model(dtype)
-    scheme = Scheme(bits=4)
-    tq.quantize_(made, {"embed": scheme, "*": scheme}, activations=activations, progress=False)
-    return made.eval().cuda()
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).cuda()
+def model(activations: str, dtype: torch.dtype) -> Ends:
+    return quantized_ends(Scheme(bits=4), activations, dtype)
 
 
 KINDS = [

@@ -85,3 +85,32 @@ def divergence(original: nn.Module, other: nn.Module) -> float:
     with torch.no_grad():
         pairs = [(loss.outputs(original, b), loss.outputs(other, b)) for b in batches()]
     return sum(loss.divergence(a, b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+
+
+class Ends(nn.Module):
+    """What a language model has: a table, layers between, a head. Tokens (...) to logits (..., 100)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 128, dtype=dtype)
+        self.up, self.down = nn.Linear(128, 320, dtype=dtype), nn.Linear(320, 128, bias=False, dtype=dtype)
+        self.head = nn.Linear(128, 100, dtype=dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(tokens)
+        hidden = hidden + self.down(nn.functional.silu(self.up(hidden)))
+        y: torch.Tensor = self.head(hidden)
+        return y
+
+
+def quantized_ends(scheme: tq.Scheme, activations: str, dtype: torch.dtype) -> Ends:
+    """The same, quantized and on the GPU."""
+    torch.manual_seed(0)
+    made = Ends(dtype)
+    tq.quantize_(made, {"embed": scheme, "*": scheme}, activations=activations, progress=False)
+    return made.eval().cuda()
+
+
+def ends_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Its input, on the GPU."""
+    return torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).cuda()
