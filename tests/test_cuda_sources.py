@@ -10,7 +10,7 @@ import torch
 
 from turboquant_rs import Rounding, Scheme
 from turboquant_rs.errors import BackendUnavailable
-from turboquant_rs.ops.cuda import fake_quantize, int8, launcher, planes, quantize, refined, tiles
+from turboquant_rs.ops.cuda import compiler, fake_quantize, int8, planes, quantize, refined, tiles
 from turboquant_rs.ops.cuda.launcher import Kernel
 from turboquant_rs.ops.cuda.limits import Limits
 from turboquant_rs.ops.cuda.macros import plane_macros
@@ -24,7 +24,7 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 @pytest.fixture(scope="module", autouse=True)
 def _compiler() -> None:
     try:
-        launcher.compile_for("sm_90a", "", ())
+        compiler.compile_for("sm_90a", "", ())
     except BackendUnavailable as error:
         pytest.skip(str(error))
 
@@ -185,9 +185,9 @@ def test_every_kernel_that_reads_planes_can_be_chosen(arch: str) -> None:
 
 
 def test_every_source_is_one_of_a_kernel_or_part_of_one() -> None:
-    folder = launcher.source_folder()
+    folder = compiler.source_folder()
     every = (*kernels(), *tile_kernels(True, False), *tile_kernels(True, True), *int8_kernels(True, True))
-    spliced = "".join(launcher.splice(name) for name in {kernel.source for kernel in every})
+    spliced = "".join(compiler.splice(name) for name in {kernel.source for kernel in every})
     files = {path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
     assert files == {name for name in files if f'#line 1 "{name}"' in spliced}
 
@@ -199,7 +199,7 @@ def test_a_header_is_spliced_once_and_lines_keep_their_numbers(
     (tmp_path / "a.cu").write_text('#include "b.cuh"\n#include "c.cuh"\n#include <d>\nlast\n')
     (tmp_path / "b.cuh").write_text('#include "c.cuh"\nb\n')
     (tmp_path / "c.cuh").write_text("c\n")
-    lines = launcher.splice("a.cu").splitlines()
+    lines = compiler.splice("a.cu").splitlines()
     text = [line for line in lines if line]
     assert text == [
         '#line 1 "a.cu"', '#line 1 "b.cuh"', '#line 1 "c.cuh"', "c", '#line 2 "b.cuh"', "b", '#line 2 "a.cu"',
@@ -207,34 +207,34 @@ def test_a_header_is_spliced_once_and_lines_keep_their_numbers(
     ]  # fmt: skip
     assert lines[lines.index('#line 2 "a.cu"') + 1 :] == ["", "#include <d>", "last"]  # lines 2, 3 and 4
     with pytest.raises(FileNotFoundError, match="TURBOQUANT_CUDA_DIR"):
-        launcher.splice("e.cu")
+        compiler.splice("e.cu")
 
 
 def test_what_is_cached_is_never_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another text, option or architecture is another file; a damaged file is compiled again."""
     monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path))
     source = 'extern "C" __global__ void f(int *x) { *x = N; }'
-    first = launcher.compile_for("sm_90a", source, ("-DN=1",))
+    first = compiler.compile_for("sm_90a", source, ("-DN=1",))
     (file,) = tmp_path.iterdir()
-    assert launcher.compile_for("sm_90a", source, ("-DN=1",)) == first
-    launcher.compile_for("sm_90a", source, ("-DN=2",))
-    launcher.compile_for("sm_80", source, ("-DN=1",))
-    launcher.compile_for("sm_90a", source + " ", ("-DN=1",))
+    assert compiler.compile_for("sm_90a", source, ("-DN=1",)) == first
+    compiler.compile_for("sm_90a", source, ("-DN=2",))
+    compiler.compile_for("sm_80", source, ("-DN=1",))
+    compiler.compile_for("sm_90a", source + " ", ("-DN=1",))
     assert len(list(tmp_path.iterdir())) == 4
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    assert launcher.compile_for("sm_90a", source, ("-DN=1",)) == first
+    assert compiler.compile_for("sm_90a", source, ("-DN=1",)) == first
     assert file.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path / "file" / "folder"))
-    assert launcher.compile_for("sm_90a", 'extern "C" __global__ void f() {}', ())
+    assert compiler.compile_for("sm_90a", 'extern "C" __global__ void f() {}', ())
 
 
 def test_a_source_that_does_not_compile_gives_the_words_of_the_compiler() -> None:
     with pytest.raises(
         RuntimeError, match=r"(?s)refused a kernel for sm_90a.*identifier \"what\" is undefined"
     ):
-        launcher.compile_for("sm_90a", 'extern "C" __global__ void f() { what; }', ())
+        compiler.compile_for("sm_90a", 'extern "C" __global__ void f() { what; }', ())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import turboquant_rs as tq
-from turboquant_rs.ops.cuda import launcher
+from turboquant_rs.ops.cuda import compiler
 
 X = torch.linspace(-1.0, 1.0, 4 * 70).view(4, 70)
 
@@ -348,7 +348,7 @@ def test_a_cuda_tensor_without_cupy_names_the_extra(monkeypatch):
     for name in ("cupy", "cupy.cuda"):
         monkeypatch.setitem(sys.modules, name, None)
     with refused(tq.BackendUnavailable, r"CuPy is not installed .* pip install 'turboquant-rs\[cuda1[23]\]'"):
-        launcher._cupy.__wrapped__()
+        compiler.cupy.__wrapped__()
 
 
 # The hierarchy --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels in `cuda/`, a file a noun, launched through CuPy (`launcher`).
+"""The CUDA backend: kernels in `cuda/`, a file a noun, compiled by CuPy (`compiler`), launched (`launcher`).
 
 Results are those of every other backend, bit for bit, except for matmuls of float activations, whose order of
 summation is the backend's own. What has no kernel here runs as the specification, which is plain torch.

@@ -12,6 +12,7 @@ or waited for.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from turboquant_rs.ops.tiles import from_tiles, prefix_of
 __all__ = ["NUMBERS", "Choice", "Number", "Weight", "capturing"]
 
 _is_initialized: Any = torch.cuda.is_initialized
+
+_WRITING = threading.Lock()
 
 NUMBERS = 63
 """A choice is made by a number below this."""
@@ -59,16 +62,20 @@ class Number:
         if capturing():
             self.on(torch.cuda.current_device())
         self._value = value
-        if self._memory:
-            for device, memory in self._memory.items():
-                write(memory.data_ptr(), value, device)
+        if self._memory:  # else nothing is written, allocated or locked
+            with _WRITING:
+                for device, memory in self._memory.items():
+                    write(memory.data_ptr(), self._value, device)
 
     def on(self, device: int) -> Tensor:
         """Its memory on a device: i32 (1,)."""
-        if device not in self._memory:
-            with not_captured(device):
-                self._memory[device] = torch.full((1,), self._value, dtype=torch.int32, device=device)
-        return self._memory[device]
+        with _WRITING:
+            if device not in self._memory:
+                with not_captured(device):
+                    memory = torch.empty(1, dtype=torch.int32, device=device)
+                    self._memory[device] = memory
+                    memory.fill_(self._value)  # read now: who has set it before did not see the memory
+            return self._memory[device]
 
     def __getstate__(self) -> int:
         return self._value

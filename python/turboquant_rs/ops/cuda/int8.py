@@ -25,13 +25,12 @@ from turboquant_rs.ops.cuda.macros import (
     aligned,
     as_bias,
     check_count,
-    check_holds,
     device_of,
     plane_macros,
     scheme_macros,
     table_words,
 )
-from turboquant_rs.ops.cuda.planes import planes_read
+from turboquant_rs.ops.cuda.planes import bits_read, planes_read
 from turboquant_rs.ops.cuda.quantize import (
     THREADS,
     UNIT,
@@ -45,7 +44,7 @@ from turboquant_rs.ops.cuda.quantize import (
 )
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
 from turboquant_rs.ops.direct import unseen
-from turboquant_rs.ops.schema import BYTE_CODES, RoundingArgs, SchemeArgs, groups_per_row, split_args
+from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, groups_per_row, split_args
 
 __all__ = ["Product", "Weight", "multiply", "takes"]
 
@@ -175,9 +174,7 @@ def multiply(
     scheme = scheme._replace(table=tuple(scheme.table))
     planes = tuple(planes)
     plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, aligned(packed), device)
-    read = planes[: plan.planes_read]
-    check_holds(packed, read, n, k)
-    Memory.of(scheme, rounding, read, n, k).check_groups(scales, zero_points)
+    plan.memory.check_read(packed, scales, zero_points)
     weight = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
     _run(plan, scheme, planes, x, *weight, bias, out, device)
 
@@ -193,9 +190,8 @@ class Product:
         scheme, self._rounding, (planes, self._read_bits, *_) = split_args(args)
         self._scheme, self._planes = scheme._replace(table=tuple(scheme.table)), tuple(planes)
         self._n, self._k = n, k
-        bits = 8 if list(planes) == BYTE_CODES else self._read_bits
-        read = self._planes[: planes_read(planes, bits)]
-        self._memory = Memory.of(scheme, self._rounding, read, n, k)
+        bits = bits_read(planes, self._read_bits)
+        self._memory = memory_of(scheme, self._rounding, self._planes, bits, n, k)
         self._plans: dict[tuple[torch.dtype, int, int], Plan] = {}
 
     def __call__(
@@ -282,7 +278,7 @@ class Plan(NamedTuple):
     columns: Columns
     shape: Block | Wide
     bits: int  # read of each code
-    planes_read: int
+    memory: Memory
     nibbles: bool  # whether the kernel reads two codes a byte
     expands: bool  # whether the weight becomes bytes first
     subtracted: int  # from each of them
@@ -307,7 +303,7 @@ def plan_of(
     check_planes(scheme, planes)
     check_readable(scheme, rounding, planes, read_bits)
     columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
-    bits = 8 if list(planes) == BYTE_CODES else read_bits
+    bits = bits_read(planes, read_bits)
     shape = shape_for(m, n, columns, limits)
     stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
     nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
@@ -321,8 +317,15 @@ def plan_of(
         call = Call(kernel, device, shape.grid(m, n, limits), (WIDE_THREADS,), kernel.shared)
     else:
         call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
-    read = planes_read(planes, bits)
-    return Plan(columns, shape, bits, read, nibbles, expands, subtracted, row_bytes, call)
+    memory = memory_of(scheme, rounding, planes, bits, n, k)
+    return Plan(columns, shape, bits, memory, nibbles, expands, subtracted, row_bytes, call)
+
+
+def memory_of(
+    scheme: SchemeArgs, rounding: RoundingArgs, planes: tuple[int, ...], bits: int, n: int, k: int
+) -> Memory:
+    """What W (n, k) has to be, of which `bits` bits of each code are read."""
+    return Memory.of(scheme, rounding, planes[: planes_read(planes, bits)], n, k)
 
 
 # Activations and weights as the kernels want them ---------------------------------------------------------

@@ -19,7 +19,7 @@ from turboquant_rs.ops.cuda.macros import (
     device_of,
     plane_macros,
 )
-from turboquant_rs.ops.schema import packed_nbytes, rows_and_k
+from turboquant_rs.ops.schema import BYTE_CODES, packed_nbytes, rows_and_k
 
 THREADS = 256
 
@@ -29,6 +29,11 @@ def kernel(entry: str, planes: tuple[int, ...], read: int, whole: bool) -> Kerne
     """`pack_codes` or `unpack_codes`; `whole`: rows are whole units and lie on multiples of them."""
     macros = {**plane_macros(planes), "READ": read, "ALIGNED": whole, "THREADS": THREADS}
     return Kernel("planes.cu", entry, macros)
+
+
+def bits_read(planes: Sequence[int], read_bits: int) -> int:
+    """Bits that are read of each stored code: of unpacked ones the byte."""
+    return 8 if list(planes) == BYTE_CODES else read_bits
 
 
 def planes_read(planes: Sequence[int], read_bits: int) -> int:

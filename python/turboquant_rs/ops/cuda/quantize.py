@@ -290,6 +290,12 @@ class Memory(NamedTuple):
         bytes_ = packed_nbytes(rows, k, planes)
         return cls(rows, k, bytes_, groups, scheme.scale_dtype, zero_points, dtype or torch.uint8)
 
+    def check_read(self, packed: Tensor, scales: Tensor, zero_points: Tensor) -> None:
+        """Refuses a weight that ends before what is read of it does; planes behind that are left alone."""
+        if packed.numel() < self.packed:
+            check_length("packed", packed, self.packed, self.rows, self.k)
+        self.check_groups(scales, zero_points)
+
     def check_groups(self, scales: Tensor, zero_points: Tensor) -> None:
         """Refuses scales and zero points of other lengths or dtypes."""
         check_length("scales", scales, self.groups, self.rows, self.k)
@@ -401,7 +407,7 @@ def unpack_plan(
     check_readable(scheme, rounding, planes, read_bits)
     if dtype not in DTYPES:
         raise TypeError(f"out must be float32, bfloat16, float16 or float64, got {dtype}")
-    read = plane_kernels.planes_read(planes, 8 if planes == (8,) else read_bits)
+    read = plane_kernels.planes_read(planes, plane_kernels.bits_read(planes, read_bits))
     memory = Memory.of(scheme, rounding, planes[:read], rows, k)
     if rows * k == 0:
         return Plan(memory, None)
@@ -486,9 +492,7 @@ def unpack_out(packed: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) 
     packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
     whole = aligned(packed, out)
     plan = unpack_plan(out.dtype, tuple(planes), read_bits, rows, k, whole, *plan_key(args))
-    if packed.numel() < plan.memory.packed:  # planes behind those that are read are left alone
-        check_length("packed", packed, plan.memory.packed, rows, k)
-    plan.memory.check_groups(scales, zero_points)
+    plan.memory.check_read(packed, scales, zero_points)
     check_written(out)
     device = device_of(out, packed, scales, zero_points)
     if plan.launch is not None:
