@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
@@ -30,12 +30,13 @@ import machine
 import turboquant_rs as tq
 from peers import bitsandbytes_linear, copies, onnxruntime_linear, openvino_linear, torch_linear
 from peers.layer import Call, Contender, Layer
+from turboquant_rs.ops import cpu
 
 RESULTS = Path(__file__).parent / "results" / "linear.json"
 PACKAGES = ("onnx", "onnxruntime", "openvino", "bitsandbytes")  # of the peers; torch is the machine's
 POOL = 256 << 20  # bytes of weights that every contender rotates through, at least
 WAKE = 0.01  # seconds of uncounted calls at the start of a turn of several threads
-NO_PEAK = "no peak of the multipliers: nothing here measures it, and the best of the products is not it"
+PEAK_ROUNDS = 100_000  # of multiplications in registers: some milliseconds
 
 
 @dataclass(frozen=True)
@@ -116,21 +117,24 @@ class Record:
     cells: list[dict[str, Any]] = field(default_factory=list)
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    read: dict[int, list[float]] = field(default_factory=dict)
+    limits: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def refuse(self, contender: Contender, reason: str) -> None:
         self.refused[contender.name] = reason.partition("\n")[0]
         print(f"refused: {contender.name}: {self.refused[contender.name]}", flush=True)
 
     def save(self, path: Path, effort: Effort) -> None:
-        read = {str(threads): digits(statistics.median(seen)) for threads, seen in self.read.items()}
+        limits = {
+            limit: {str(threads): digits(statistics.median(seen)) for threads, seen in by_threads.items()}
+            for limit, by_threads in self.limits.items()
+        }
         record = {
             "machine": machine.describe(),
             "peers": {name: version for name in PACKAGES if (version := installed(name))},
             "pool": POOL,
             "effort": asdict(effort),
             "load": [round(average, 2) for average in os.getloadavg()],
-            "limits": {"read_gigabytes_per_second": read, "note": NO_PEAK},
+            "limits": limits,
             "contenders": self.contenders,
             "refused": self.refused,
             "cells": self.cells,
@@ -142,7 +146,8 @@ class Record:
 def measure(record: Record, contenders: list[Contender], shape: tuple[int, int], effort: Effort) -> None:
     """All cells of one shape, with as many threads as torch has."""
     threads = torch.get_num_threads()
-    record.read.setdefault(threads, []).append(read_bandwidth())
+    for limit, seen in limits().items():
+        record.limits.setdefault(limit, {}).setdefault(threads, []).append(seen)
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator)
     pools = {c: pool for c in contenders if (pool := make_pool(record, c, weight))}
@@ -247,14 +252,29 @@ def hush() -> None:
             return
 
 
-def read_bandwidth() -> float:
-    """GB/s at which the core reads memory."""
-    read, times = copies.plain_read(POOL), []
-    for _ in range(9):
-        start = time.perf_counter()
+def limits() -> dict[str, float]:
+    """GB/s at which the core reads memory, GOP/s at which it multiplies in registers."""
+    threads = torch.get_num_threads()
+
+    def per_nanosecond(work: Callable[[], float]) -> float:
+        rates = []
+        for _ in range(9):
+            start = time.perf_counter()
+            done = work()
+            rates.append(done / (time.perf_counter() - start) / 1e9)
+        return statistics.median(rates)
+
+    read = copies.plain_read(POOL)
+
+    def read_pool() -> int:
         read()
-        times.append(time.perf_counter() - start)
-    return POOL / statistics.median(times) / 1e9
+        return POOL
+
+    return {
+        "read_gigabytes_per_second": per_nanosecond(read_pool),
+        "int8_gops": per_nanosecond(lambda: 2 * cpu.multiply_peak("int8", PEAK_ROUNDS, threads)),
+        "float_gops": per_nanosecond(lambda: 2 * cpu.multiply_peak("float", PEAK_ROUNDS, threads)),
+    }
 
 
 def digits(value: float) -> float:

@@ -140,12 +140,20 @@ def linear_all() -> str:
     """One line a contender, one column a cell of the first shape; the error is that to floats."""
     contenders, cells = read("linear", "contenders"), read("linear", "cells")
     first = [cell for cell in cells if (cell["n"], cell["k"]) == (cells[0]["n"], cells[0]["k"])]
-    limit = read("linear", "limits")["read_gigabytes_per_second"]
-    streamed = (
-        f"{limit[str(cell['threads'])]:.0f} GB/s" if cell["m"] == 1 and not cell["hot"] else ""
-        for cell in first
-    )
-    lines = [["reading memory", "", "", *streamed]]
+    limits = read("linear", "limits")
+    streams = [cell["m"] == 1 and not cell["hot"] for cell in first]
+
+    def limit(name: str, unit: str, streaming: bool) -> list[str]:
+        return [
+            f"{limits[name][str(cell['threads'])]:.0f} {unit}" if streamed == streaming else ""
+            for cell, streamed in zip(first, streams, strict=True)
+        ]
+
+    lines = [
+        ["reading memory", "", "", *limit("read_gigabytes_per_second", "GB/s", streaming=True)],
+        ["int8 products in registers", "", "", *limit("int8_gops", "GOP/s", streaming=False)],
+        ["float products in registers", "", "", *limit("float_gops", "GOP/s", streaming=False)],
+    ]
     for name, about in contenders.items():
         rates = (rate(cell, name) for cell in first)
         lines.append([name, f"{about['bits']:.2f}", f"{about['error']:.3f}", *rates])

@@ -6,10 +6,10 @@
 #![deny(unsafe_code)]
 
 mod allocate;
-mod bandwidth;
 mod convert;
 mod enter;
 mod fake_quantize;
+mod limits;
 mod matmul;
 mod memory;
 mod philox;
@@ -26,9 +26,9 @@ mod _core {
     #[pymodule_export]
     use crate::allocate::{allocate, ladder};
     #[pymodule_export]
-    use crate::bandwidth::{copy_bandwidth, read_bandwidth};
-    #[pymodule_export]
     use crate::fake_quantize::{fake_quantize, fake_quantize_backward, inject_noise};
+    #[pymodule_export]
+    use crate::limits::{copy_bandwidth, multiply_peak, read_bandwidth};
     #[pymodule_export]
     use crate::matmul::{Product, from_panels, to_panels};
     #[pymodule_export]

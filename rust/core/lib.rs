@@ -17,9 +17,9 @@
 #![deny(unsafe_code)]
 
 mod allocate;
-mod bandwidth;
 mod error;
 mod fake_quantize;
+mod limits;
 mod matmul;
 mod parallel;
 mod philox;
@@ -34,9 +34,9 @@ mod reference;
 mod tests;
 
 pub use allocate::{Choices, allocate, ladder};
-pub use bandwidth::{copy_bandwidth, read_bandwidth};
 pub use error::Error;
 pub use fake_quantize::{fake_quantize, fake_quantize_backward};
+pub use limits::{copy_bandwidth, multiply_peak, read_bandwidth};
 pub use matmul::{Activations, Layout, from_panels, matmul, matmul_refined, panels_nbytes, to_panels};
 pub use parallel::{Team, after_fork, lend_team};
 pub use philox::philox;

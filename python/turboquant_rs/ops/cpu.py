@@ -33,6 +33,7 @@ philox = _core.philox
 version = _core.version
 read_bandwidth = _core.read_bandwidth
 copy_bandwidth = _core.copy_bandwidth
+multiply_peak = _core.multiply_peak
 allocate = _core.allocate
 ladder = _core.ladder
 

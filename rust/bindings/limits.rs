@@ -1,4 +1,4 @@
-//! Faces of the bandwidth probes.
+//! Faces of the probes of the machine.
 
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
@@ -31,4 +31,15 @@ pub(crate) fn copy_bandwidth(
         core::copy_bandwidth(source, target, threads);
         Ok(())
     })
+}
+
+/// Multiplies in registers; returns the multiply-adds done. Timing is the caller's.
+#[pyfunction]
+pub(crate) fn multiply_peak(
+    py: Python<'_>,
+    activations: &str,
+    rounds: usize,
+    threads: usize,
+) -> PyResult<u64> {
+    enter(py, || Ok(core::multiply_peak(core::Activations::from_name(activations)?, rounds, threads)))
 }
