@@ -375,6 +375,22 @@ def test_gradients_reach_x_and_bias(activations):
     torch.testing.assert_close(bias.grad, torch.full((5,), 3.0))
 
 
+@pytest.mark.parametrize(
+    "rounding", [{}, {"rounding": "stochastic", "seed": 7}], ids=["nearest", "stochastic"]
+)
+def test_packing_unpacking_and_products_can_be_compiled(rounding):
+    """Whole: the scheme and the rounding are made inside."""
+
+    def through(x, w):
+        packed = tq.pack(w, bits=4, **rounding)
+        return tq.matmul(x, packed), tq.unpack(packed.at(4)), packed.packed
+
+    compiled = torch.compile(through, backend="aot_eager", fullgraph=True)
+    x, w = torch.randn(3, 70), torch.randn(9, 70)
+    for got, expected in zip(compiled(x, w), through(x, w), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_row_with_nan_or_infinity_is_a_row_of_nan():
     x = values(4, 70)
     x[1, 3], x[2, 5] = math.nan, math.inf
