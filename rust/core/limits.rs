@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::matmul::Activations;
 use crate::parallel;
-use crate::simd::amx::{Amx, Order, Prefetch, ROWS};
+use crate::simd::amx::{Order, ROWS};
 use crate::simd::multiply::{Multiply, MultiplyKernel, dispatch_bytes, dispatch_floats, prefers_bf16};
-use crate::simd::{Isa, Kernel, LANES, Token, VECTORS, dispatch};
+use crate::simd::{Isa, Kernel, LANES, Token, dispatch};
 
 /// Bytes a task.
 const CHUNK: usize = 1 << 20;
@@ -55,8 +55,8 @@ pub fn copy_bandwidth(from: &[u8], to: &mut [u8], threads: usize) {
     });
 }
 
-/// Multiply-adds of codes and activations whose operands and sums stay in registers (in tiles and their cache,
-/// where the CPU has a unit for blocks): `rounds` rounds a thread, some thousand operations each.
+/// Multiply-adds of codes and activations whose operands and sums stay in registers, or in the tiles of a unit for
+/// blocks: `rounds` rounds a thread, some thousands each.
 ///
 /// Returns how many multiply-adds those were.
 pub fn multiply_peak(activations: Activations, rounds: usize, threads: usize) -> u64 {
@@ -86,7 +86,7 @@ impl MultiplyKernel for Multiplications {
     #[inline(always)]
     fn run<M: Multiply>(self, by: M) -> u64 {
         if let Some(unit) = by.blocks() {
-            return blocks(unit, self.rounds);
+            return unit.tiles(ROWS, Order::Together { words: 16 }).spin(self.rounds) as u64;
         }
         // Sums in flight: enough to hide what an instruction takes, where the registers hold that many.
         match M::TILE_ROWS * M::TILE_VECTORS {
@@ -121,21 +121,6 @@ fn multiplications<M: Multiply, const SUMS: usize>(by: M, rounds: usize) -> u64 
         by.store(black_box(&mut [0; LANES]), sum);
     }
     (rounds * SUMS * WORDS * LANES * 4) as u64
-}
-
-/// The same by a unit for blocks: as many rows of x and steps as leave its operands in the nearest cache.
-fn blocks(unit: Amx, rounds: usize) -> u64 {
-    const STEPS: usize = 8;
-    let order = Order::Together { words: 16 };
-    let (x, codes) = (vec![[1; 4]; ROWS * 16 * STEPS], vec![[1; 64]; VECTORS * 16 * STEPS]);
-    let mut products = [[[0; 16]; VECTORS]; ROWS];
-    let tiles = unit.tiles(ROWS, order);
-    let nothing = Prefetch { from: x.as_ptr().cast(), lines: 0 };
-    for _ in 0..rounds {
-        tiles.multiply(&x, 16 * 16 * STEPS, &codes, 0, STEPS, true, &mut products, nothing);
-    }
-    black_box(products);
-    (rounds * ROWS * 2 * 16 * STEPS * 64) as u64
 }
 
 #[cfg(test)]

@@ -153,6 +153,19 @@ impl Tiles {
     }
 }
 
+impl Tiles {
+    /// Multiplies what the tiles of two strips hold `rounds` times, and nothing else: as fast as the unit goes.
+    ///
+    /// Returns how many multiply-adds those were. Panics if the tiles have fewer than [`ROWS`] rows.
+    pub(crate) fn spin(&self, rounds: usize) -> usize {
+        assert_eq!(self.rows, ROWS);
+        if !self.emulated {
+            unit::spin(rounds);
+        }
+        rounds * ROWS * 2 * 16 * 4 * self.order.words()
+    }
+}
+
 /// Those of [`Tiles::multiply`], cut to what the shape of the tiles reads and writes.
 struct Operands<'a> {
     x: &'a [[u8; 4]],
@@ -280,6 +293,31 @@ mod unit {
     pub(super) fn release() {
         // SAFETY: a token exists, so the instruction does.
         unsafe { asm!("tilerelease", options(nomem, nostack)) }
+    }
+
+    /// Products of two tiles of rows with two of codes, `rounds` times over. Only with a token and all tiles shaped.
+    pub(super) fn spin(rounds: usize) {
+        if rounds == 0 {
+            return;
+        }
+        // SAFETY: a token exists, so the instructions do.
+        unsafe {
+            asm!(
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tilezero tmm6",
+                "tilezero tmm7",
+                "2:",
+                "tdpbsud tmm0, tmm4, tmm6",
+                "tdpbsud tmm2, tmm5, tmm6",
+                "tdpbsud tmm1, tmm4, tmm7",
+                "tdpbsud tmm3, tmm5, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                rounds = inout(reg) rounds => _,
+                options(nomem, nostack),
+            );
+        }
     }
 
     /// Two vectors of codes with one or two tiles of x. A tile is loaded for the next step as soon as this one is
@@ -455,6 +493,8 @@ mod unit {
     pub(super) fn shape(_rows: usize, _words: usize) {}
 
     pub(super) fn release() {}
+
+    pub(super) fn spin(_rounds: usize) {}
 
     pub(super) fn multiply<const WORDS: usize, const APART: bool, const TALL: bool>(of: Operands<'_>) {
         let Operands { x, strip, codes, pair, steps, add, products, prefetch: _ } = of;
