@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::matmul::Activations;
 use crate::parallel;
 use crate::simd::amx::{Order, ROWS};
-use crate::simd::multiply::{Multiply, MultiplyKernel, dispatch_bytes, dispatch_floats, prefers_bf16};
+use crate::simd::floats::{Products, ProductsKernel, dispatch_products, prefers_bf16};
+use crate::simd::multiply::{Multiply, MultiplyKernel, dispatch_bytes};
 use crate::simd::{Isa, Kernel, LANES, Token, dispatch};
 
 /// Bytes a task.
@@ -66,7 +67,7 @@ pub fn multiply_peak(activations: Activations, rounds: usize, threads: usize) ->
         let kernel = Multiplications { rounds };
         let products = match activations {
             Activations::Int8 => dispatch_bytes(token, u8::MAX, kernel),
-            Activations::Float => dispatch_floats(token, prefers_bf16(token), u8::MAX, kernel),
+            Activations::Float => dispatch_products(token, prefers_bf16(token), u8::MAX, kernel),
         };
         done.fetch_add(products, Ordering::Relaxed);
     });
@@ -100,8 +101,7 @@ impl MultiplyKernel for Multiplications {
 #[inline(always)]
 fn multiplications<M: Multiply, const SUMS: usize>(by: M, rounds: usize) -> u64 {
     let codes = by.codes(by.isa().splat_u8(black_box(1)));
-    let bytes = black_box([1; 16]);
-    let word = M::words(&bytes)[0];
+    let word = black_box([1; 4]);
     let mut sums = [by.splat(0); SUMS];
     for _ in 0..rounds {
         let mut partials = [by.begin(sums[0]); SUMS];
@@ -119,6 +119,37 @@ fn multiplications<M: Multiply, const SUMS: usize>(by: M, rounds: usize) -> u64 
     }
     for sum in sums {
         by.store(black_box(&mut [0; LANES]), sum);
+    }
+    (rounds * SUMS * WORDS * LANES * 4) as u64
+}
+
+impl ProductsKernel for Multiplications {
+    type Output = u64;
+
+    #[inline(always)]
+    fn run<P: Products>(self, by: P) -> u64 {
+        match P::Isa::TILE_ROWS * P::Isa::TILE_VECTORS {
+            12.. => products::<P, 12>(by, self.rounds),
+            6.. => products::<P, 6>(by, self.rounds),
+            _ => products::<P, 4>(by, self.rounds),
+        }
+    }
+}
+
+/// [`multiplications`] in floats.
+#[inline(always)]
+fn products<P: Products, const SUMS: usize>(by: P, rounds: usize) -> u64 {
+    let isa = by.isa();
+    let codes = by.codes(isa.splat_u8(black_box(1)), 0);
+    let x = by.splat(black_box([1; 4]));
+    let mut sums = [isa.splat(0.0); SUMS];
+    for _ in 0..rounds * WORDS * P::STEPS {
+        for i in 0..SUMS {
+            sums[i] = by.multiply(sums[i], codes, x);
+        }
+    }
+    for sum in sums {
+        isa.store_i32(black_box(&mut [0; LANES]), isa.to_bits(sum));
     }
     (rounds * SUMS * WORDS * LANES * 4) as u64
 }

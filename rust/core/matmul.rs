@@ -3,12 +3,12 @@
 //! ```text
 //!  x ──► q, s_x, Σq  (activations.rs)  ─┐
 //!                                       ├─► codes.rs, tile.rs ──► y
-//!  W ──► panels of 64 rows (panel.rs)  ─┤
+//!  W ──► panels of 64 rows (panel.rs)  ─┼─► floats.rs ──────────► y
 //!                                       ├─► values.rs ──────────► y
 //!  x as f32 ────────────────────────────┘
 //! ```
 //!
-//! Codes meet x in bytes or in floats (`simd::multiply`). Weights that are no affine function of integer codes
+//! Codes meet x in bytes (codes.rs) or in floats (floats.rs). Weights that are no affine function of integer codes
 //! are dequantized first (values.rs).
 //!
 //! W comes in the canonical layout, whose rows are transposed on the way, or in the compute layout, which a
@@ -26,13 +26,16 @@ use crate::planes::check_packed;
 use crate::quantize::{Rows, Scales, Source, Target, ZeroPoints, check_groups, readable};
 use crate::scheme::{Mode, Planes, Rounding, Scheme};
 use crate::simd::dot::has_blocks;
-use crate::simd::multiply::{dispatch_bytes, dispatch_floats, offset, prefers_bf16};
+use crate::simd::floats::{dispatch_products, prefers_bf16};
+use crate::simd::multiply::{dispatch_bytes, offset};
 use crate::simd::{Isa, Kernel, LANES, TILE, Token};
 
 mod activations;
 mod affine;
 mod codes;
 mod cuts;
+mod factors;
+mod floats;
 mod output;
 mod panel;
 mod refined;
@@ -217,7 +220,8 @@ fn multiply(
         Activations::Float => Some(Numbers::F32),
     };
     let longest = numbers.map_or(cuts::MAX_SEGMENT, Numbers::longest_segment);
-    let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest);
+    let block = numbers.map_or(cuts::BLOCK, |numbers| numbers.block(m));
+    let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest, block);
     // The order of codes if whole blocks are multiplied, and the rows of x that come in one go.
     let blocks = numbers == Some(Numbers::Int8) && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
     let bytes = layout == Layout::Panels && weight.prefix.widths() == [8] && weight.scheme.table().is_none();
@@ -255,12 +259,18 @@ fn by_codes(
     let affine = &Affine::new(&weight.scheme, weight.read_bits, cuts, floats, offset);
     let x = &activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, tiles, threads);
     parallel::for_each(threads, parts, |Part { rows, columns, out, bypass }| {
-        let part =
-            codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs: columns, out, bypass };
+        let outputs = columns;
         match numbers {
-            Numbers::Int8 => dispatch_bytes(isa, max_code, part),
-            Numbers::Bf16 => dispatch_floats(isa, true, max_code, part),
-            Numbers::F32 => dispatch_floats(isa, false, max_code, part),
+            Numbers::Int8 => {
+                let part =
+                    codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs, out, bypass };
+                dispatch_bytes(isa, max_code, part);
+            }
+            Numbers::Bf16 | Numbers::F32 => {
+                let part =
+                    floats::Panels { weight, layout, cuts, affine, x, bias, rows, outputs, out, bypass };
+                dispatch_products(isa, numbers == Numbers::Bf16, max_code, part);
+            }
         }
     });
 }

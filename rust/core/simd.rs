@@ -16,6 +16,7 @@ use crate::error::Error;
 
 pub(crate) mod amx;
 pub(crate) mod dot;
+pub(crate) mod floats;
 pub(crate) mod multiply;
 mod scalar;
 pub use scalar::Scalar;
@@ -128,6 +129,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn round(self, a: Self::F32) -> Self::I32;
     /// Integers as f32, RNE.
     fn to_f32(self, a: Self::I32) -> Self::F32;
+    /// Byte `B` of each lane, which must be below 16, as f32.
+    #[inline(always)]
+    fn nibble_to_f32<const B: u32>(self, a: Self::I32) -> Self::F32 {
+        self.to_f32(self.byte::<B>(a))
+    }
     /// a > b, false for NaN.
     fn gt(self, a: Self::F32, b: Self::F32) -> Self::Mask;
     /// Sign bit set.
@@ -170,6 +176,17 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn shr<const N: u32>(self, a: Self::I32) -> Self::I32;
     /// Shift right by a constant, sign in.
     fn sar<const N: u32>(self, a: Self::I32) -> Self::I32;
+    /// Byte `B` of each lane, the lowest being 0.
+    #[inline(always)]
+    fn byte<const B: u32>(self, a: Self::I32) -> Self::I32 {
+        let byte = match B {
+            0 => a,
+            1 => self.shr::<8>(a),
+            2 => self.shr::<16>(a),
+            _ => return self.shr::<24>(a),
+        };
+        self.and(byte, self.splat_i32(255))
+    }
     /// The larger, signed.
     fn max_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// The larger, unsigned.
@@ -331,6 +348,13 @@ pub(crate) fn array<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -
         array[i] = f(i);
     }
     array
+}
+
+/// The order in which a shuffle within runs of 16 bytes brings byte `b` of each lane to its lowest, zeros above it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn byte_of_lanes(b: u32) -> [u8; 64] {
+    array(|i| if i % 4 == 0 { (i % 16) as u8 + b as u8 } else { 0x80 })
 }
 
 /// Combines the 16 lanes of each of 16 vectors: lane `r` of the result is row `r` folded with `op`.

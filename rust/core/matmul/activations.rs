@@ -9,11 +9,11 @@ use std::ops::Range;
 use crate::parallel::{self, take_mut};
 use crate::planes::padded;
 use crate::quantize::Source;
-use crate::simd::multiply::Multiply;
 use crate::simd::{Isa, Kernel, LANES, TILE, Token, total};
 
 use super::affine::Affine;
-use super::cuts::{Cuts, MAX_SEGMENT, RUN, UNIT};
+use super::cuts::{BLOCK, Cuts, MAX_SEGMENT, RUN, UNIT};
+use super::floats;
 use super::panel::{Laid, Lanes, Lines};
 
 /// The numbers that activations are held in.
@@ -23,7 +23,7 @@ pub(super) enum Numbers {
     Int8,
     /// bfloat16, in the order 0, 2, 1, 3 of the columns of a word. For activations that it holds.
     Bf16,
-    /// f32, in the order of the columns.
+    /// f32, in the order 2, 0, 3, 1.
     F32,
 }
 
@@ -34,6 +34,14 @@ impl Numbers {
             Self::Int8 => 4,
             Self::Bf16 => 8,
             Self::F32 => 16,
+        }
+    }
+
+    /// Words of a block for so many rows.
+    pub(super) fn block(self, rows: usize) -> usize {
+        match self {
+            Self::Int8 => BLOCK,
+            Self::Bf16 | Self::F32 => floats::block(rows, self.word()),
         }
     }
 
@@ -65,10 +73,45 @@ pub(super) struct Activations {
 
 /// One row of [`Activations`].
 #[derive(Clone, Copy)]
-pub(super) struct Row<'a, W> {
-    pub(super) words: &'a [W],
+pub(super) struct Row<'a> {
+    /// The bytes of a word of bytes, or of a step of floats.
+    pub(super) words: &'a [[u8; 4]],
     pub(super) terms: &'a [u32],
     pub(super) scales: &'a [f32],
+}
+
+/// All rows of [`Activations`], which are not in tiles.
+#[derive(Clone, Copy)]
+pub(super) struct AllRows<'a> {
+    words: &'a [[u8; 4]],
+    /// From row to row.
+    stride: usize,
+    terms: &'a [u32],
+    scales: &'a [f32],
+    segments: usize,
+}
+
+impl<'a> AllRows<'a> {
+    /// The words, or steps of floats, `range` of `R` rows from `row` on.
+    #[inline(always)]
+    pub(super) fn words<const R: usize>(&self, row: usize, range: Range<usize>) -> [&'a [[u8; 4]]; R] {
+        let mut words: [&[[u8; 4]]; R] = [&[]; R];
+        for r in 0..R {
+            words[r] = &self.words[(row + r) * self.stride + range.start..][..range.len()];
+        }
+        words
+    }
+
+    /// The scales and terms of a segment of `R` rows from `row` on.
+    #[inline(always)]
+    pub(super) fn factors<const R: usize>(&self, row: usize, segment: usize) -> ([f32; R], [u32; R]) {
+        let (mut scales, mut terms) = ([0.0; R], [0; R]);
+        for r in 0..R {
+            let at = (row + r) * self.segments + segment;
+            (scales[r], terms[r]) = (self.scales[at], self.terms[at]);
+        }
+        (scales, terms)
+    }
 }
 
 /// Elements that one task quantizes.
@@ -129,11 +172,24 @@ impl Activations {
 
     /// A row that lies in one piece: there are no tiles.
     #[inline(always)]
-    pub(super) fn row<M: Multiply>(&self, row: usize) -> Row<'_, M::Word> {
+    pub(super) fn row(&self, row: usize) -> Row<'_> {
+        let lines = &self.words.lines()[row * self.lines_a_row..][..self.lines_a_row];
         Row {
-            words: M::words(self.words.lines()[row * self.lines_a_row..][..self.lines_a_row].as_flattened()),
+            words: lines.as_flattened().as_chunks().0,
             terms: &self.terms[row * self.segments..][..self.segments],
             scales: &self.scales[row * self.segments..][..self.segments],
+        }
+    }
+
+    /// All rows, where there are no tiles.
+    #[inline(always)]
+    pub(super) fn all(&self) -> AllRows<'_> {
+        AllRows {
+            words: self.words.lines().as_flattened().as_chunks().0,
+            stride: self.lines_a_row * TILE / 4,
+            terms: &self.terms,
+            scales: &self.scales,
+            segments: self.segments,
         }
     }
 
@@ -385,8 +441,11 @@ fn scale_floats<I: Isa, const BF16: bool>(isa: I, x: &[f32], inverse: f32, to: &
                 *to = (pair(word[0], word[2]) | pair(word[1], word[3]) << 32).to_le_bytes();
             }
         } else {
-            for (lane, to) in lanes.iter().zip(to.as_chunks_mut::<4>().0) {
-                *to = lane.to_le_bytes();
+            for (word, to) in lanes.as_chunks::<4>().0.iter().zip(to.as_chunks_mut::<16>().0) {
+                let to = to.as_chunks_mut::<4>().0;
+                for (to, column) in to.iter_mut().zip([2, 0, 3, 1]) {
+                    *to = word[column].to_le_bytes();
+                }
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The kernel for codes: panels of the weight against activations in bytes or in floats.
+//! The kernel for codes: panels of the weight against activations in bytes.
 //!
 //! ```text
 //! for each panel of 64 rows of W:
@@ -11,18 +11,18 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use crate::quantize::{Rows, ZeroPoints};
+use crate::quantize::Rows;
 use crate::simd::multiply::{Multiply, MultiplyKernel};
-use crate::simd::{Isa, LANES, VECTORS};
+use crate::simd::{Isa, VECTORS};
 
 use super::Layout;
 use super::activations::Activations;
 use super::affine::Affine;
 use super::cuts::{Block, Cuts};
+use super::factors::Factors;
 use super::output::Columns;
 use super::panel::{
-    Ahead, AlignedWords, BYTES, Codes, LEVELS, Laid, Lanes, Panel, PanelPlanes, PanelScales, Word, bits_of,
-    by_stack, transpose_rows,
+    Ahead, AlignedWords, BYTES, Codes, LEVELS, Laid, Panel, PanelPlanes, Word, bits_of, by_stack,
 };
 use super::strips::Strips;
 use super::sums::{Sums, by_height, tiles};
@@ -53,7 +53,7 @@ impl MultiplyKernel for Panels<'_> {
         let isa = by.isa();
         let mut scratch = Scratch::new(self.cuts, self.rows.len());
         for panel in Panel::all(self.outputs.clone()) {
-            scratch.load_scales(isa, self.weight, self.layout, self.affine, panel);
+            scratch.factors.load(isa, self.weight, self.layout, self.affine, panel);
             let Rows { packed, ref prefix, shape, ref scheme, .. } = *self.weight;
             let table = scheme.table();
             let mut codes = Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel);
@@ -91,14 +91,8 @@ impl Panels<'_> {
         stream: bool,
         scratch: &mut Scratch,
     ) {
-        let Scratch { expanded, scales, zeros, sums, carried, .. } = scratch;
-        let scales = match self.layout {
-            Layout::Canonical => PanelScales::Lanes(scales),
-            Layout::Panels => PanelScales::stored(
-                self.weight.scales,
-                panel.first * self.weight.scheme.groups(self.weight.shape.k),
-            ),
-        };
+        let Scratch { expanded, factors, sums, carried } = scratch;
+        let (scales, zeros) = factors.of(self.weight, self.layout, panel);
         let (cuts, affine, vectors) = (self.cuts, self.affine, panel.vectors());
         let carried = carried.as_mut();
         let on = Operands { x: self.x, cuts, block, affine, vectors, scales, zeros };
@@ -144,7 +138,7 @@ impl Panels<'_> {
 }
 
 /// Stacks that have a kernel for few rows whatever multiplies, see [`Multiply::EVERY_STACK`].
-const fn common(stack: u32) -> bool {
+pub(super) const fn common(stack: u32) -> bool {
     matches!(stack, BYTES | 0x4 | 0x2 | 0x12 | 0x44) || stack == LEVELS | 0x4
 }
 
@@ -258,14 +252,7 @@ impl Tiles<'_> {
 struct Scratch {
     /// Codes of a block.
     expanded: AlignedWords,
-    /// Scales of the panel, unless they lie so in memory: `[group][vector]`, as bits of f32.
-    scales: Vec<Lanes>,
-    /// Zero points likewise, as [`Affine::zero`] has them; a single vector if the scheme fixes them.
-    zeros: Vec<Lanes>,
-    /// Rows of scales on their way to lanes.
-    by_row: Vec<f32>,
-    /// Groups of scales on their way to the panel's.
-    by_group: Vec<Lanes>,
+    factors: Factors,
     /// Running results, as bits of f32.
     sums: Sums,
     /// Sums of products carried from block to block, if any ever are.
@@ -290,63 +277,9 @@ impl Scratch {
         let kept = EXPANDED.take().filter(|kept| kept.lines().len() >= words);
         Self {
             expanded: kept.unwrap_or_else(|| AlignedWords::new(words)),
-            scales: Vec::new(),
-            zeros: Vec::new(),
-            by_row: Vec::new(),
-            by_group: Vec::new(),
+            factors: Factors::default(),
             sums: Sums::new(rows),
             carried: (!cuts.whole).then(|| Sums::new(rows)),
-        }
-    }
-
-    /// Loads the scales and zero points of a panel.
-    #[inline(always)]
-    fn load_scales<I: Isa>(
-        &mut self,
-        isa: I,
-        weight: &Rows<'_>,
-        layout: Layout,
-        affine: &Affine,
-        panel: Panel,
-    ) {
-        let groups = weight.scheme.groups(weight.shape.k);
-        let vectors = panel.vectors();
-        let from = panel.first * groups;
-        if layout == Layout::Canonical {
-            self.scales.resize(groups * vectors, [0; LANES]);
-            self.by_group.resize(groups.next_multiple_of(LANES), [0; LANES]);
-            for c in 0..vectors {
-                self.by_row.resize(panel.rows_of(c) * groups, 0.0);
-                weight.scales.widen(from + c * LANES * groups, &mut self.by_row);
-                transpose_rows(isa, &self.by_row, groups, &mut self.by_group);
-                for (to, lanes) in self.scales.chunks_exact_mut(vectors).zip(&self.by_group) {
-                    to[c] = *lanes;
-                }
-            }
-        }
-        match weight.zero_points {
-            ZeroPoints::U8(zeros) if affine.stored => {
-                self.zeros.resize(groups * vectors, [0; LANES]);
-                if layout == Layout::Panels {
-                    for (to, from) in self.zeros.iter_mut().zip(zeros[from..].chunks_exact(LANES)) {
-                        for (to, z) in to.iter_mut().zip(from) {
-                            *to = affine.zero(Some(*z));
-                        }
-                    }
-                    return;
-                }
-                for row in 0..panel.rows {
-                    let (c, lane) = (row / LANES, row % LANES);
-                    let zeros = &zeros[from + row * groups..][..groups];
-                    for (to, z) in self.zeros.chunks_exact_mut(vectors).zip(zeros) {
-                        to[c][lane] = affine.zero(Some(*z));
-                    }
-                }
-            }
-            _ => {
-                self.zeros.clear();
-                self.zeros.push([affine.zero(None); LANES]);
-            }
         }
     }
 }

@@ -320,69 +320,74 @@ impl Unit<'_> {
     /// The words of vector `c`, levels looked up; memory `ahead` of them is asked for, see [`ahead`].
     #[inline(always)]
     pub(super) fn words<I: Isa, const STACK: u32>(&self, isa: I, c: usize, ahead: usize) -> [I::U8; UNIT] {
-        const { assert!(MAX_PLANES == 6) };
         let mut words = [isa.splat_u8(0); UNIT];
-        // Not a loop: one of this length might not be unrolled.
-        self.add_plane::<I, STACK, 0>(isa, c, ahead, &mut words);
-        self.add_plane::<I, STACK, 1>(isa, c, ahead, &mut words);
-        self.add_plane::<I, STACK, 2>(isa, c, ahead, &mut words);
-        self.add_plane::<I, STACK, 3>(isa, c, ahead, &mut words);
-        self.add_plane::<I, STACK, 4>(isa, c, ahead, &mut words);
-        self.add_plane::<I, STACK, 5>(isa, c, ahead, &mut words);
-        if STACK & LEVELS != 0
-            && let Some(table) = self.table
-        {
-            for word in &mut words {
-                *word = look_up(isa, table, *word);
-            }
+        for n in 0..UNIT {
+            words[n] = self.word::<I, STACK>(isa, c, n, ahead);
         }
         words
     }
 
-    /// Puts the fields of plane `P` at their place in the words of vector `c`, which have zeros there.
+    /// Word `n` of [`Unit::words`]. What several words take of memory is loaded once where `n` is a constant.
+    #[inline(always)]
+    pub(super) fn word<I: Isa, const STACK: u32>(&self, isa: I, c: usize, n: usize, ahead: usize) -> I::U8 {
+        const { assert!(MAX_PLANES == 6) };
+        // Not a loop: one of this length might not be unrolled.
+        let mut word = isa.splat_u8(0);
+        word = self.add_plane::<I, STACK, 0>(isa, c, n, ahead, word);
+        word = self.add_plane::<I, STACK, 1>(isa, c, n, ahead, word);
+        word = self.add_plane::<I, STACK, 2>(isa, c, n, ahead, word);
+        word = self.add_plane::<I, STACK, 3>(isa, c, n, ahead, word);
+        word = self.add_plane::<I, STACK, 4>(isa, c, n, ahead, word);
+        word = self.add_plane::<I, STACK, 5>(isa, c, n, ahead, word);
+        match self.table {
+            Some(table) if STACK & LEVELS != 0 => look_up(isa, table, word),
+            _ => word,
+        }
+    }
+
+    /// Puts the field of plane `P` at its place in word `n` of vector `c`, which has zeros there.
     #[inline(always)]
     fn add_plane<I: Isa, const STACK: u32, const P: usize>(
         &self,
         isa: I,
         c: usize,
+        n: usize,
         ahead: usize,
-        words: &mut [I::U8; UNIT],
-    ) {
+        word: I::U8,
+    ) -> I::U8 {
         let width = const { width_of(STACK, P) };
         if width == 0 || const { joined(STACK, P) } {
-            return;
+            return word;
         }
         let at = const { bits_from(STACK, P + 1) };
         if const { joined(STACK, P + 1) } {
-            let [high, low] =
-                [self.load::<I, STACK>(isa, P, c, 0, ahead), self.load::<I, STACK>(isa, P + 1, c, 0, ahead)];
-            // Fields of two bits: the words of even number, and those of odd.
-            let fields = [
-                isa.or_u8(isa.shl_and_u8(high, 1, 0xaa), isa.shr_and_u8(low, 0, 0x55)),
-                isa.or_u8(isa.shr_and_u8(high, 0, 0xaa), isa.shr_and_u8(low, 1, 0x55)),
-            ];
-            for n in 0..UNIT {
-                words[n] = isa.or_u8(words[n], field(isa, fields[n % 2], 2, n / 2, at - 1));
+            if n == 0 {
+                self.prefetch::<I, STACK>(isa, P, c, 0, ahead);
+                self.prefetch::<I, STACK>(isa, P + 1, c, 0, ahead);
             }
-            return;
+            let [high, low] = [isa.load_u8(&self.planes[P][c]), isa.load_u8(&self.planes[P + 1][c])];
+            // Fields of two bits: the words of even number, and those of odd.
+            let fields = match n % 2 {
+                0 => isa.or_u8(isa.shl_and_u8(high, 1, 0xaa), isa.shr_and_u8(low, 0, 0x55)),
+                _ => isa.or_u8(isa.shr_and_u8(high, 0, 0xaa), isa.shr_and_u8(low, 1, 0x55)),
+            };
+            return isa.or_u8(word, field(isa, fields, 2, n / 2, at - 1));
         }
         let stacked = UNIT / width;
-        for j in 0..width {
-            let bytes = self.load::<I, STACK>(isa, P, c, j, ahead);
-            for n in 0..stacked {
-                let word = &mut words[j * stacked + n];
-                *word = isa.or_u8(*word, field(isa, bytes, width, n, at));
-            }
+        let j = n / stacked;
+        if n.is_multiple_of(stacked) {
+            self.prefetch::<I, STACK>(isa, P, c, j, ahead);
         }
+        let bytes = isa.load_u8(&self.planes[P][c * width + j]);
+        isa.or_u8(word, field(isa, bytes, width, n % stacked, at))
     }
 
-    /// Vector `j` of plane `i` of vector `c` of rows; asks for the memory behind it.
+    /// Asks for the memory behind vector `j` of plane `i` of vector `c` of rows.
     #[inline(always)]
-    fn load<I: Isa, const STACK: u32>(&self, isa: I, i: usize, c: usize, j: usize, ahead: usize) -> I::U8 {
+    fn prefetch<I: Isa, const STACK: u32>(&self, isa: I, i: usize, c: usize, j: usize, ahead: usize) {
         let width = width_of(STACK, i);
         let bytes = &self.planes[i][c * width + j];
-        isa.prefetch(bytes, (ahead * width / bits_from(STACK, 0)).max(1) * TILE);
-        isa.load_u8(bytes)
+        isa.prefetch(bytes, (ahead * width / const { bits_from(STACK, 0) }).max(1) * TILE);
     }
 }
 

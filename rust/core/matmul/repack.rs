@@ -20,12 +20,12 @@ use crate::scheme::{MAX_PLANES, Planes, Scheme};
 use crate::simd::{Isa, Kernel, LANES, TILE, VECTORS, dispatch};
 
 use super::Layout;
-use super::cuts::{Cuts, MAX_SEGMENT, UNIT};
+use super::cuts::{BLOCK, Cuts, MAX_SEGMENT, UNIT};
 use super::panel::{AlignedWords, Codes, Laid, PANEL, Panel, Word, transpose};
 
 /// Bytes of the compute layout of `planes`.
 pub fn panels_nbytes(shape: Shape, scheme: &Scheme, planes: &Planes) -> usize {
-    let cuts = Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT);
+    let cuts = Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT, BLOCK);
     shape.rows.div_ceil(LANES) * vector_bytes(&cuts, planes.bits())
 }
 
@@ -77,7 +77,7 @@ pub fn to_panels(
     let order = Order { rows: shape.rows, groups: scheme.groups(shape.k), to: Layout::Panels };
     order.copy_scales(shape, scales, &mut panel_scales)?;
     order.copy_zero_points(zero_points, &mut panel_zero_points)?;
-    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT);
+    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT, BLOCK);
     let parts = cut_planes(panels, planes, shape, cuts);
     let tasks = parts.map(|(panel, parts)| ToPanel { packed, planes, shape, cuts, panel, parts });
     parallel::for_each(threads, tasks.collect(), dispatch);
@@ -103,7 +103,7 @@ pub fn from_panels(
     let order = Order { rows: shape.rows, groups, to: Layout::Canonical };
     order.copy_scales(shape, panel_scales, &mut scales)?;
     order.copy_zero_points(panel_zero_points, &mut zero_points)?;
-    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT);
+    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT, BLOCK);
     let all: Vec<Panel> = Panel::all(0..shape.rows).collect();
     let span =
         |panel: &Panel| Span { row: panel.first, rows: panel.rows, group: 0, groups, begin: 0, end: shape.k };

@@ -1,5 +1,7 @@
 //! Results on their way: the sums of all rows of x with one panel, and how tiles share them out.
 
+use std::ops::Range;
+
 use crate::simd::{Isa, LANES, VECTORS};
 
 use super::output::Columns;
@@ -118,6 +120,15 @@ pub(super) fn tiles(rows: usize, limit: usize) -> impl Iterator<Item = (usize, u
     (0..count).map(move |i| (i * low + i.min(tall), low + usize::from(i < tall)))
 }
 
+/// The same tiles as two runs of equal height, the higher ones first: rows and height.
+#[inline(always)]
+pub(super) fn runs_of_tiles(rows: usize, limit: usize) -> [(Range<usize>, usize); 2] {
+    let count = rows.div_ceil(limit).max(1);
+    let (low, tall) = (rows / count, rows % count);
+    let end = tall * (low + 1);
+    [(0..end, low + 1), (end..rows, low)]
+}
+
 /// `$run` with the constant `$rows` for a tile of `$height` rows, at most `$limit`: higher ones are not compiled.
 macro_rules! by_height {
     ($height:expr, $limit:expr, $rows:ident => $run:expr) => {
@@ -154,6 +165,11 @@ mod tests {
                     next += height;
                 }
                 assert_eq!(next, rows);
+                let runs = runs_of_tiles(rows, limit);
+                let of_runs = runs
+                    .into_iter()
+                    .flat_map(|(rows, height)| rows.step_by(height).map(move |row| (row, height)));
+                assert!(of_runs.eq(tiles(rows, limit)));
             }
         }
     }

@@ -545,6 +545,24 @@ fn float_equals_the_plain_loop() {
 }
 
 #[test]
+fn float_of_several_blocks_and_many_panels_equals_the_plain_loop() {
+    let mut random = Random(16);
+    let readings = readings();
+    // Tiles and blocks of every height and length, more panels than are taken together, one that is not whole;
+    // segments that fill, straddle and share a block.
+    for m in [5, 8, 13, 24, 25, 47] {
+        for (k, group, n) in [(320, 0, 80), (300, 96, 64), (530, 128, 144), (140, 9, 33), (70, 32, 1100)] {
+            let (bits, symmetric, nested, table, widths, read) = &readings[random.below(readings.len())];
+            let scheme = scheme(*bits, group, *symmetric, *nested, table);
+            let matrix = Matrix::new(&mut random, Shape { rows: n, k }, scheme, widths, *read);
+            let (mut x, bias) = (values(&mut random, m * k), values(&mut random, n));
+            x[random.below(m * k)] = random.pick(&[1.0, f32::NAN]);
+            matrix.check(&x, m, Some(&bias), Activations::Float);
+        }
+    }
+}
+
+#[test]
 fn float_gives_the_same_bits_for_the_same_numbers_of_any_type() {
     let mut random = Random(15);
     for (bits, symmetric, nested, table, widths, read) in readings() {

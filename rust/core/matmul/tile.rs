@@ -42,10 +42,10 @@ impl Operands<'_> {
 
     /// `R` rows of x, from `row` on, cut to the block.
     #[inline(always)]
-    fn rows<M: Multiply, const R: usize>(&self, row: usize) -> [Row<'_, M::Word>; R] {
-        let mut rows = [self.x.row::<M>(row); R];
+    fn rows<const R: usize>(&self, row: usize) -> [Row<'_>; R] {
+        let mut rows = [self.x.row(row); R];
         for r in 0..R {
-            rows[r] = self.x.row::<M>(row + r);
+            rows[r] = self.x.row(row + r);
             rows[r].words = &rows[r].words[self.block.words()];
         }
         rows
@@ -58,7 +58,7 @@ impl Operands<'_> {
         by: M,
         sums: &mut [[Lanes; C]; R],
         dots: [[M::Sum; C]; R],
-        x: &[Row<'_, M::Word>; R],
+        x: &[Row<'_>; R],
         piece: &Piece,
         first: usize,
     ) {
@@ -95,7 +95,7 @@ impl Operands<'_> {
         by: M,
         sums: &mut [[Lanes; C]; R],
         dots: [[M::Sum; C]; R],
-        x: &[Row<'_, M::Word>; R],
+        x: &[Row<'_>; R],
         piece: &Piece,
         first: usize,
     ) {
@@ -116,7 +116,7 @@ impl Operands<'_> {
 
     /// The scales and zero points of a piece and the `C` vectors from `first` on.
     #[inline(always)]
-    fn factors<I: Isa, const C: usize>(
+    pub(super) fn factors<I: Isa, const C: usize>(
         &self,
         isa: I,
         piece: &Piece,
@@ -223,7 +223,7 @@ impl Operands<'_> {
     fn begin<M: Multiply, const R: usize, const C: usize>(
         &self,
         by: M,
-        x: &[Row<'_, M::Word>; R],
+        x: &[Row<'_>; R],
         piece: &Piece,
         carried: Option<&mut [[Lanes; C]; R]>,
     ) -> [[M::Sum; C]; R] {
@@ -248,7 +248,7 @@ impl Operands<'_> {
         &self,
         by: M,
         dots: [[M::Sum; C]; R],
-        x: &[Row<'_, M::Word>; R],
+        x: &[Row<'_>; R],
         piece: &Piece,
         first: usize,
         sums: &mut [[Lanes; C]; R],
@@ -268,7 +268,7 @@ impl Operands<'_> {
 
 /// sum = fma(s_r · s_x, bracket, sum)
 #[inline(always)]
-fn add_bracket<I: Isa>(isa: I, sum: &mut Lanes, scale: I::F32, scale_x: f32, bracket: I::F32) {
+pub(super) fn add_bracket<I: Isa>(isa: I, sum: &mut Lanes, scale: I::F32, scale_x: f32, bracket: I::F32) {
     let added = with_bracket(isa, isa.from_bits(isa.load_i32(sum)), scale, scale_x, bracket);
     isa.store_i32(sum, isa.to_bits(added));
 }
@@ -302,7 +302,7 @@ impl<const R: usize, const C: usize> MultiplyKernel for Tile<'_, '_, R, C> {
     fn run<M: Multiply>(self, by: M) {
         let isa = by.isa();
         let on = self.on;
-        let x = on.rows::<M, R>(self.row);
+        let x = on.rows::<R>(self.row);
         let sums = self.sums.tile::<R, C>(self.sum, self.first);
         let mut carried = self.carried.map(|carried| carried.tile::<R, C>(self.sum, self.first));
         for piece in on.pieces() {
@@ -326,7 +326,7 @@ fn multiply_words<M: Multiply, const R: usize, const C: usize>(
     by: M,
     mut dots: [[M::Sum; C]; R],
     codes: &[Word],
-    x: &[Row<'_, M::Word>; R],
+    x: &[Row<'_>; R],
     word: usize,
     len: usize,
 ) -> [[M::Sum; C]; R] {
@@ -334,7 +334,7 @@ fn multiply_words<M: Multiply, const R: usize, const C: usize>(
     for c in 0..C {
         vectors[c] = &codes[c * UNIT..][..len];
     }
-    let mut q: [&[M::Word]; R] = [&[]; R];
+    let mut q: [&[[u8; 4]]; R] = [&[]; R];
     for r in 0..R {
         q[r] = &x[r].words[word..][..len];
     }
@@ -360,7 +360,7 @@ fn multiply_abreast<M: Multiply, const R: usize, const C: usize>(
     by: M,
     mut dots: [[M::Sum; C]; R],
     vectors: &[&[Word]; C],
-    q: &[&[M::Word]; R],
+    q: &[&[[u8; 4]]; R],
     len: usize,
 ) -> [[M::Sum; C]; R] {
     let mut partials = [[by.begin(by.splat(0)); C]; R];
@@ -393,7 +393,7 @@ fn multiply_word<M: Multiply, const R: usize, const C: usize>(
     by: M,
     mut partials: [[M::Partial; C]; R],
     vectors: &[&[Word]; C],
-    q: &[&[M::Word]; R],
+    q: &[&[[u8; 4]]; R],
     j: usize,
 ) -> [[M::Partial; C]; R] {
     let isa = by.isa();
@@ -427,7 +427,7 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
     fn run<M: Multiply>(self, by: M) {
         let isa = by.isa();
         let on = self.on;
-        let x = on.rows::<M, R>(self.row);
+        let x = on.rows::<R>(self.row);
         let sums = self.sums.tile::<R, VECTORS>(self.sum, 0);
         let mut carried = self.carried.map(|carried| carried.tile::<R, VECTORS>(self.sum, 0));
         for piece in on.pieces() {
@@ -435,7 +435,7 @@ impl<const R: usize, const STACK: u32> MultiplyKernel for Stream<'_, R, STACK> {
             // Whole units: what pads one meets zeros of x.
             for number in piece.begin / UNIT..piece.end.div_ceil(UNIT) {
                 let unit = self.codes.unit::<STACK>(on.block.units.start + number, VECTORS);
-                let mut q: [&[M::Word]; R] = [&[]; R];
+                let mut q: [&[[u8; 4]]; R] = [&[]; R];
                 for r in 0..R {
                     q[r] = &x[r].words[number * UNIT..][..UNIT];
                 }

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Isa, Kernel, four};
+use super::{Isa, Kernel, byte_of_lanes, four};
 
 /// Proof that the CPU has AVX2, FMA, F16C, BMI1 and BMI2.
 #[derive(Debug, Clone, Copy)]
@@ -331,6 +331,11 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn sar<const N: u32>(self, a: Self::I32) -> Self::I32 {
         each!(a, |a| _mm256_sra_epi32(a, _mm_cvtsi32_si128(N as i32)))
+    }
+    #[inline(always)]
+    fn byte<const B: u32>(self, a: Self::I32) -> Self::I32 {
+        let order = self.load_u8(&byte_of_lanes(B));
+        each!(a, order, |a, order| _mm256_shuffle_epi8(a, order))
     }
     #[inline(always)]
     fn max_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Isa, Kernel, array};
+use super::{Isa, Kernel, array, byte_of_lanes};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VBMI.
 #[derive(Debug, Clone, Copy)]
@@ -215,6 +215,17 @@ impl Isa for Avx512 {
         op!(_mm512_cvtepi32_ps(a))
     }
     #[inline(always)]
+    fn nibble_to_f32<const B: u32>(self, a: __m512i) -> __m512 {
+        // The lookup goes by the lowest four bits.
+        let numbers = self.load(&array(|i| i as f32));
+        match B {
+            0 => op!(_mm512_permutexvar_ps(a, numbers)),
+            1 => op!(_mm512_permutexvar_ps(self.shr::<8>(a), numbers)),
+            2 => op!(_mm512_permutexvar_ps(self.shr::<16>(a), numbers)),
+            _ => op!(_mm512_permutexvar_ps(self.shr::<24>(a), numbers)),
+        }
+    }
+    #[inline(always)]
     fn gt(self, a: __m512, b: __m512) -> __mmask16 {
         op!(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b))
     }
@@ -287,6 +298,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn sar<const N: u32>(self, a: __m512i) -> __m512i {
         op!(_mm512_srai_epi32::<N>(a))
+    }
+    #[inline(always)]
+    fn byte<const B: u32>(self, a: __m512i) -> __m512i {
+        op!(_mm512_shuffle_epi8(a, self.load_u8(&byte_of_lanes(B))))
     }
     #[inline(always)]
     fn max_i32(self, a: __m512i, b: __m512i) -> __m512i {
