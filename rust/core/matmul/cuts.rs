@@ -17,8 +17,8 @@ pub(super) const MAX_SEGMENT: usize = 32768;
 pub(super) const UNIT: usize = 8;
 /// Units of which a word each makes a step of a unit for blocks, where codes are read as they lie in memory.
 pub(super) const RUN: usize = 16;
-/// Words of a block: with 64 rows, 256 KiB of codes.
-const BLOCK: usize = 1024;
+/// Words of a block that stays in the second-level cache: with 64 rows, 256 KiB of codes.
+pub(super) const BLOCK: usize = 1024;
 
 /// Columns that share a scale and one sum of products: a group, or a part of a long one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,15 +118,24 @@ impl Cuts {
             segments,
             units,
         };
-        cuts.cut_blocks();
+        cuts.cut_blocks(BLOCK);
         cuts
     }
 
-    /// Cuts the segments at every [`BLOCK`] words.
-    fn cut_blocks(&mut self) {
+    /// The same with blocks of at most `words`, whole units.
+    pub(super) fn in_blocks(mut self, words: usize) -> Self {
+        self.pieces.clear();
+        self.blocks.clear();
+        self.whole = true;
+        self.cut_blocks(words);
+        self
+    }
+
+    /// Cuts the segments at every `words` words.
+    fn cut_blocks(&mut self, words: usize) {
         let mut next = 0;
-        for begin in (0..self.units * UNIT).step_by(BLOCK) {
-            let end = (begin + BLOCK).min(self.units * UNIT);
+        for begin in (0..self.units * UNIT).step_by(words) {
+            let end = (begin + words).min(self.units * UNIT);
             let first_piece = self.pieces.len();
             while let Some(segment) = self.segments.get(next).filter(|segment| segment.word < end) {
                 let segment_end = segment.word + segment.words();
@@ -174,25 +183,33 @@ mod tests {
     fn segments_and_pieces_cover_every_column_once_and_in_order() {
         let sizes = [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)];
         for ((k, group), longest) in sizes.into_iter().flat_map(|size| [(size, MAX_SEGMENT), (size, 256)]) {
-            let cuts = Cuts::new(k, group, longest);
-            assert_eq!(cuts.segments.iter().map(|s| s.len).sum::<usize>(), k, "k={k} group={group}");
-            for segment in &cuts.segments {
-                assert!(segment.len <= longest && segment.begin / group == segment.group);
+            for words in [BLOCK, 3 * UNIT] {
+                let cuts = Cuts::new(k, group, longest).in_blocks(words);
+                assert!(cuts.block_units() * UNIT <= words);
+                check_cuts(k, group, longest, &cuts);
             }
-            let mut seen = vec![0; cuts.segments.len()];
-            for block in &cuts.blocks {
-                assert!(block.units.len() <= cuts.block_units());
-                for piece in &cuts.pieces[block.pieces.clone()] {
-                    let segment = cuts.segments[piece.segment];
-                    assert_eq!(piece.first, seen[piece.segment] == 0);
-                    assert_eq!(segment.word + seen[piece.segment], block.words().start + piece.begin);
-                    seen[piece.segment] += piece.end - piece.begin;
-                    assert_eq!(piece.last, seen[piece.segment] == segment.words());
-                    assert!(piece.end <= block.units.len() * UNIT && piece.group == segment.group);
-                }
-            }
-            assert!(cuts.segments.iter().zip(seen).all(|(segment, seen)| segment.words() == seen));
         }
+    }
+
+    fn check_cuts(k: usize, group: usize, longest: usize, cuts: &Cuts) {
+        assert_eq!(cuts.segments.iter().map(|s| s.len).sum::<usize>(), k, "k={k} group={group}");
+        for segment in &cuts.segments {
+            assert!(segment.len <= longest && segment.begin / group == segment.group);
+        }
+        let mut seen = vec![0; cuts.segments.len()];
+        for block in &cuts.blocks {
+            assert!(block.units.len() <= cuts.block_units());
+            for piece in &cuts.pieces[block.pieces.clone()] {
+                let segment = cuts.segments[piece.segment];
+                assert_eq!(piece.first, seen[piece.segment] == 0);
+                assert_eq!(segment.word + seen[piece.segment], block.words().start + piece.begin);
+                seen[piece.segment] += piece.end - piece.begin;
+                assert_eq!(piece.last, seen[piece.segment] == segment.words());
+                assert!(piece.end <= block.units.len() * UNIT && piece.group == segment.group);
+            }
+        }
+        assert!(cuts.segments.iter().zip(seen).all(|(segment, seen)| segment.words() == seen));
+        assert_eq!(cuts.whole, cuts.pieces.len() == cuts.segments.len());
     }
 
     #[test]

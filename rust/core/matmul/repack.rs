@@ -21,7 +21,7 @@ use crate::simd::{Isa, Kernel, LANES, TILE, VECTORS, dispatch};
 
 use super::Layout;
 use super::cuts::{Cuts, MAX_SEGMENT, UNIT};
-use super::panel::{AlignedWords, Codes, Laid, PANEL, Panel, Word, transpose};
+use super::panel::{Ahead, AlignedWords, Codes, Laid, PANEL, Panel, Word, transpose};
 
 /// Bytes of the compute layout of `planes`.
 pub fn panels_nbytes(shape: Shape, scheme: &Scheme, planes: &Planes) -> usize {
@@ -238,7 +238,7 @@ impl Kernel for ToPanel<'_> {
         let mut codes = Codes::open(isa, packed, planes, shape, None, Layout::Canonical, cuts, panel);
         for block in &cuts.blocks {
             let words = &mut scratch.lines_mut()[..block.units.len() * panel.vectors() * UNIT];
-            codes.expand(isa, cuts, shape.k, block, words, Laid::Units);
+            codes.expand(isa, cuts, shape.k, block, words, Laid::Units, &mut Ahead::default());
             let mut shift = planes.bits();
             for (part, width) in parts.iter_mut().zip(planes.widths()) {
                 shift -= width;
@@ -296,7 +296,7 @@ impl Kernel for FromPanel<'_> {
         let mut rows = vec![0; PANEL * stride];
         for block in &cuts.blocks {
             let words = &mut scratch.lines_mut()[..block.units.len() * vectors * UNIT];
-            codes.expand(isa, cuts, shape.k, block, words, Laid::Units);
+            codes.expand(isa, cuts, shape.k, block, words, Laid::Units, &mut Ahead::default());
             for (i, units) in words.chunks(2 * vectors * UNIT).enumerate() {
                 let first = (block.units.start + 2 * i) * 4 * UNIT;
                 for c in 0..vectors {

@@ -124,7 +124,7 @@ impl<D: Dot> Multiply for Bytes<D> {
     const BITS: RangeInclusive<usize> = D::BITS;
     const STREAM_ROWS: usize = match (D::ABREAST, D::TILE_VECTORS) {
         (true, 1) => 0,
-        (true, _) => 16,
+        (true, _) => 4,
         (false, _) => 8,
     };
     const STREAM_ROWS_OF_BYTES: usize = if D::ABREAST { 1 } else { 4 };
