@@ -123,7 +123,7 @@ impl<D: Dot> Multiply for Bytes<D> {
     const EVERY_STACK: bool = D::INSTRUCTION;
     const BITS: RangeInclusive<usize> = D::BITS;
     const STREAM_ROWS: usize = match (D::ABREAST, D::TILE_VECTORS) {
-        (true, 1) => 0,
+        (true, 1) if !D::INSTRUCTION => 0,
         (true, _) => 4,
         (false, _) => 8,
     };
