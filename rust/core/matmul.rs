@@ -220,12 +220,16 @@ fn multiply(
         Activations::Float => Some(Numbers::F32),
     };
     let longest = numbers.map_or(cuts::MAX_SEGMENT, Numbers::longest_segment);
-    let block = numbers.map_or(cuts::BLOCK, |numbers| numbers.block(m));
-    let cuts = &Cuts::new(k, weight.scheme.group_len(k), longest, block);
+    let cuts = Cuts::new(k, weight.scheme.group_len(k), longest);
     // The order of codes if whole blocks are multiplied, and the rows of x that come in one go.
     let blocks = numbers == Some(Numbers::Int8) && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
     let bytes = layout == Layout::Panels && weight.prefix.widths() == [8] && weight.scheme.table().is_none();
-    let tiles = blocks.then(|| strips::laid(cuts, bytes));
+    let tiles = blocks.then(|| strips::laid(&cuts, bytes));
+    let cuts = &match numbers {
+        Some(Numbers::Int8) if !blocks => codes::cut_for_rows(cuts, m, bytes),
+        Some(Numbers::Int8) | None => cuts,
+        Some(numbers) => floats::cut_for_rows(cuts, m, numbers.word()),
+    };
     let (max_rows, strip, parts) = match blocks {
         true => (strips::max_rows(k), strips::ROWS, strips::PARTS_A_THREAD),
         false => (MAX_ROWS, 1, PARTS_A_THREAD),

@@ -12,8 +12,7 @@ use crate::quantize::Source;
 use crate::simd::{Isa, Kernel, LANES, TILE, Token, total};
 
 use super::affine::Affine;
-use super::cuts::{BLOCK, Cuts, MAX_SEGMENT, RUN, UNIT};
-use super::floats;
+use super::cuts::{Cuts, MAX_SEGMENT, RUN, UNIT};
 use super::panel::{Laid, Lanes, Lines};
 
 /// The numbers that activations are held in.
@@ -29,19 +28,11 @@ pub(super) enum Numbers {
 
 impl Numbers {
     /// Bytes of a word.
-    fn word(self) -> usize {
+    pub(super) fn word(self) -> usize {
         match self {
             Self::Int8 => 4,
             Self::Bf16 => 8,
             Self::F32 => 16,
-        }
-    }
-
-    /// Words of a block for so many rows.
-    pub(super) fn block(self, rows: usize) -> usize {
-        match self {
-            Self::Int8 => BLOCK,
-            Self::Bf16 | Self::F32 => floats::block(rows, self.word()),
         }
     }
 

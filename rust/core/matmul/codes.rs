@@ -9,7 +9,7 @@
 //! ```
 
 use std::cell::Cell;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use crate::quantize::Rows;
 use crate::simd::multiply::{Multiply, MultiplyKernel};
@@ -108,7 +108,8 @@ impl Panels<'_> {
                 }
                 None => {
                     let to = &mut expanded.lines_mut()[..order.words(block.units.len(), VECTORS)];
-                    codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, order);
+                    let (k, ahead) = (self.weight.shape.k, &mut Ahead::default());
+                    codes.expand(by.isa(), cuts, k, block, to, order, ahead);
                     to
                 }
             };
@@ -124,16 +125,39 @@ impl Panels<'_> {
             Streams { on, codes: planes, rows: self.rows.clone(), sums, carried }.run(by);
             return;
         }
+        // The memory behind the block is asked for in even steps, while its codes are expanded and multiplied.
+        let units = block.units.len();
+        let passes = if sums.wide(M::TILE_VECTORS) { 1 } else { vectors };
+        let tiles = self.rows.len().div_ceil(M::TILE_ROWS) * passes;
+        let steps = units * (tiles + usize::from(in_place.is_none()));
+        let mut ahead = codes.planes().map_or(Ahead::default(), |planes| planes.ahead(block, steps));
         let words = match in_place {
             Some(words) => words,
             None => {
-                let to = &mut expanded.lines_mut()[..Laid::Units.words(block.units.len(), vectors)];
-                codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, Laid::Units);
+                let to = &mut expanded.lines_mut()[..Laid::Units.words(units, vectors)];
+                codes.expand(by.isa(), cuts, self.weight.shape.k, block, to, Laid::Units, &mut ahead);
                 to
             }
         };
-        let tiles = Tiles { on, words, rows: self.rows.clone(), planes: codes.planes(), sums, carried };
-        tiles.run(by);
+        Tiles { on, words, rows: self.rows.clone(), sums, carried, ahead }.run(by);
+    }
+}
+
+/// Words of a block of expanded codes, 16 KiB, that stays in the first-level cache, and of one that is multiplied
+/// where it lies. Measured.
+const EXPANDED_BLOCK: usize = 64;
+const BLOCK_IN_PLACE: usize = 128;
+/// Rows of x that such blocks are for. More of them repay what a block costs in the second-level cache, and reload
+/// the sums of their tiles the more often. Fewer are not expanded to memory, or have but one tile.
+const ROWS_OF_EXPANDED: RangeInclusive<usize> = 5..=48;
+const ROWS_IN_PLACE: RangeInclusive<usize> = 2..=48;
+
+/// Cuts with blocks that suit `rows` of x in bytes; whether codes are multiplied `in_place`.
+pub(super) fn cut_for_rows(cuts: Cuts, rows: usize, in_place: bool) -> Cuts {
+    match in_place {
+        true if ROWS_IN_PLACE.contains(&rows) => cuts.in_blocks(BLOCK_IN_PLACE),
+        false if ROWS_OF_EXPANDED.contains(&rows) => cuts.in_blocks(EXPANDED_BLOCK),
+        _ => cuts,
     }
 }
 
@@ -199,32 +223,26 @@ impl Streams<'_> {
 }
 
 /// All rows of x against the expanded codes of a block.
-struct Tiles<'a> {
+struct Tiles<'a, 'b> {
     on: Operands<'a>,
     words: &'a [Word],
     rows: Range<usize>,
-    /// Where the codes come from, if memory can be asked for ahead.
-    planes: Option<&'a PanelPlanes<'a>>,
     sums: &'a mut Sums,
     carried: Option<&'a mut Sums>,
+    /// A unit of a tile is a step.
+    ahead: Ahead<'b>,
 }
 
-impl Tiles<'_> {
+impl Tiles<'_, '_> {
     #[inline(always)]
     fn run<M: Multiply>(mut self, by: M) {
         let (rows, wide) = (self.rows.len(), self.sums.wide(M::TILE_VECTORS));
-        let (count, passes) = (rows.div_ceil(M::TILE_ROWS), if wide { 1 } else { self.on.vectors });
-        let steps = count * passes * self.on.block.units.len();
-        let mut ahead = match self.planes {
-            Some(planes) => planes.ahead(self.on.block, steps),
-            None => Ahead::default(),
-        };
-        for first in 0..passes {
+        for first in 0..if wide { 1 } else { self.on.vectors } {
             for (row, height) in tiles(rows, M::TILE_ROWS) {
                 if wide {
-                    self.tile::<M, VECTORS>(by, row, height, 0, &mut ahead);
+                    self.tile::<M, VECTORS>(by, row, height, 0);
                 } else {
-                    self.tile::<M, 1>(by, row, height, first, &mut ahead);
+                    self.tile::<M, 1>(by, row, height, first);
                 }
             }
         }
@@ -232,15 +250,8 @@ impl Tiles<'_> {
 
     /// One tile of `height` rows and the vectors `first` to `first + C`.
     #[inline(always)]
-    fn tile<M: Multiply, const C: usize>(
-        &mut self,
-        by: M,
-        sum: usize,
-        height: usize,
-        first: usize,
-        ahead: &mut Ahead<'_>,
-    ) {
-        let (on, codes, row) = (self.on, self.words, self.rows.start + sum);
+    fn tile<M: Multiply, const C: usize>(&mut self, by: M, sum: usize, height: usize, first: usize) {
+        let (on, codes, row, ahead) = (self.on, self.words, self.rows.start + sum, &mut self.ahead);
         let (sums, carried) = (&mut *self.sums, self.carried.as_deref_mut());
         by_height!(height, M::TILE_ROWS, R => {
             by.vectorize(Tile::<R, C> { on, row, first, codes, sum, sums, carried, ahead });

@@ -17,8 +17,7 @@ pub(super) const MAX_SEGMENT: usize = 32768;
 pub(super) const UNIT: usize = 8;
 /// Units of which a word each makes a step of a unit for blocks, where codes are read as they lie in memory.
 pub(super) const RUN: usize = 16;
-
-/// Words of a block of codes in bytes: with 64 rows, 256 KiB.
+/// Words of a block that stays in the second-level cache: with 64 rows, 256 KiB of codes.
 pub(super) const BLOCK: usize = 1024;
 
 /// Columns that share a scale and one sum of products: a group, or a part of a long one.
@@ -92,12 +91,10 @@ pub(super) struct Cuts {
 }
 
 impl Cuts {
-    /// Cuts a row of `k` columns in groups of `group` (at least 1), segments of at most `longest` columns and blocks
-    /// of `block` words, both of which keep to whole units: how memory is laid out does not depend on them.
-    pub(super) fn new(k: usize, group: usize, longest: usize, block: usize) -> Self {
-        debug_assert!(
-            longest <= MAX_SEGMENT && longest.is_multiple_of(4 * UNIT) && block.is_multiple_of(UNIT)
-        );
+    /// Cuts a row of `k` columns in groups of `group` (at least 1) and segments of at most `longest`, which keeps
+    /// to whole units: how memory is laid out does not depend on it.
+    pub(super) fn new(k: usize, group: usize, longest: usize) -> Self {
+        debug_assert!(longest <= MAX_SEGMENT && longest.is_multiple_of(4 * UNIT));
         let mut segments = Vec::new();
         let mut words = 0;
         for (number, first) in (0..k).step_by(group).enumerate() {
@@ -121,15 +118,24 @@ impl Cuts {
             segments,
             units,
         };
-        cuts.cut_blocks(block);
+        cuts.cut_blocks(BLOCK);
         cuts
     }
 
-    /// Cuts the segments at every `block` words.
-    fn cut_blocks(&mut self, block: usize) {
+    /// The same with blocks of at most `words`, whole units.
+    pub(super) fn in_blocks(mut self, words: usize) -> Self {
+        self.pieces.clear();
+        self.blocks.clear();
+        self.whole = true;
+        self.cut_blocks(words);
+        self
+    }
+
+    /// Cuts the segments at every `words` words.
+    fn cut_blocks(&mut self, words: usize) {
         let mut next = 0;
-        for begin in (0..self.units * UNIT).step_by(block) {
-            let end = (begin + block).min(self.units * UNIT);
+        for begin in (0..self.units * UNIT).step_by(words) {
+            let end = (begin + words).min(self.units * UNIT);
             let first_piece = self.pieces.len();
             while let Some(segment) = self.segments.get(next).filter(|segment| segment.word < end) {
                 let segment_end = segment.word + segment.words();
@@ -176,35 +182,40 @@ mod tests {
     #[test]
     fn segments_and_pieces_cover_every_column_once_and_in_order() {
         let sizes = [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)];
-        let limits = [(MAX_SEGMENT, BLOCK), (256, BLOCK), (256, 32)];
-        for ((k, group), (longest, block)) in
-            sizes.into_iter().flat_map(|size| limits.map(|limit| (size, limit)))
-        {
-            let cuts = Cuts::new(k, group, longest, block);
-            assert_eq!(cuts.segments.iter().map(|s| s.len).sum::<usize>(), k, "k={k} group={group}");
-            for segment in &cuts.segments {
-                assert!(segment.len <= longest && segment.begin / group == segment.group);
+        for ((k, group), longest) in sizes.into_iter().flat_map(|size| [(size, MAX_SEGMENT), (size, 256)]) {
+            for words in [BLOCK, 3 * UNIT] {
+                let cuts = Cuts::new(k, group, longest).in_blocks(words);
+                assert!(cuts.block_units() * UNIT <= words);
+                check_cuts(k, group, longest, &cuts);
             }
-            let mut seen = vec![0; cuts.segments.len()];
-            for block in &cuts.blocks {
-                assert!(block.units.len() <= cuts.block_units());
-                for piece in &cuts.pieces[block.pieces.clone()] {
-                    let segment = cuts.segments[piece.segment];
-                    assert_eq!(piece.first, seen[piece.segment] == 0);
-                    assert_eq!(segment.word + seen[piece.segment], block.words().start + piece.begin);
-                    seen[piece.segment] += piece.end - piece.begin;
-                    assert_eq!(piece.last, seen[piece.segment] == segment.words());
-                    assert!(piece.end <= block.units.len() * UNIT && piece.group == segment.group);
-                }
-            }
-            assert!(cuts.segments.iter().zip(seen).all(|(segment, seen)| segment.words() == seen));
         }
+    }
+
+    fn check_cuts(k: usize, group: usize, longest: usize, cuts: &Cuts) {
+        assert_eq!(cuts.segments.iter().map(|s| s.len).sum::<usize>(), k, "k={k} group={group}");
+        for segment in &cuts.segments {
+            assert!(segment.len <= longest && segment.begin / group == segment.group);
+        }
+        let mut seen = vec![0; cuts.segments.len()];
+        for block in &cuts.blocks {
+            assert!(block.units.len() <= cuts.block_units());
+            for piece in &cuts.pieces[block.pieces.clone()] {
+                let segment = cuts.segments[piece.segment];
+                assert_eq!(piece.first, seen[piece.segment] == 0);
+                assert_eq!(segment.word + seen[piece.segment], block.words().start + piece.begin);
+                seen[piece.segment] += piece.end - piece.begin;
+                assert_eq!(piece.last, seen[piece.segment] == segment.words());
+                assert!(piece.end <= block.units.len() * UNIT && piece.group == segment.group);
+            }
+        }
+        assert!(cuts.segments.iter().zip(seen).all(|(segment, seen)| segment.words() == seen));
+        assert_eq!(cuts.whole, cuts.pieces.len() == cuts.segments.len());
     }
 
     #[test]
     fn groups_of_whole_words_stay_contiguous() {
-        let cuts = |k, group| Cuts::new(k, group, MAX_SEGMENT, BLOCK);
-        assert!(cuts(4100, 64).contiguous && cuts(1001, 1001).contiguous && !cuts(100, 9).contiguous);
-        assert!(cuts(4100, 96).by_units && !cuts(4100, 24).by_units);
+        assert!(Cuts::new(4100, 64, MAX_SEGMENT).contiguous && Cuts::new(1001, 1001, MAX_SEGMENT).contiguous);
+        assert!(!Cuts::new(100, 9, MAX_SEGMENT).contiguous);
+        assert!(Cuts::new(4100, 96, MAX_SEGMENT).by_units && !Cuts::new(4100, 24, MAX_SEGMENT).by_units);
     }
 }

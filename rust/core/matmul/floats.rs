@@ -49,9 +49,9 @@ const fn stream_rows<I: Isa>() -> usize {
     if I::TILE_VECTORS == VECTORS { 4 } else { 8 }
 }
 
-/// Words of a block for so many rows of activations of `word` bytes a word: their codes take as many for each lane.
-pub(super) fn block(rows: usize, word: usize) -> usize {
-    BLOCKS[usize::from(rows > FEW_ROWS)] / (word * LANES * VECTORS)
+/// Cuts with blocks that suit `rows` of activations of `word` bytes a word: their codes take as many for each lane.
+pub(super) fn cut_for_rows(cuts: Cuts, rows: usize, word: usize) -> Cuts {
+    cuts.in_blocks(BLOCKS[usize::from(rows > FEW_ROWS)] / (word * LANES * VECTORS))
 }
 
 /// The work of one thread at a time: some panels of the weight, some rows of x.
@@ -230,7 +230,7 @@ impl Expanded {
             Some(words) => words,
             None => {
                 let to = &mut self.bytes.lines_mut()[..lines];
-                codes.expand(by.isa(), on.cuts, k, block, to, Laid::Units);
+                codes.expand(by.isa(), on.cuts, k, block, to, Laid::Units, &mut Ahead::default());
                 to
             }
         };

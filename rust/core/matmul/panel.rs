@@ -32,8 +32,10 @@ pub(super) const PANEL: usize = VECTORS * LANES;
 /// How far ahead of the codes in use memory is asked for, in lines of all planes together: measured. One row of x
 /// hurries from line to line; several leave the time to reach further.
 pub(super) const fn ahead(rows: usize) -> usize {
-    if rows == 1 { 24 } else { 96 }
+    if rows == 1 { 64 } else { 96 }
 }
+/// The same for codes on their way to memory.
+const AHEAD_OF_EXPANSION: usize = 24;
 
 /// Some rows of the weight: 64 of them, or what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,11 +230,18 @@ impl<'a> PanelPlanes<'a> {
             .then(|| &self.planes[0].bytes[block.units.start * unit..block.units.end * unit])
     }
 
-    /// Expands units `units` into `to`, which may be wider than the panel.
+    /// Expands units `units` into `to`, which may be wider than the panel; a unit is a step of `ahead`.
     #[inline(always)]
-    pub(super) fn expand<I: Isa>(&self, isa: I, units: Range<usize>, to: &mut [Word], order: Laid) {
+    pub(super) fn expand<I: Isa>(
+        &self,
+        isa: I,
+        units: Range<usize>,
+        to: &mut [Word],
+        order: Laid,
+        ahead: &mut Ahead<'a>,
+    ) {
         by_stack!(self.stack(), STACK => {
-            isa.vectorize(Expand::<STACK> { planes: self, units, to, order });
+            isa.vectorize(Expand::<STACK> { planes: self, units, to, order, ahead });
         });
     }
 
@@ -397,6 +406,7 @@ struct Expand<'a, 'b, const STACK: u32> {
     units: Range<usize>,
     to: &'a mut [Word],
     order: Laid,
+    ahead: &'a mut Ahead<'b>,
 }
 
 impl<const STACK: u32> Kernel for Expand<'_, '_, STACK> {
@@ -408,10 +418,10 @@ impl<const STACK: u32> Kernel for Expand<'_, '_, STACK> {
         let width = self.order.width(self.units.len(), self.to);
         for (number, unit) in self.units.enumerate() {
             let unit = self.planes.unit::<STACK>(unit, vectors);
+            self.ahead.fetch(isa);
             for c in 0..vectors {
                 let to = &mut self.to[self.order.at(number, c, width)..][..UNIT];
-                // In a hurry as a single row is: nothing is multiplied meanwhile.
-                let words = unit.words::<I, STACK>(isa, c, ahead(1));
+                let words = unit.words::<I, STACK>(isa, c, AHEAD_OF_EXPANSION);
                 for j in 0..UNIT {
                     isa.store_u8(&mut to[j], words[j]);
                 }
@@ -504,7 +514,7 @@ impl<'a> Codes<'a> {
         }
     }
 
-    /// Expands the next block into `to`, which may be wider than the panel.
+    /// Expands the next block into `to`, which may be wider than the panel; in panels a unit is a step of `ahead`.
     #[inline(always)]
     pub(super) fn expand<I: Isa>(
         &mut self,
@@ -514,11 +524,12 @@ impl<'a> Codes<'a> {
         block: &Block,
         to: &mut [Word],
         order: Laid,
+        ahead: &mut Ahead<'a>,
     ) {
         let units = block.units.clone();
         let width = order.width(units.len(), to);
         match self {
-            Self::Panels(planes) => planes.expand(isa, units, to, order),
+            Self::Panels(planes) => planes.expand(isa, units, to, order, ahead),
             Self::Canonical { readers, table } => {
                 for (i, first) in units.step_by(2).enumerate() {
                     let len = TILE.min(k - first * 4 * UNIT);

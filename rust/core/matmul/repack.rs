@@ -20,12 +20,12 @@ use crate::scheme::{MAX_PLANES, Planes, Scheme};
 use crate::simd::{Isa, Kernel, LANES, TILE, VECTORS, dispatch};
 
 use super::Layout;
-use super::cuts::{BLOCK, Cuts, MAX_SEGMENT, UNIT};
-use super::panel::{AlignedWords, Codes, Laid, PANEL, Panel, Word, transpose};
+use super::cuts::{Cuts, MAX_SEGMENT, UNIT};
+use super::panel::{Ahead, AlignedWords, Codes, Laid, PANEL, Panel, Word, transpose};
 
 /// Bytes of the compute layout of `planes`.
 pub fn panels_nbytes(shape: Shape, scheme: &Scheme, planes: &Planes) -> usize {
-    let cuts = Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT, BLOCK);
+    let cuts = Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT);
     shape.rows.div_ceil(LANES) * vector_bytes(&cuts, planes.bits())
 }
 
@@ -77,7 +77,7 @@ pub fn to_panels(
     let order = Order { rows: shape.rows, groups: scheme.groups(shape.k), to: Layout::Panels };
     order.copy_scales(shape, scales, &mut panel_scales)?;
     order.copy_zero_points(zero_points, &mut panel_zero_points)?;
-    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT, BLOCK);
+    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT);
     let parts = cut_planes(panels, planes, shape, cuts);
     let tasks = parts.map(|(panel, parts)| ToPanel { packed, planes, shape, cuts, panel, parts });
     parallel::for_each(threads, tasks.collect(), dispatch);
@@ -103,7 +103,7 @@ pub fn from_panels(
     let order = Order { rows: shape.rows, groups, to: Layout::Canonical };
     order.copy_scales(shape, panel_scales, &mut scales)?;
     order.copy_zero_points(panel_zero_points, &mut zero_points)?;
-    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT, BLOCK);
+    let cuts = &Cuts::new(shape.k, scheme.group_len(shape.k), MAX_SEGMENT);
     let all: Vec<Panel> = Panel::all(0..shape.rows).collect();
     let span =
         |panel: &Panel| Span { row: panel.first, rows: panel.rows, group: 0, groups, begin: 0, end: shape.k };
@@ -238,7 +238,7 @@ impl Kernel for ToPanel<'_> {
         let mut codes = Codes::open(isa, packed, planes, shape, None, Layout::Canonical, cuts, panel);
         for block in &cuts.blocks {
             let words = &mut scratch.lines_mut()[..block.units.len() * panel.vectors() * UNIT];
-            codes.expand(isa, cuts, shape.k, block, words, Laid::Units);
+            codes.expand(isa, cuts, shape.k, block, words, Laid::Units, &mut Ahead::default());
             let mut shift = planes.bits();
             for (part, width) in parts.iter_mut().zip(planes.widths()) {
                 shift -= width;
@@ -296,7 +296,7 @@ impl Kernel for FromPanel<'_> {
         let mut rows = vec![0; PANEL * stride];
         for block in &cuts.blocks {
             let words = &mut scratch.lines_mut()[..block.units.len() * vectors * UNIT];
-            codes.expand(isa, cuts, shape.k, block, words, Laid::Units);
+            codes.expand(isa, cuts, shape.k, block, words, Laid::Units, &mut Ahead::default());
             for (i, units) in words.chunks(2 * vectors * UNIT).enumerate() {
                 let first = (block.units.start + 2 * i) * 4 * UNIT;
                 for c in 0..vectors {

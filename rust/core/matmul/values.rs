@@ -13,7 +13,7 @@ use crate::simd::{Isa, Kernel, LANES, VECTORS};
 use super::Layout;
 use super::cuts::{Block, Cuts, Segment, UNIT};
 use super::output::Columns;
-use super::panel::{AlignedWords, Codes, Laid, Lanes, Panel, Word, transpose_rows};
+use super::panel::{Ahead, AlignedWords, Codes, Laid, Lanes, Panel, Word, transpose_rows};
 use super::sums::{Sums, by_height, tiles};
 
 /// Columns of a run.
@@ -69,7 +69,7 @@ impl Kernel for Panels<'_> {
                     };
                     let block = Block { units, pieces: 0..0 };
                     let words = &mut words.lines_mut()[..block.units.len() * panel.vectors() * UNIT];
-                    codes.expand(isa, self.cuts, k, &block, words, Laid::Units);
+                    codes.expand(isa, self.cuts, k, &block, words, Laid::Units, &mut Ahead::default());
                     self.dequantize(isa, panel, &columns, &block, words, &mut floats);
                     self.multiply(isa, panel, columns, &floats, &mut sums);
                 }

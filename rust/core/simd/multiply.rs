@@ -99,9 +99,10 @@ impl<D: Dot> Multiply for Bytes<D> {
     const OFFSET: i32 = D::OFFSET;
     const EVERY_STACK: bool = D::INSTRUCTION;
     const BITS: RangeInclusive<usize> = D::BITS;
+    // From five rows on, blocks in the first-level cache beat another expansion for every four.
     const STREAM_ROWS: usize = match (D::ABREAST, D::TILE_VECTORS) {
-        (true, 1) => 0,
-        (true, _) => 16,
+        (true, 1) if !D::INSTRUCTION => 0,
+        (true, _) => 4,
         (false, _) => 8,
     };
     const STREAM_ROWS_OF_BYTES: usize = if D::ABREAST { 1 } else { 4 };
