@@ -164,6 +164,28 @@ def test_gradients_within_a_graph_follow_too(activations: str, dtype: torch.dtyp
             assert_identical(a, b, bits)
 
 
+# PyTorch 2.11 warms up and captures on different streams, and says so of its own layers as well.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_graphed_callables_follow_forwards_and_backwards(activations: str) -> None:
+    net = nn.Sequential(
+        linear(activations, torch.bfloat16, n=512), nn.GELU(), linear(activations, torch.bfloat16)
+    )
+    x, grad = normal(5, 512).bfloat16().cuda().requires_grad_(), normal(5, 200, seed=1).bfloat16().cuda()
+    eager = copy.deepcopy(net)
+    graphed = torch.cuda.make_graphed_callables(net, (torch.zeros_like(x, requires_grad=True),))
+
+    def passes(module: nn.Module) -> tuple[Tensor, ...]:
+        y = module(x)
+        return y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), grad)
+
+    for bits in (4, 8, 4):
+        for module in (graphed, eager):
+            tq.set_precision(module, bits)
+        for a, b in zip(passes(graphed), passes(eager), strict=True):
+            assert_identical(a, b, bits)
+
+
 def test_a_layer_that_reads_all_or_nothing_is_captured_as_it_is() -> None:
     layer = QuantLinear(
         128, 40, scheme=Scheme(bits=4), dtype=torch.bfloat16, device="cuda", activations="float"
