@@ -255,6 +255,8 @@ class Scheme:
     def stored_widths(self, bits: int | None = None) -> tuple[int, ...]:
         """The planes that hold the top `bits` bits (default: all); ValueError if no plane ends there."""
         bits = self.check_bits(bits)
+        if bits == self.bits:
+            return self.widths
         count = next(n for n in range(len(self.widths) + 1) if sum(self.widths[:n]) >= bits)
         return self.widths[:count]
 
@@ -270,7 +272,7 @@ class Scheme:
 
         Raises: ValueError naming the prefixes that can.
         """
-        if bits is None:
+        if bits is None or (type(bits) is int and bits == self.bits):
             return self.bits
         number = _integer("bits", bits, 1, 8, f"readable are {self.prefixes}")
         if number not in self.prefixes:
@@ -344,7 +346,8 @@ class Rounding:
         object.__setattr__(self, "draw_bits", draw_bits)
         if not isinstance(self.stream, str):
             raise TypeError(f"stream must be a str (the tensor's name, say), got {self.stream!r}")
-        # Here and not in op_args: torch.compile traces that, and cannot trace zlib. Without a name it need not.
+        # Here and not in op_args: torch.compile traces that, and cannot trace zlib. Without a name it need
+        # not.
         object.__setattr__(self, "_stream_number", zlib.crc32(self.stream.encode()) if self.stream else 0)
         if isinstance(self.variance, bool) or not isinstance(self.variance, int | float):
             raise TypeError(f"variance must be a number within 0 to 1, got {self.variance!r}")
@@ -369,7 +372,7 @@ class Rounding:
     @classmethod
     def nearest(cls) -> Rounding:
         """To nearest, ties to even: the smallest error of an element, and the default."""
-        return cls()
+        return _NEAREST
 
     @classmethod
     def stochastic(
@@ -488,3 +491,6 @@ class Rounding:
         """The rounding of a JSON object. Raises: TypeError or ValueError, also for an unknown field."""
         _refuse_unknown("rounding", fields, cls)
         return cls(**fields)
+
+
+_NEAREST = Rounding()

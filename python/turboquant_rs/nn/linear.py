@@ -265,6 +265,8 @@ class QuantLinear(PackedWeight, nn.Linear):
         Nothing else changes: values, state_dict and pickles are the same. Every forward does it; before
         torch.compile it is worth a call, as compiled code does not.
         """
+        if not self._has_order():
+            return
         with _REARRANGING:
             if self._panels is None and self._owns_packed():
                 packed = self._packed_at(self._stored_bits)
@@ -298,13 +300,17 @@ class QuantLinear(PackedWeight, nn.Linear):
             self._non_persistent_buffers_set.add(name)
         self._panels = panels
 
+    def _has_order(self) -> bool:
+        """Whether kernels of its device have an order of their own for the weight."""
+        packed = self._buffers["weight_packed"]
+        device = None if packed is None else packed.device.type
+        return device in (None, "cpu") or (device == "cuda" and self.activations == "float")
+
     def _owns_packed(self) -> bool:
         """Whether nobody else holds the packed bytes: a tied layer, a variable, a file that is mapped."""
         packed: Any = self._buffers["weight_packed"]
-        if packed is None or packed.device.type not in ("cpu", "cuda"):
+        if packed is None or not self._has_order():
             return False
-        if packed.device.type == "cuda" and self.activations != "float":
-            return False  # integers have no kernel in that order
         users = torch._C._storage_Use_Count(packed.untyped_storage()._cdata)
         # Held here: by the buffers, the variable and the call; its storage by the tensor and the question.
         return sys.getrefcount(packed) <= 3 and users <= 2

@@ -35,10 +35,9 @@ def unseen(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or observed():
         return False
     graded = torch.is_grad_enabled()
-    return all(
-        type(tensor) in (Tensor, Parameter)
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-        and not (graded and tensor.requires_grad)
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, Parameter) or tensor.is_neg() or tensor._is_zerotensor():
+            return False
+        if graded and tensor.requires_grad:
+            return False
+    return True

@@ -63,6 +63,9 @@ WIDE_ROWS = 128
 WIDE_THREADS = 384
 """A warp group that copies and two that multiply."""
 
+TERMS_ALIGNMENT = 128
+"""Bytes to a multiple of which scales of x begin behind its codes."""
+
 EXPANDED = 4
 """Units of eight codes that a thread expands."""
 
@@ -147,9 +150,14 @@ def takes(x: Tensor, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
     """Whether a product of x with such a weight has a kernel here."""
     if x.dtype not in DTYPES or x.numel() == 0 or not limits_of(x.get_device()).tensor_cores:
         return False
+    return fits(x.shape[-1], scheme, rounding)
+
+
+def fits(k: int, scheme: SchemeArgs, rounding: RoundingArgs) -> bool:
+    """Whether the kernels read a weight of k columns."""
     if rounding.preserve_variance or rounding.mode == "subtractive":
         return False
-    columns = Columns.of(x.shape[-1], scheme.group_size)
+    columns = Columns.of(k, scheme.group_size)
     return columns.groups == 1 or columns.padded <= SEGMENT or columns.size % SEGMENT == 0
 
 
@@ -173,7 +181,8 @@ def multiply(
     device = device_of(x, packed, scales, out)
     scheme = scheme._replace(table=tuple(scheme.table))
     planes = tuple(planes)
-    plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, aligned(packed), device)
+    whole = aligned(packed), aligned(x)
+    plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, *whole, device)
     plan.memory.check_read(packed, scales, zero_points)
     weight = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
     _run(plan, scheme, planes, x, *weight, bias, out, device)
@@ -192,7 +201,8 @@ class Product:
         self._n, self._k = n, k
         bits = bits_read(planes, self._read_bits)
         self._memory = memory_of(scheme, self._rounding, self._planes, bits, n, k)
-        self._plans: dict[tuple[torch.dtype, int, int], Plan] = {}
+        self._fits = n > 0 and k > 0 and fits(k, scheme, self._rounding)
+        self._plans: dict[tuple[torch.dtype, int, int, bool], Plan | None] = {}
 
     def __call__(
         self, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
@@ -202,11 +212,11 @@ class Product:
         That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler), and
         where operands are not on one GPU as the kernels take them.
         """
-        optional = (part for part in (zero_points, bias) if part is not None)
-        tensors = (x, packed, scales, *optional)
-        shape, device, memory = x.shape, x.get_device(), self._memory
-        if not shape or shape[-1] != self._k or not self._n or x.layout is not torch.strided:
+        memory, shape, device, dtype = self._memory, x.shape, x.get_device(), x.dtype
+        if not shape or shape[-1] != self._k or x.layout is not torch.strided or device < 0:
             return None
+        given = (x, packed, scales) if zero_points is None else (x, packed, scales, zero_points)
+        tensors = given if bias is None else (*given, bias)
         if not unseen(*tensors):
             return None
         for tensor in tensors:
@@ -222,18 +232,24 @@ class Product:
             return None
         if zero_points is not None and zero_points.dtype is not memory.zero_point_dtype:
             return None
-        if not takes(x, self._scheme, self._rounding):
-            return None
-        m, n = x.numel() // self._k, self._n
+        m, n, whole = x.numel() // self._k, self._n, aligned(x)
         try:
-            plan = self._plans[x.dtype, m, device]
+            plan = self._plans[dtype, m, device, whole]
         except KeyError:
-            about = (self._scheme, self._rounding, self._planes, self._read_bits)
-            plan = self._plans[x.dtype, m, device] = plan_of(*about, m, n, self._k, x.dtype, True, device)
+            plan = self._plans[dtype, m, device, whole] = self._plan(dtype, m, device, whole)
+        if plan is None:
+            return None
         # Sizes one by one are parsed faster than a tuple of them.
         out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
         _run(plan, self._scheme, self._planes, x, packed, scales, zero_points, bias, out, device)
         return out
+
+    def _plan(self, dtype: torch.dtype, m: int, device: int, whole: bool) -> Plan | None:
+        """That of m rows of a dtype, if they have a kernel; `whole`: on multiples of the widest access."""
+        if not self._fits or m == 0 or dtype not in DTYPES or not limits_of(device).tensor_cores:
+            return None
+        about = (self._scheme, self._rounding, self._planes, self._read_bits)
+        return plan_of(*about, m, self._n, self._k, dtype, True, whole, device)
 
 
 def _run(
@@ -254,21 +270,23 @@ def _run(
     if plan.expands:
         packed = expand(packed, scheme, planes, plan.bits, n, columns, plan.subtracted, device)
 
-    codes = torch.empty(m, columns.stride, dtype=torch.int8, device=x.device)
-    terms = torch.empty(m * (columns.groups + columns.segments), dtype=torch.float32, device=x.device)
-    x_scales, x_sums = terms.data_ptr(), terms.data_ptr() + 4 * columns.groups * m
-    quantize(x, codes, x_scales, x_sums, columns, plan.nibbles, device)
+    # One piece of memory: codes, then what goes with their groups.
+    memory = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device)
+    codes = memory.data_ptr()
+    x_scales = codes + plan.terms
+    x_sums = x_scales + 4 * columns.groups * m
+    plan.quantize(x.data_ptr(), codes, x_scales, x_sums, *plan.quantize_sizes)
     bias, address, wide_bias = as_bias(bias, x.dtype)
     zeros = 0 if zero_points is None else zero_points.data_ptr()
     tail = (scales.data_ptr(), zeros, address, wide_bias, out.data_ptr(), m, n)
     if isinstance(plan.shape, Wide):
         maps = (
-            *tensor_map(codes.data_ptr(), m, columns.stride, WIDE_ROWS),
+            *tensor_map(codes, m, columns.stride, WIDE_ROWS),
             *tensor_map(packed.data_ptr(), n, plan.row_bytes, plan.shape.n_tile // plan.shape.cluster),
         )
         plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
     else:
-        pointers = (codes.data_ptr(), x_scales, x_sums, packed.data_ptr())
+        pointers = (codes, x_scales, x_sums, packed.data_ptr())
         plan.call(*pointers, *tail, columns.stride, plan.row_bytes, columns.groups, columns.segments)
 
 
@@ -283,6 +301,10 @@ class Plan(NamedTuple):
     expands: bool  # whether the weight becomes bytes first
     subtracted: int  # from each of them
     row_bytes: int  # of the weight as the kernel reads it
+    quantize: Call  # of x
+    quantize_sizes: tuple[int, ...]  # its last arguments
+    terms: int  # bytes of the codes of x; scales and sums of its groups follow
+    workspace: int  # bytes of all of these
     call: Call
 
 
@@ -297,9 +319,10 @@ def plan_of(
     k: int,
     dtype: torch.dtype,
     whole: bool,
+    whole_x: bool,
     device: int,
 ) -> Plan:
-    """That of x (m, k) of a dtype with W (n, k); `whole`: W lies on multiples of the widest access."""
+    """That of x (m, k) of a dtype with W (n, k); `whole…`: they lie on multiples of the widest access."""
     check_planes(scheme, planes)
     check_readable(scheme, rounding, planes, read_bits)
     columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
@@ -318,7 +341,11 @@ def plan_of(
     else:
         call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
     memory = memory_of(scheme, rounding, planes, bits, n, k)
-    return Plan(columns, shape, bits, memory, nibbles, expands, subtracted, row_bytes, call)
+    quantize = _quantize_call(dtype, columns, m, whole_x, nibbles, device)
+    terms = -(-m * columns.stride // TERMS_ALIGNMENT) * TERMS_ALIGNMENT
+    workspace = terms + 4 * m * (columns.groups + columns.segments)
+    reading = (quantize, _quantize_sizes(columns, m), terms, workspace)
+    return Plan(columns, shape, bits, memory, nibbles, expands, subtracted, row_bytes, *reading, call)
 
 
 def memory_of(
@@ -348,8 +375,12 @@ def quantize(
     """The codes, scales and sums of x, for weights in bytes or in nibbles."""
     m = x.numel() // columns.k
     call = _quantize_call(x.dtype, columns, m, aligned(x), nibbles, device)
-    sizes = (m, columns.k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments)
-    call(x.data_ptr(), codes.data_ptr(), scales, sums, *sizes)
+    call(x.data_ptr(), codes.data_ptr(), scales, sums, *_quantize_sizes(columns, m))
+
+
+def _quantize_sizes(columns: Columns, m: int) -> tuple[int, ...]:
+    """The last arguments of `_quantize_call`."""
+    return m, columns.k, columns.size, columns.padded, columns.stride, columns.groups, columns.segments
 
 
 @lru_cache(maxsize=4096)

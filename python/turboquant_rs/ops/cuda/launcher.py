@@ -38,24 +38,10 @@ MOST_ARGUMENTS = 128
 """Arguments of a launch, at most, of 8 bytes each."""
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h: a number, and 64 bytes of which one says yes."""
+_CONFIG = struct.Struct("7I4xQQI4x")
+"""CUlaunchConfig of cuda.h: grid, block, shared memory; stream; attributes and how many there are."""
 
-    _fields_ = (("id", ctypes.c_int64), ("value", ctypes.c_int64 * 8))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
-
-    _fields_ = (
-        ("sizes", ctypes.c_uint * 7),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
-    )
-
-
-_EARLY = _Attribute(6, (1,))
+_EARLY = (ctypes.c_int64 * 9)(6, 1)
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel in front need not have ended."""
 
 
@@ -70,10 +56,13 @@ class _Thread(threading.local):
         first = ctypes.addressof(self.arguments)
         self._addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(first, first + 8 * MOST_ARGUMENTS, 8))
         self.addresses = ctypes.c_void_p(ctypes.addressof(self._addresses))
+        self.config = (ctypes.c_int64 * (_CONFIG.size // 8))()
+        self.config_address = ctypes.c_void_p(ctypes.addressof(self.config))
 
 
 _THREAD = _Thread()
 _LOADING = threading.RLock()
+_CONFIGURE = _CONFIG.pack_into
 _FILL = [struct.Struct(f"{count}q").pack_into for count in range(MOST_ARGUMENTS + 1)]
 _Pointer = ctypes.c_void_p
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
@@ -192,7 +181,7 @@ class Call:
             by itself (`griddepcontrol`).
     """
 
-    __slots__ = ("_chosen", "_device", "_early", "_head", "_kernel", "_launch", "_sizes")
+    __slots__ = ("_attributes", "_chosen", "_device", "_function", "_kernel", "_launch", "_shape", "_sizes")
 
     def __init__(
         self,
@@ -203,15 +192,12 @@ class Call:
         shared: int = 0,
         early: bool = False,
     ) -> None:
-        self._sizes = (grid, block, shared)
-        sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
-        self._kernel, self._device, self._early = kernel, device, early
-        self._launch = _driver().cuLaunchKernelEx if early else _driver().cuLaunchKernel
+        self._shape = (grid, block, shared)
+        self._sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
+        self._attributes = (ctypes.addressof(_EARLY), 1) if early else (0, 0)
+        self._kernel, self._device = kernel, device
         self._chosen: dict[bool, Call] = {}
-        function = _Pointer(kernel.load(device).ptr)
-        self._head: tuple[Any, ...] = (function, *map(ctypes.c_uint, sizes))
-        if early:
-            self._head = (function, (ctypes.c_uint * 7)(*sizes))
+        self._function, self._launch = _Pointer(kernel.load(device).ptr), _driver().cuLaunchKernelEx
 
     def __call__(self, *args: int) -> None:
         """Launches it on torch's current stream.
@@ -236,13 +222,8 @@ class Call:
         if thread.device != device:
             _on(device)
         _FILL[len(args)](thread.arguments, 0, *args)
-        stream = _Pointer(_raw_stream(device))
-        if self._early:
-            function, sizes = self._head
-            config = _Config(sizes, stream, ctypes.pointer(_EARLY), 1)
-            code = self._launch(ctypes.byref(config), function, thread.addresses, None)
-        else:
-            code = self._launch(*self._head, stream, thread.addresses, None)
+        _CONFIGURE(thread.config, 0, *self._sizes, _raw_stream(device), *self._attributes)
+        code = self._launch(thread.config_address, self._function, thread.addresses, None)
         if code:
             _check(code, f"to launch {self._kernel}")
 
@@ -250,7 +231,7 @@ class Call:
         """The same launch, of the kernel that asks first."""
         if early not in self._chosen:
             able = early and torch.cuda.get_device_capability(self._device) >= (9, 0)
-            self._chosen[early] = Call(self._kernel.chosen, self._device, *self._sizes, able)
+            self._chosen[early] = Call(self._kernel.chosen, self._device, *self._shape, able)
         return self._chosen[early]
 
 

@@ -60,7 +60,10 @@ def _literal(value: float) -> str:
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether all memory lies on multiples of the widest access."""
-    return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+    for tensor in tensors:
+        if tensor.data_ptr() % ALIGNMENT:
+            return False
+    return True
 
 
 def as_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int, int]:
@@ -70,7 +73,10 @@ def as_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int
     """
     if bias is None:
         return None, 0, 0
-    bias = (bias if bias.dtype == dtype else bias.float()).detach().contiguous()
+    if bias.dtype not in (dtype, torch.float32):
+        bias = bias.detach().float()
+    if not bias.is_contiguous():
+        bias = bias.detach().contiguous()
     return bias, bias.data_ptr(), int(bias.dtype == torch.float32)
 
 
