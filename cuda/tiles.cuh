@@ -101,32 +101,42 @@ struct Group {
 #endif
 };
 
+// Bytes of the scales of a tile's rows in a group, and of those with the zero points behind.
+constexpr int SCALE_BYTES = ROWS * (SCALE == 2 ? 4 : 2), GROUP_BYTES = SCALE_BYTES + (ASYMMETRIC ? ROWS : 0);
+
+// A lane's part of a group of a tile in shared memory.
+__device__ __forceinline__ void read_group(Group& to, u32 from, int lane) {
+#if SCALE == 2
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(to.scales.x), "=f"(to.scales.y) : "r"(from + lane / 4 * 8));
+#else
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to.scales) : "r"(from + lane / 4 * 4));
+#endif
+#if ASYMMETRIC
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(to.zero_points) : "r"(from + SCALE_BYTES + lane / 4 * 2));
+#endif
+}
+
 // Where a lane's part of the groups of a tile lies.
 struct GroupReader {
-  static constexpr int SCALE_BYTES = SCALE == 2 ? 8 : 4, STEP = ROWS / 2;
+  static constexpr int LANE_BYTES = SCALE == 2 ? 8 : 4, STEP = ROWS / 2;
 
   const u8* scales;
   const u8* zero_points;
 
   __device__ __forceinline__ GroupReader(const Matrix& w, int tile, int lane) {
     const u64 first = static_cast<u64>(tile) * w.groups * STEP + lane / 4;
-    scales = static_cast<const u8*>(w.scales) + first * SCALE_BYTES;
+    scales = static_cast<const u8*>(w.scales) + first * LANE_BYTES;
     zero_points = ASYMMETRIC ? w.zero_points + first * 2 : nullptr;
-  }
-
-  __device__ __forceinline__ void advance(u32 groups) {
-    scales += groups * (STEP * SCALE_BYTES);
-    if (ASYMMETRIC) zero_points += groups * (STEP * 2);
   }
 
   // Brings a group, and those beside it, to L2.
   __device__ __forceinline__ void prefetch(u32 group) const {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(scales + group * (STEP * SCALE_BYTES)));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(scales + group * (STEP * LANE_BYTES)));
     if (ASYMMETRIC) asm volatile("prefetch.global.L2 [%0];" ::"l"(zero_points + group * (STEP * 2)));
   }
 
   __device__ __forceinline__ void load(Group& to, u32 group) const {
-    const u8* from = scales + group * (STEP * SCALE_BYTES);
+    const u8* from = scales + group * (STEP * LANE_BYTES);
 #if SCALE == 2
     to.scales = __ldg(reinterpret_cast<const float2*>(from));
 #else

@@ -28,6 +28,15 @@ __device__ __forceinline__ void load_once(u32* to, const void* from) {
   }
 }
 
+// 16 bytes that are read again and again, and may have been written since the launch (`wait_for_last`); `to` stays what
+// it is where they are not `wanted`.
+__device__ __forceinline__ void load_near(u32* to, const void* from, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n@wanted ld.global.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+      : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3])
+      : "l"(from), "r"(static_cast<u32>(wanted)));
+}
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }

@@ -32,8 +32,10 @@ def schemes() -> list[tuple[Scheme, int]]:
     ]
 
 
-def product(x: Tensor, tiles: tuple[Tensor, ...], scheme: Scheme, bits: int, bias: Tensor | None) -> Tensor:
-    args = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths, bits, "float", "tiles", N)
+def product(
+    x: Tensor, tiles: tuple[Tensor, ...], scheme: Scheme, bits: int, bias: Tensor | None, n: int = 0
+) -> Tensor:
+    args = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths, bits, "float", "tiles", n or N)
     y: Tensor = ops.matmul(x, *tiles, bias, *args)
     return y
 
@@ -168,3 +170,61 @@ def test_products_in_a_graph_and_on_another_stream() -> None:
             there = product(x, tiles, scheme, 4, None)
         stream.synchronize()
         assert_identical(there, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_rows_of_x_with_as_many_of_the_weight_as_fill_a_gpu(bits: int) -> None:
+    """Tiles that a warp takes together, and more of them than blocks there is room for at once."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    scheme = Scheme(bits=bits, group_size=128)
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    for n, k in ((24 * processors + 8, 520), (40 * processors + 8, 520), (300 * processors + 8, 72)):
+        stored = ops.pack(normal(n, k).cuda(), *arguments, False)
+        weight = ops.unpack(*stored, *arguments, bits, (n, k), torch.float32)
+        tiles, bias = ops.to_tiles(*stored, scheme.widths, k), normal(n).cuda()
+        for m in (1, 7, 16):
+            x = normal(m, k, seed=m).bfloat16().cuda()
+            assert_close(product(x, tiles, scheme, bits, bias, n), x, weight, bias)
+
+
+def test_weights_off_the_grid_of_the_widest_access() -> None:
+    scheme, k = Scheme(bits=4, group_size=64, symmetric=False), 512
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    tiles = ops.to_tiles(*ops.pack(normal(N, k).cuda(), *arguments, False), scheme.widths, k)
+    moved = tuple(torch.cat((part.view(-1)[:1], part.view(-1)))[1:].view(part.shape) for part in tiles)
+    for m in (1, 20):
+        x = normal(m, k).half().cuda()
+        assert_identical(product(x, moved, scheme, 4, None), product(x, tiles, scheme, 4, None))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_product_reads_what_was_written_in_front_of_it(rows: int) -> None:
+    """Though it is brought up while that is: results of the last product, and a weight that has changed."""
+    scheme = Scheme(bits=4, group_size=64)
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    weights = [
+        ops.to_tiles(*ops.pack(0.07 * normal(N, N, seed=seed).cuda(), *arguments, False), scheme.widths, N)
+        for seed in range(12)
+    ]
+    x, own = normal(rows, N).bfloat16().cuda(), tuple(part.clone() for part in weights[0])
+
+    def chain(waits: bool) -> Tensor:
+        y = x
+        for weight in weights:
+            for part, new in zip(own, weight, strict=True):
+                part.copy_(new)
+            for tiles in (own, weight, own):
+                y = product(y, tiles, scheme, 4, None)
+                if waits:
+                    torch.cuda.synchronize()
+        return y
+
+    expected, graph = chain(True), torch.cuda.CUDAGraph()
+    for _ in range(20):
+        assert_identical(chain(False), expected)
+    with torch.cuda.graph(graph):
+        got = chain(False)
+    for _ in range(20):
+        got.zero_()
+        graph.replay()
+        assert_identical(got, expected)

@@ -1,7 +1,7 @@
 """Float products with weights in tiles (`ops.tiles`): `cuda/matmul_*.cu`, and how each is launched.
 
     rows of x       kernel    what it is
-    1 … 16          stream    16 rows of W a block, codes through registers: memory is the limit
+    1 … 16          stream    16 or 32 rows of W a block, a ring of codes a warp: memory is the limit
     … 128           wide      on Hopper: W from registers into wgmma, x in its order through shared memory
                     block     elsewhere: many rows of W and 64 of x a block, through shared memory
     more            wide      on Hopper, of codes that are scaled on their way
@@ -45,6 +45,9 @@ COLUMNS = 8
 
 STREAM_ROWS = 16
 """Rows of x up to which codes are streamed; beyond, activations would take more than codes."""
+
+STREAM_UNITS = 2
+"""Units of columns that a warp of `stream` takes at a time."""
 
 EXACT_ROWS = 128
 """Rows of x up to which weights are not rounded."""
@@ -128,21 +131,40 @@ class Launch(NamedTuple):
     threads: int
     shared: int
     rows: int  # of x, a block
+    early: bool  # may be brought up while the kernel in front runs
     tile_rows: int = 0  # tiles of W a block, of `wide`
     units: int = 0  # of a stage
 
     def on(self, device: int, m: int) -> Call:
         """The launch for m rows of x."""
         grid = (*self.grid, -(-m // self.rows))
-        return Call(self.kernel, device, grid, (self.threads,), self.shared, early=self.tile_rows > 0)
+        return Call(self.kernel, device, grid, (self.threads,), self.shared, self.early)
 
 
 class Stream(NamedTuple):
     """How `matmul_stream.cu` is shaped: macros of the same names."""
 
+    r_tiles: int
     warps: int
-    depth: int
+    stages: int
     blocks: int
+
+    def shared(self, weight: Weight, columns: int) -> int:
+        """Bytes of shared memory: of the stages of each warp, and of two slabs of sums."""
+        units = self.r_tiles * STREAM_UNITS * weight.bits * TILE_ROWS * UNIT_COLUMNS // 8
+        halves = weight.group // 32
+        spans = 2 * STREAM_UNITS // (1 if halves % 2 else 2 if halves % 4 else 4)
+        groups = self.r_tiles * spans * TILE_ROWS * ((4 if weight.scale == 2 else 2) + weight.asymmetric)
+        sums = 2 * COLUMNS * columns * (self.r_tiles * TILE_ROWS + 4) * 4
+        return self.warps * (self.stages * (units + groups) + sums)
+
+    def smaller(self) -> Stream:
+        """The next shape, for a GPU with less shared memory."""
+        if self.stages > 2:
+            return self._replace(stages=self.stages - 1)
+        if self.r_tiles > 1:
+            return self._replace(r_tiles=self.r_tiles // 2)
+        return self._replace(warps=self.warps // 2)
 
 
 class Block(NamedTuple):
@@ -239,6 +261,9 @@ def multiply(
     (m, k), n = x.shape, out.shape[1]
     weight.check(packed, scales, zero_points, n, k)
     bf16, device = x.dtype == torch.bfloat16, x.get_device()
+    packed, scales, zero_points = (
+        part if aligned(part) else part.clone() for part in (packed, scales, zero_points)
+    )
     stored = (packed.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
     if not aligned(x):
         x = x.clone()
@@ -407,7 +432,7 @@ def expand(weight: Weight, bf16: bool, n: int, k: int) -> Launch:
     """The kernel and grid that make plain rows of a weight."""
     kernel = Kernel("matmul_expand.cu", "matmul_expand", weight.macros(bf16))
     warps = -(-n // TILE_ROWS) * -(-k // UNIT_COLUMNS)
-    return Launch(kernel, (-(-warps // 8), 1), 256, 0, 1)
+    return Launch(kernel, (-(-warps // 8), 1), 256, 0, 1, early=False)
 
 
 @cache
@@ -433,26 +458,25 @@ def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -
 
 
 def _stream(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
-    tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
-    stream = _stream_shape(weight, columns, tiles / limits.processors, units)
-    splits = _splits(2 * tiles, stream.blocks, units // (stream.warps * stream.depth), limits)
+    tiles, steps = -(-n // TILE_ROWS), -(-k // (STREAM_UNITS * UNIT_COLUMNS))
+    stream = _stream_shape(weight, columns, tiles, limits)
+    while stream.blocks * (stream.shared(weight, columns) + RESERVED) > limits.shared + RESERVED:
+        stream = stream.smaller()
+    slices = -(-tiles // stream.r_tiles)
+    splits = _splits(slices, stream.blocks, steps // stream.warps, limits)
     kernel = _kernel(weight, bf16, columns, stream, splits)
-    blocks = min(tiles, max(1, limits.processors * stream.blocks // splits))
-    return Launch(kernel, (blocks, splits), 32 * stream.warps, 0, COLUMNS * columns)
+    grid = min(slices, max(1, limits.processors * stream.blocks // splits)), splits
+    rows = COLUMNS * columns
+    return Launch(kernel, grid, 32 * stream.warps, kernel.shared, rows, early=limits.clusters)
 
 
-def _stream_shape(weight: Weight, columns: int, waves: float, units: int) -> Stream:
-    """Its shape, the fastest of many on an H200; a thread's registers hold the codes on their way."""
-    single = len(weight.planes) == 1
-    if columns > 1:
-        return Stream(4, 2, 4) if waves > 4 else Stream(8, 2, 2)
-    if weight.bits > 4:
-        if not single:
-            return Stream(8, 2, 2)
-        return Stream(4, 2, 8) if waves > 4 else Stream(8, 2, 4)
-    if single and waves > 3 and units > 256:
-        return Stream(4, 8, 4)
-    return Stream(8, 4, 3 if waves > 4 and single else 2)
+def _stream_shape(weight: Weight, columns: int, tiles: int, limits: Limits) -> Stream:
+    """Its shape, the fastest of many on an H200. Two stages leave room for the blocks of the next product."""
+    if tiles <= 2 * limits.processors:
+        return Stream(1 if tiles <= limits.processors else 2, 16, 2, 1)
+    stages = 3 if weight.bits <= 4 else 2
+    # With more rows of x, tiles share what is read of it.
+    return Stream(2, 8, stages, 2) if columns == 1 else Stream(4, 4, stages, 2)
 
 
 def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
@@ -463,7 +487,7 @@ def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Lim
     blocks = -(-tiles // (block.r_tiles * block.warps_r))
     splits = _splits(blocks, block.blocks, units // (2 * block.warps_k * block.stages), limits)
     kernel = _kernel(weight, bf16, columns, block, splits)
-    return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns)
+    return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns, early=False)
 
 
 def _is_wide(weight: Weight, bf16: bool, m: int, n: int, limits: Limits) -> bool:
@@ -500,7 +524,7 @@ def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) ->
         splits *= 2
     kernel = _kernel(weight, bf16, columns, wide, splits)
     tile_rows = wide.rows // TILE_ROWS
-    return Launch(kernel, (blocks, splits), wide.threads, kernel.shared, rows, tile_rows, units)
+    return Launch(kernel, (blocks, splits), wide.threads, kernel.shared, rows, True, tile_rows, units)
 
 
 def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
@@ -520,5 +544,4 @@ def _kernel(weight: Weight, bf16: bool, columns: int, shape: Shape, splits: int)
     name = type(shape).__name__.lower()
     macros = {**weight.macros(bf16), "N_TILES": columns, "SPLITS": splits}
     macros |= {key.upper(): value for key, value in shape._asdict().items()}
-    shared = 0 if isinstance(shape, Stream) else shape.shared(weight, columns)
-    return Kernel(f"matmul_{name}.cu", f"matmul_{name}", macros, shared=shared)
+    return Kernel(f"matmul_{name}.cu", f"matmul_{name}", macros, shared=shape.shared(weight, columns))
