@@ -36,6 +36,16 @@ __device__ __forceinline__ u32 add2(u32 a, u32 b) {
 #endif
 }
 
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+#if BF16
+  return fma2(a, b, 0x80008000);  // −0 changes no product, nor its sign
+#else
+  u32 result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#endif
+}
+
 __device__ __forceinline__ u16 round_half(float value) {
   u16 half;
 #if BF16

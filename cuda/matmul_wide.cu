@@ -27,11 +27,11 @@ constexpr int OF_PRODUCTS = LEFT < 240 ? LEFT : 240;
 constexpr int FLUSH = HALVES == 0 || HALVES % 4 == 0 ? 4 : HALVES % 2 == 0 ? 2 : 1;
 
 // What is multiplied at a time, in two halves of steps of 16 columns. Codes of the next block are decoded into the
-// operands of a half that the matrix unit is done with; where products take longer than that, one step after another
-// between them.
+// operands of a half that the matrix unit is done with; or BETWEEN products, one step after another: two warp groups
+// that have many sums to scale are faster so.
 constexpr int BLOCK_HALVES = SCALED ? 4 : FLUSH, BLOCK_STEPS = 2 * BLOCK_HALVES, HALF_STEPS = BLOCK_HALVES;
 constexpr int STAGE_BLOCKS = 2 * UNITS / BLOCK_HALVES;
-constexpr bool BETWEEN = N_TILES >= 16;
+constexpr bool BETWEEN = !SCALED && N_TILES >= 16 && GROUPS > 1;
 constexpr int BLOCK_UNITS = (BLOCK_HALVES + 1) / 2, BLOCK_GROUPS = BLOCK_HALVES / FLUSH;
 
 // The matrix unit -------------------------------------------------------------------------------------------

@@ -279,9 +279,19 @@ __device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int
   }
 }
 
+// Whether scales are of the type of the operands. A code less its zero point has 8 bits at most, a scale 8 or 11: their
+// product is exact in float32, so that one multiplication in 16 bits, rounded once, gives the bits of `unpack`.
+constexpr bool OWN_SCALES = SCALE == (BF16 ? 0 : 1) && REST == 0;
+
 // Two columns of row `row` of a group from its codes less the integer zero point: s · (code − zero point), rounded
 // once in float32 and once more to 16 bits, the bits of `unpack`.
 __device__ __forceinline__ u32 scaled(u32 codes, const Group& group, int row) {
+#if SCALE < 2
+  if constexpr (OWN_SCALES) {
+    if constexpr (FRACTION) codes = add2(codes, twice(-fraction_of_zero(group, row)));
+    return mul2(codes, __byte_perm(group.scales, 0, row ? 0x3232 : 0x1010));
+  }
+#endif
   const float scale = scale_of(group, row), fraction = FRACTION ? fraction_of_zero(group, row) : 0.0f;
   return round_halves(__fmul_rn(scale, widen(codes & 0xffff) - fraction), __fmul_rn(scale, widen(codes >> 16) - fraction));
 }

@@ -98,6 +98,18 @@ def test_many_rows_of_x_meet_weights_that_are_rounded(m: int) -> None:
         assert_close(got, x, weight, None)
 
 
+@pytest.mark.parametrize(("scheme", "bits", "dtype"), CASES)
+def test_rounded_weights_are_those_of_unpack(scheme: Scheme, bits: int, dtype: torch.dtype) -> None:
+    """A row of x with a single one picks a column; in registers, and in memory."""
+    arguments, k = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths), 600
+    stored = ops.pack(normal(N, k, seed=1).cuda(), *arguments, False)
+    weight = ops.unpack(*stored, *arguments, bits, (N, k), dtype)
+    tiles = ops.to_tiles(*stored, scheme.widths, k)
+    for m in (200, k):
+        x = torch.eye(m, k, dtype=dtype, device="cuda")
+        assert (product(x, tiles, scheme, bits, None) == weight.T[:m]).all()
+
+
 def test_blocks_go_on_from_tile_to_tile() -> None:
     """More tiles than blocks that fit at once, and no whole number of them."""
     scheme, n, k = Scheme(bits=4, group_size=64), 20005, 264
