@@ -105,7 +105,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
 
   const u32 ring = shared_address(memory) + warp * (STAGES * STAGE_BYTES);
   Copier copier(w, lane, first);
-  // While what is in front may still run: no kernel that lets the next one begin writes a weight.
+  // While what is in front may still run: it writes no weight, or this launch would not have been early.
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) copier.fetch(ring + stage * STAGE_BYTES);
   wait_for_last();

@@ -9,6 +9,7 @@ from torch import Tensor
 from backends import assert_identical
 from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.nn import QuantLinear
+from turboquant_rs.ops.cuda.tiles import Product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -219,14 +220,17 @@ def test_a_product_reads_what_was_written_in_front_of_it(rows: int) -> None:
         for seed in range(12)
     ]
     x, own = normal(rows, N).bfloat16().cuda(), tuple(part.clone() for part in weights[0])
+    changing, *others = (Product(*tiles, N, *arguments, 4, "float", "tiles", N) for tiles in (own, *weights))
 
     def chain(waits: bool) -> Tensor:
         y = x
-        for weight in weights:
+        for weight, other in zip(weights, others, strict=True):
             for part, new in zip(own, weight, strict=True):
                 part.copy_(new)
-            for tiles in (own, weight, own):
-                y = product(y, tiles, scheme, 4, None)
+            for multiply in (changing, other, changing):
+                result = multiply(y, None)
+                assert result is not None
+                y, _ = result
                 if waits:
                     torch.cuda.synchronize()
         return y

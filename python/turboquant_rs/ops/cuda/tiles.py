@@ -135,10 +135,10 @@ class Launch(NamedTuple):
     tile_rows: int = 0  # tiles of W a block, of `wide`
     units: int = 0  # of a stage
 
-    def on(self, device: int, m: int) -> Call:
-        """The launch for m rows of x."""
+    def on(self, device: int, m: int, settled: bool = True) -> Call:
+        """The launch for m rows of x, early only with a weight that is settled."""
         grid = (*self.grid, -(-m // self.rows))
-        return Call(self.kernel, device, grid, (self.threads,), self.shared, self.early)
+        return Call(self.kernel, device, grid, (self.threads,), self.shared, self.early and settled)
 
 
 class Stream(NamedTuple):
@@ -299,16 +299,21 @@ def multiply_expanded(x: Tensor, values: Tensor, bias: Tensor | None, out: Tenso
 
 
 @lru_cache(maxsize=4096)
-def call_of(weight: Weight, bf16: bool, m: int, n: int, k: int, device: int) -> Call | WideCall | None:
+def call_of(
+    weight: Weight, bf16: bool, m: int, n: int, k: int, device: int, settled: bool = False
+) -> Call | WideCall | None:
     """The launch for m rows of x; None where the weight is expanded for them.
 
     Its arguments: x, the weight's three tensors, bias and whether that is f32, the product, m, n, k.
+    Only of a weight that is `settled`, written by nothing since a launch before, are codes fetched while the
+    kernel in front runs: what that writes is there for certain only once it has been waited for.
     """
     found = launch(weight, bf16, m, n, k, limits_of(device))
     if found is None:
         return None
-    call = found.on(device, m)
-    return WideCall(call, found, weight, device, m, n, k) if found.tile_rows else call
+    if found.tile_rows:  # behind the kernel that orders x, which has waited
+        return WideCall(found.on(device, m), found, weight, device, m, n, k)
+    return found.on(device, m, settled)
 
 
 class WideCall:
@@ -357,7 +362,10 @@ class Product:
         self._device, self._n, self._k = packed.get_device(), n, k
         whole = (activations, layout) == ("float", "tiles") and k % ALIGNED_COLUMNS == 0
         self._fits = whole and fits(scheme, rounding) and limits_of(self._device).tensor_cores
-        self._calls: dict[tuple[torch.dtype, int], Call | WideCall | None] = {}
+        # PyTorch counts no writes to tensors made in inference mode, nor lets anybody write them outside it.
+        self._written_parts = tuple(part for part in self._weight if not part.is_inference())
+        self._written = -1
+        self._calls: dict[tuple[torch.dtype, int, bool], Call | WideCall | None] = {}
         self._bias: tuple[Tensor, int, int] | None = None
 
     def __call__(
@@ -380,11 +388,14 @@ class Product:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        m = x.numel() // k
+        m, written = x.numel() // k, 0
+        for part in self._written_parts:
+            written += part._version
+        settled = written == self._written
         try:
-            call = self._calls[dtype, m]
+            call = self._calls[dtype, m, settled]
         except KeyError:
-            call = self._calls[dtype, m] = self._call(dtype, m)
+            call = self._calls[dtype, m, settled] = self._call(dtype, m, settled)
         if call is None or refinement is not None:
             return None
         bias_address, wide = 0, 0
@@ -403,13 +414,14 @@ class Product:
         packed, scales, zeros = self._weight
         weight = (packed.data_ptr(), scales.data_ptr(), zeros.data_ptr())
         call(address, *weight, bias_address, wide, out.data_ptr(), m, n, k)
+        self._written = written
         return out, 0
 
-    def _call(self, dtype: torch.dtype, m: int) -> Call | WideCall | None:
+    def _call(self, dtype: torch.dtype, m: int, settled: bool) -> Call | WideCall | None:
         """The launch for m rows of a dtype, if that is all there is to do."""
         if not self._fits or dtype not in DTYPES or m == 0:
             return None
-        return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device)
+        return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device, settled)
 
     def _known(self, bias: Tensor, address: int) -> tuple[Tensor, int, int] | None:
         """A bias with its address and whether it is f32, if a kernel can take it as it lies."""
