@@ -101,7 +101,7 @@ def tile_kernels(clusters: bool, hopper: bool) -> Iterator[Kernel]:
     )
     for at, (scheme, bits) in enumerate(TILES):
         weight = tiles.Weight.of(SchemeArgs(*scheme.op_args()), scheme.widths, bits)
-        m, n, bf16 = 8 << at % 4, 256 if at % 2 else 40000, at % 3 > 0
+        m, n, bf16 = 8 << at % 4, (40000, 256, 4096)[at % 3], at % 3 > 0
         for rows in (m, 16 * m) if hopper else (m,):
             if (found := tiles.launch(weight, bf16, rows, n, 8192, limits)) is not None:
                 yield found.kernel

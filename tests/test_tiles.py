@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from backends import assert_identical
 from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.nn import QuantLinear
 from turboquant_rs.ops.cuda import tiles as kernels
+from turboquant_rs.ops.cuda.limits import Limits
 from turboquant_rs.ops.schema import SchemeArgs
 from turboquant_rs.ops.tiles import TILE_ROWS, UNIT_COLUMNS, prefix_of, tiles_nbytes
 
@@ -101,3 +105,50 @@ def test_memory_that_a_kernel_would_read_past_is_refused(scheme: Scheme) -> None
             weight.check(*wrong, n, k)
     with pytest.raises(TypeError, match=r"scales must be"):
         weight.check(packed, scales.double(), zeros, n, k)
+
+
+# Launches -------------------------------------------------------------------------------------------------
+
+
+def test_codes_are_fetched_ahead_only_of_a_weight_that_nothing_has_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Since a launch before on the same stream, or on any, if a graph is captured."""
+    now = {"stream": 1, "capturing": False}
+    monkeypatch.setattr(kernels, "limits_of", lambda device: Limits(132, 227 * 1024, (9, 0)))
+    monkeypatch.setattr(kernels, "raw_stream", lambda device: now["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+    scheme, x = Scheme(bits=4, group_size=64), normal(2, 64).bfloat16()
+    args = (*scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths)
+    stored = ops.to_tiles(*ops.pack(normal(32, 64), *args, False), scheme.widths, 64)
+
+    def launches(stored: tuple[Tensor, ...]) -> Iterator[bool]:
+        seen: list[bool] = []
+        product = kernels.Product(*stored, 64, *args, 4, "float", "tiles", 32)
+        monkeypatch.setattr(product, "_call", lambda dtype, m, settled: lambda *_: seen.append(settled))
+        while True:
+            assert product(x, None) is not None
+            yield seen[-1]
+
+    early = launches(stored)
+    assert [next(early) for _ in range(3)] == [False, True, True]
+    for part in stored[:2]:
+        part.copy_(part.clone())
+        assert [next(early), next(early)] == [False, True]
+    now["stream"] = 2
+    assert [next(early), next(early)] == [False, True]
+    now.update(stream=3, capturing=True)
+    assert next(early)
+    stored[0].copy_(stored[0].clone())
+    assert [next(early), next(early)] == [False, True]
+    with torch.inference_mode():
+        unknown = launches(tuple(part.clone() for part in stored))
+    assert not any(next(unknown) for _ in range(3))
+
+
+def test_panels_made_in_inference_mode_count_what_is_written_to_them() -> None:
+    layer = QuantLinear.from_float(torch.nn.Linear(64, 32), Scheme(bits=4))
+    with torch.inference_mode():
+        layer(normal(2, 64))
+    panels = layer._panels
+    assert panels is not None and not panels.packed.is_inference()

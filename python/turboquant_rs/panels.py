@@ -55,10 +55,12 @@ class Panels:
         """The panels of a matrix for which `fits` holds; a copy."""
         n, k = packed.shape
         widths = packed.scheme.stored_widths(packed.bits)
-        if packed.device.type == "cuda":
-            panels = ops.to_tiles(*packed._stored, widths, k)
-        else:
-            panels = ops.to_panels(*packed._stored, *packed.scheme.op_args(), widths, k)
+        # PyTorch counts no writes to tensors of inference mode, and `ops.cuda.Product` asks.
+        with torch.inference_mode(False):
+            if packed.device.type == "cuda":
+                panels = ops.to_tiles(*packed._stored, widths, k)
+            else:
+                panels = ops.to_panels(*packed._stored, *packed.scheme.op_args(), widths, k)
         return cls(*panels, (n, k), packed.scheme, packed.rounding, packed.bits)
 
     def to_packed(self, dtype: torch.dtype, bits: int | None = None) -> PackedTensor:

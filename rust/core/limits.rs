@@ -56,8 +56,8 @@ pub fn copy_bandwidth(from: &[u8], to: &mut [u8], threads: usize) {
     });
 }
 
-/// Multiply-adds of codes and activations whose operands and sums stay in registers, or in the tiles of a unit for
-/// blocks: `rounds` rounds a thread, some thousands each.
+/// Multiply-adds of codes of eight bits and activations whose operands and sums stay in registers, in the nearest
+/// cache, or in the tiles of a unit for blocks: `rounds` rounds a thread, some thousands each.
 ///
 /// Returns how many multiply-adds those were.
 pub fn multiply_peak(activations: Activations, rounds: usize, threads: usize) -> u64 {
@@ -100,17 +100,18 @@ impl MultiplyKernel for Multiplications {
 
 #[inline(always)]
 fn multiplications<M: Multiply, const SUMS: usize>(by: M, rounds: usize) -> u64 {
-    let codes = by.codes(by.isa().splat_u8(black_box(1)));
-    let word = black_box([1; 4]);
+    // Other codes for each sum and other words, of which the compiler knows nothing: no product is there twice.
+    let (codes, words) = ([[1; 64]; SUMS], [[1; 4]; WORDS]);
     let mut sums = [by.splat(0); SUMS];
     for _ in 0..rounds {
+        let (codes, words) = (black_box(&codes), black_box(&words));
         let mut partials = [by.begin(sums[0]); SUMS];
         for i in 1..SUMS {
             partials[i] = by.begin(sums[i]);
         }
-        for _ in 0..WORDS {
+        for word in words {
             for i in 0..SUMS {
-                partials[i] = by.multiply(partials[i], codes, word);
+                partials[i] = by.multiply(partials[i], by.codes(by.isa().load_u8(&codes[i])), *word);
             }
         }
         for i in 0..SUMS {

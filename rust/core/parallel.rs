@@ -101,8 +101,9 @@ fn pool(workers: usize) -> Option<Arc<ThreadPool>> {
     Some(grown)
 }
 
-/// Tasks that threads claim. Each begins with a run of its own, the same from call to call: a weight that is met
-/// again lies in the caches of the core that met it before. Whoever is through helps with the runs of others.
+/// Tasks that threads claim. Each begins with a run of its own, as long as the same threads come the same from call
+/// to call: a weight that is met again lies in the caches of the core that met it before. Whoever is through helps
+/// with the runs of others.
 struct Queue<T> {
     tasks: Vec<Mutex<Option<T>>>,
     runs: Vec<Run>,
@@ -133,13 +134,13 @@ impl<T> Queue<T> {
     }
 }
 
-/// A number of this thread's own.
+/// A number of this thread's own among those of its team or pool; the first caller has 0.
 fn seat() -> usize {
     static SEATS: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
         static SEAT: usize = SEATS.fetch_add(1, Ordering::Relaxed);
     }
-    SEAT.with(|seat| *seat)
+    rayon::current_thread_index().map_or_else(|| SEAT.with(|seat| *seat), |index| index + 1)
 }
 
 /// Calls `work` once for each task, on `threads` threads of which the caller is one.

@@ -18,7 +18,7 @@ pub(super) const UNIT: usize = 8;
 /// Units of which a word each makes a step of a unit for blocks, where codes are read as they lie in memory.
 pub(super) const RUN: usize = 16;
 /// Words of a block that stays in the second-level cache: with 64 rows, 256 KiB of codes.
-pub(super) const BLOCK: usize = 1024;
+const BLOCK: usize = 1024;
 
 /// Columns that share a scale and one sum of products: a group, or a part of a long one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,8 +122,9 @@ impl Cuts {
         cuts
     }
 
-    /// The same with blocks of at most `words`, whole units.
+    /// The same with blocks of at most `words`, whole pairs of units: the canonical layout is read in those.
     pub(super) fn in_blocks(mut self, words: usize) -> Self {
+        debug_assert!(words > 0 && words.is_multiple_of(2 * UNIT));
         self.pieces.clear();
         self.blocks.clear();
         self.whole = true;
@@ -183,7 +184,7 @@ mod tests {
     fn segments_and_pieces_cover_every_column_once_and_in_order() {
         let sizes = [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)];
         for ((k, group), longest) in sizes.into_iter().flat_map(|size| [(size, MAX_SEGMENT), (size, 256)]) {
-            for words in [BLOCK, 3 * UNIT] {
+            for words in [BLOCK, 6 * UNIT] {
                 let cuts = Cuts::new(k, group, longest).in_blocks(words);
                 assert!(cuts.block_units() * UNIT <= words);
                 check_cuts(k, group, longest, &cuts);

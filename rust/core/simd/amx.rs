@@ -151,9 +151,7 @@ impl Tiles {
             (Order::Together { .. }, false) => unit::multiply::<8, false, false>(operands),
         }
     }
-}
 
-impl Tiles {
     /// Multiplies what the tiles of two strips hold `rounds` times, and nothing else: as fast as the unit goes.
     ///
     /// Returns how many multiply-adds those were. Panics if the tiles have fewer than [`ROWS`] rows.
@@ -315,6 +313,14 @@ mod unit {
                 "dec {rounds}",
                 "jnz 2b",
                 rounds = inout(reg) rounds => _,
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                out("tmm3") _,
+                out("tmm4") _,
+                out("tmm5") _,
+                out("tmm6") _,
+                out("tmm7") _,
                 options(nomem, nostack),
             );
         }

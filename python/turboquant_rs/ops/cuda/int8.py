@@ -213,7 +213,7 @@ class Product:
         where operands are not on one GPU as the kernels take them.
         """
         memory, shape, device, dtype = self._memory, x.shape, x.get_device(), x.dtype
-        if not shape or shape[-1] != self._k or x.layout is not torch.strided or device < 0:
+        if not self._fits or not shape or shape[-1] != self._k or x.layout is not torch.strided or device < 0:
             return None
         given = (x, packed, scales) if zero_points is None else (x, packed, scales, zero_points)
         tensors = given if bias is None else (*given, bias)

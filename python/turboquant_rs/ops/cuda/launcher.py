@@ -65,7 +65,7 @@ _LOADING = threading.RLock()
 _CONFIGURE = _CONFIG.pack_into
 _FILL = [struct.Struct(f"{count}q").pack_into for count in range(MOST_ARGUMENTS + 1)]
 _Pointer = ctypes.c_void_p
-_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
+raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
@@ -95,7 +95,7 @@ def wait(device: int) -> None:
         with torch.cuda.device(device):
             wait(device)
         return
-    _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a kernel")
+    _check(_driver().cuStreamSynchronize(_Pointer(raw_stream(device))), "to wait for a kernel")
 
 
 def write(address: int, word: int, device: int) -> None:
@@ -105,7 +105,7 @@ def write(address: int, word: int, device: int) -> None:
             write(address, word, device)
         return
     _on(device)
-    stream = _Pointer(_raw_stream(device))
+    stream = _Pointer(raw_stream(device))
     code = _driver().cuMemsetD32Async(
         ctypes.c_uint64(address), ctypes.c_uint(word), ctypes.c_size_t(1), stream
     )
@@ -129,7 +129,7 @@ def not_captured(device: int) -> Iterator[None]:
         try:
             with torch.cuda.stream(_free_stream()):
                 yield
-                _check(_driver().cuStreamSynchronize(_Pointer(_raw_stream(device))), "to wait for a stream")
+                _check(_driver().cuStreamSynchronize(_Pointer(raw_stream(device))), "to wait for a stream")
         finally:
             _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
@@ -222,7 +222,7 @@ class Call:
         if thread.device != device:
             _on(device)
         _FILL[len(args)](thread.arguments, 0, *args)
-        _CONFIGURE(thread.config, 0, *self._sizes, _raw_stream(device), *self._attributes)
+        _CONFIGURE(thread.config, 0, *self._sizes, raw_stream(device), *self._attributes)
         code = self._launch(thread.config_address, self._function, thread.addresses, None)
         if code:
             _check(code, f"to launch {self._kernel}")

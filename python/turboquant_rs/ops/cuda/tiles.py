@@ -1,7 +1,7 @@
 """Float products with weights in tiles (`ops.tiles`): `cuda/matmul_*.cu`, and how each is launched.
 
     rows of x       kernel    what it is
-    1 … 16          stream    16 or 32 rows of W a block, a ring of codes a warp: memory is the limit
+    1 … 16          stream    16 to 64 rows of W a block, a ring of codes a warp: memory is the limit
     … 128           wide      on Hopper: W from registers into wgmma, x in its order through shared memory
                     block     elsewhere: many rows of W and 64 of x a block, through shared memory
     more            wide      on Hopper, of codes that are scaled on their way
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import Call, Kernel
+from turboquant_rs.ops.cuda.launcher import Call, Kernel, raw_stream
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     ALIGNMENT,
@@ -305,8 +305,8 @@ def call_of(
     """The launch for m rows of x; None where the weight is expanded for them.
 
     Its arguments: x, the weight's three tensors, bias and whether that is f32, the product, m, n, k.
-    Only of a weight that is `settled`, written by nothing since a launch before, are codes fetched while the
-    kernel in front runs: what that writes is there for certain only once it has been waited for.
+    Only of a weight that is `settled`, written by nothing since a launch before on its stream, are codes
+    fetched while the kernel in front runs: what that writes is there for certain only once it was waited for.
     """
     found = launch(weight, bf16, m, n, k, limits_of(device))
     if found is None:
@@ -361,10 +361,11 @@ class Product:
         self._weight = (packed, scales, zero_points)
         self._device, self._n, self._k = packed.get_device(), n, k
         whole = (activations, layout) == ("float", "tiles") and k % ALIGNED_COLUMNS == 0
+        whole = whole and aligned(*self._weight)
         self._fits = whole and fits(scheme, rounding) and limits_of(self._device).tensor_cores
-        # PyTorch counts no writes to tensors made in inference mode, nor lets anybody write them outside it.
-        self._written_parts = tuple(part for part in self._weight if not part.is_inference())
-        self._written = -1
+        # Writes that had been made, and the stream, at the last launch. None are counted in inference mode.
+        self._counts = not any(part.is_inference() for part in self._weight)
+        self._written, self._stream = -1, 0
         self._calls: dict[tuple[torch.dtype, int, bool], Call | WideCall | None] = {}
         self._bias: tuple[Tensor, int, int] | None = None
 
@@ -388,10 +389,15 @@ class Product:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        m, written = x.numel() // k, 0
-        for part in self._written_parts:
-            written += part._version
-        settled = written == self._written
+        m, (packed, scales, zeros) = x.numel() // k, self._weight
+        settled, written, stream = False, -1, 0
+        if self._counts:
+            written = packed._version + scales._version + zeros._version
+            stream = raw_stream(self._device)
+            # A graph is launched behind all that is there now, whatever stream it is captured on.
+            settled = written == self._written and (
+                stream == self._stream or torch.cuda.is_current_stream_capturing()
+            )
         try:
             call = self._calls[dtype, m, settled]
         except KeyError:
@@ -411,10 +417,9 @@ class Product:
             wide = known[2]
         # Sizes one by one are parsed faster than a tuple of them.
         out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
-        packed, scales, zeros = self._weight
         weight = (packed.data_ptr(), scales.data_ptr(), zeros.data_ptr())
         call(address, *weight, bias_address, wide, out.data_ptr(), m, n, k)
-        self._written = written
+        self._written, self._stream = written, stream
         return out, 0
 
     def _call(self, dtype: torch.dtype, m: int, settled: bool) -> Call | WideCall | None:
