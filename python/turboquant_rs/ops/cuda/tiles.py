@@ -541,7 +541,10 @@ def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) ->
         splits *= 2
     kernel = _kernel(weight, bf16, columns, wide, splits)
     tile_rows = wide.rows // TILE_ROWS
-    return Launch(kernel, (blocks, splits), wide.threads, kernel.shared, rows, True, tile_rows, units)
+    return Launch(
+        kernel, (blocks, splits), wide.threads, kernel.shared, rows,
+        early=True, tile_rows=tile_rows, units=units,
+    )  # fmt: skip
 
 
 def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
