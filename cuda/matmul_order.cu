@@ -7,9 +7,7 @@
 // k is a multiple of 8, rows begin at a multiple of 16 bytes. A thread 8 places.
 extern "C" __global__ void matmul_order(CHOICE const u16* x, u16* ordered, int m, int k, int padded) {
   UNLESS_CHOSEN;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // those that wait for its end where they must
-#endif
+  let_next_begin();  // which waits for its end where it must
   const u32 chunks = padded / 8, at = blockIdx.x * blockDim.x + threadIdx.x;
   const u32 row = at / chunks, chunk = at % chunks;
   if (row >= m) return;

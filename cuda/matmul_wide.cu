@@ -151,7 +151,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
         }
       }
     } else if (warp == 1 && lane == 0) {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
+      wait_for_last();
       for (int stage = begin; stage < end; ++stage, slot.advance()) {
         const u32 barrier = fulls + 8 * slot.stage, to = base + slot.stage * STAGE_BYTES;
         barrier_wait(empties + 8 * slot.stage, slot.parity ^ 1);

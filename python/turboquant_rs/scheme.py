@@ -346,7 +346,7 @@ class Rounding:
         object.__setattr__(self, "draw_bits", draw_bits)
         if not isinstance(self.stream, str):
             raise TypeError(f"stream must be a str (the tensor's name, say), got {self.stream!r}")
-        # Here and not in op_args: torch.compile traces that, and cannot trace zlib; nor need it without a name.
+        # Here and not in op_args: torch.compile traces that, and cannot trace zlib, nor need without a name.
         object.__setattr__(self, "_stream_number", zlib.crc32(self.stream.encode()) if self.stream else 0)
         if isinstance(self.variance, bool) or not isinstance(self.variance, int | float):
             raise TypeError(f"variance must be a number within 0 to 1, got {self.variance!r}")

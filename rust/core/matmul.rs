@@ -18,6 +18,7 @@
 //! Rows of x may read W at different numbers of bits (refined.rs).
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use crate::Shape;
 use crate::error::Error;
@@ -220,16 +221,16 @@ fn multiply(
         Activations::Float => Some(Numbers::F32),
     };
     let longest = numbers.map_or(cuts::MAX_SEGMENT, Numbers::longest_segment);
-    let cuts = Cuts::new(k, weight.scheme.group_len(k), longest);
+    let cuts = Cuts::without_blocks(k, weight.scheme.group_len(k), longest);
     // The order of codes if whole blocks are multiplied, and the rows of x that come in one go.
     let blocks = numbers == Some(Numbers::Int8) && m >= strips::MIN_ROWS && cuts.by_units && has_blocks(isa);
     let bytes = layout == Layout::Panels && weight.prefix.widths() == [8] && weight.scheme.table().is_none();
     let tiles = blocks.then(|| strips::laid(&cuts, bytes));
-    let cuts = &match numbers {
-        Some(Numbers::Int8) if !blocks => codes::cut_for_rows(cuts, m, bytes),
-        Some(Numbers::Int8) | None => cuts,
-        Some(numbers) => floats::cut_for_rows(cuts, m, numbers.word()),
-    };
+    let cuts = &cuts.in_blocks(match numbers {
+        Some(Numbers::Int8) if !blocks => codes::block_for_rows(m, bytes),
+        Some(Numbers::Int8) | None => cuts::BLOCK,
+        Some(numbers) => floats::block_for_rows(m, numbers.word()),
+    });
     let (max_rows, strip, parts) = match blocks {
         true => (strips::max_rows(k), strips::ROWS, strips::PARTS_A_THREAD),
         false => (MAX_ROWS, 1, PARTS_A_THREAD),
@@ -239,6 +240,24 @@ fn multiply(
         Some(numbers) => by_codes(isa, numbers, x, m, weight, layout, cuts, bias, parts, tiles, threads),
         None => by_values(isa, x, m, weight, layout, cuts, bias, parts, threads),
     }
+}
+
+/// The work of one thread at a time: some panels of the weight, some rows of x; in bytes (codes.rs) or in floats
+/// (floats.rs).
+struct Work<'a> {
+    weight: &'a Rows<'a>,
+    layout: Layout,
+    cuts: &'a Cuts,
+    affine: &'a Affine,
+    x: &'a activations::Activations,
+    bias: Option<&'a [f32]>,
+    /// Rows of x.
+    rows: Range<usize>,
+    /// Rows of the weight, from a multiple of 64.
+    outputs: Range<usize>,
+    out: Columns<'a>,
+    /// Whether the result bypasses the caches.
+    bypass: bool,
 }
 
 /// Brings x to `numbers`, then multiplies part by part.
@@ -264,16 +283,11 @@ fn by_codes(
     let x = &activations::Activations::new(isa, numbers, x, m, weight.shape.k, cuts, affine, tiles, threads);
     parallel::for_each(threads, parts, |Part { rows, columns, out, bypass }| {
         let outputs = columns;
+        let work = Work { weight, layout, cuts, affine, x, bias, rows, outputs, out, bypass };
         match numbers {
-            Numbers::Int8 => {
-                let part =
-                    codes::Panels { weight, layout, cuts, affine, x, bias, rows, outputs, out, bypass };
-                dispatch_bytes(isa, max_code, part);
-            }
+            Numbers::Int8 => dispatch_bytes(isa, max_code, work),
             Numbers::Bf16 | Numbers::F32 => {
-                let part =
-                    floats::Panels { weight, layout, cuts, affine, x, bias, rows, outputs, out, bypass };
-                dispatch_products(isa, numbers == Numbers::Bf16, max_code, part);
+                dispatch_products(isa, numbers == Numbers::Bf16, max_code, work);
             }
         }
     });

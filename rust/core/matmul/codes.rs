@@ -15,12 +15,9 @@ use crate::quantize::Rows;
 use crate::simd::multiply::{Multiply, MultiplyKernel};
 use crate::simd::{Isa, VECTORS};
 
-use super::Layout;
-use super::activations::Activations;
-use super::affine::Affine;
-use super::cuts::{Block, Cuts};
+use super::Work;
+use super::cuts::{BLOCK, Block, Cuts};
 use super::factors::Factors;
-use super::output::Columns;
 use super::panel::{
     Ahead, AlignedWords, BYTES, Codes, LEVELS, Laid, Panel, PanelPlanes, Word, bits_of, by_stack,
 };
@@ -28,24 +25,7 @@ use super::strips::Strips;
 use super::sums::{Sums, by_height, tiles};
 use super::tile::{Operands, Stream, Tile};
 
-/// The work of one thread at a time: some panels of the weight, some rows of x.
-pub(super) struct Panels<'a> {
-    pub(super) weight: &'a Rows<'a>,
-    pub(super) layout: Layout,
-    pub(super) cuts: &'a Cuts,
-    pub(super) affine: &'a Affine,
-    pub(super) x: &'a Activations,
-    pub(super) bias: Option<&'a [f32]>,
-    /// Rows of x.
-    pub(super) rows: Range<usize>,
-    /// Rows of the weight, from a multiple of 64.
-    pub(super) outputs: Range<usize>,
-    pub(super) out: Columns<'a>,
-    /// Whether the result bypasses the caches.
-    pub(super) bypass: bool,
-}
-
-impl MultiplyKernel for Panels<'_> {
+impl MultiplyKernel for Work<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -72,7 +52,7 @@ impl MultiplyKernel for Panels<'_> {
     }
 }
 
-impl Panels<'_> {
+impl Work<'_> {
     /// Whether rows are so few that the codes of whole panels are expanded in registers.
     #[inline(always)]
     fn streams<M: Multiply>(&self, codes: &Codes<'_>) -> bool {
@@ -152,12 +132,12 @@ const BLOCK_IN_PLACE: usize = 128;
 const ROWS_OF_EXPANDED: RangeInclusive<usize> = 5..=48;
 const ROWS_IN_PLACE: RangeInclusive<usize> = 2..=48;
 
-/// Cuts with blocks that suit `rows` of x in bytes; whether codes are multiplied `in_place`.
-pub(super) fn cut_for_rows(cuts: Cuts, rows: usize, in_place: bool) -> Cuts {
+/// Words of the blocks that suit `rows` of x in bytes; whether codes are multiplied `in_place`.
+pub(super) fn block_for_rows(rows: usize, in_place: bool) -> usize {
     match in_place {
-        true if ROWS_IN_PLACE.contains(&rows) => cuts.in_blocks(BLOCK_IN_PLACE),
-        false if ROWS_OF_EXPANDED.contains(&rows) => cuts.in_blocks(EXPANDED_BLOCK),
-        _ => cuts,
+        true if ROWS_IN_PLACE.contains(&rows) => BLOCK_IN_PLACE,
+        false if ROWS_OF_EXPANDED.contains(&rows) => EXPANDED_BLOCK,
+        _ => BLOCK,
     }
 }
 

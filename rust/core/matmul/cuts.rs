@@ -18,7 +18,7 @@ pub(super) const UNIT: usize = 8;
 /// Units of which a word each makes a step of a unit for blocks, where codes are read as they lie in memory.
 pub(super) const RUN: usize = 16;
 /// Words of a block that stays in the second-level cache: with 64 rows, 256 KiB of codes.
-const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 1024;
 
 /// Columns that share a scale and one sum of products: a group, or a part of a long one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,8 +92,13 @@ pub(super) struct Cuts {
 
 impl Cuts {
     /// Cuts a row of `k` columns in groups of `group` (at least 1) and segments of at most `longest`, which keeps
-    /// to whole units: how memory is laid out does not depend on it.
+    /// to whole units: how memory is laid out does not depend on it. In blocks of [`BLOCK`] words.
     pub(super) fn new(k: usize, group: usize, longest: usize) -> Self {
+        Self::without_blocks(k, group, longest).in_blocks(BLOCK)
+    }
+
+    /// The same, its blocks still to be cut.
+    pub(super) fn without_blocks(k: usize, group: usize, longest: usize) -> Self {
         debug_assert!(longest <= MAX_SEGMENT && longest.is_multiple_of(4 * UNIT));
         let mut segments = Vec::new();
         let mut words = 0;
@@ -106,7 +111,7 @@ impl Cuts {
             }
         }
         let units = words.div_ceil(UNIT);
-        let mut cuts = Self {
+        Self {
             contiguous: segments.iter().all(|segment| segment.begin == 4 * segment.word),
             by_units: segments.iter().all(|segment| segment.word.is_multiple_of(UNIT)),
             by_pairs: segments.iter().all(|segment| segment.word.is_multiple_of(2 * UNIT)),
@@ -117,23 +122,12 @@ impl Cuts {
             blocks: Vec::new(),
             segments,
             units,
-        };
-        cuts.cut_blocks(BLOCK);
-        cuts
+        }
     }
 
-    /// The same with blocks of at most `words`, whole pairs of units: the canonical layout is read in those.
+    /// Cuts the segments at every `words` words, whole pairs of units: the canonical layout is read in those.
     pub(super) fn in_blocks(mut self, words: usize) -> Self {
-        debug_assert!(words > 0 && words.is_multiple_of(2 * UNIT));
-        self.pieces.clear();
-        self.blocks.clear();
-        self.whole = true;
-        self.cut_blocks(words);
-        self
-    }
-
-    /// Cuts the segments at every `words` words.
-    fn cut_blocks(&mut self, words: usize) {
+        debug_assert!(words > 0 && words.is_multiple_of(2 * UNIT) && self.blocks.is_empty());
         let mut next = 0;
         for begin in (0..self.units * UNIT).step_by(words) {
             let end = (begin + words).min(self.units * UNIT);
@@ -158,6 +152,7 @@ impl Cuts {
             let pieces = first_piece..self.pieces.len();
             self.blocks.push(Block { units: begin / UNIT..end / UNIT, pieces });
         }
+        self
     }
 
     /// Words of a row, the last unit's padding included.
@@ -185,7 +180,7 @@ mod tests {
         let sizes = [(0, 1), (1, 8), (4096, 64), (4100, 64), (1000, 9), (70_000, 70_000), (2048, 24)];
         for ((k, group), longest) in sizes.into_iter().flat_map(|size| [(size, MAX_SEGMENT), (size, 256)]) {
             for words in [BLOCK, 6 * UNIT] {
-                let cuts = Cuts::new(k, group, longest).in_blocks(words);
+                let cuts = Cuts::without_blocks(k, group, longest).in_blocks(words);
                 assert!(cuts.block_units() * UNIT <= words);
                 check_cuts(k, group, longest, &cuts);
             }

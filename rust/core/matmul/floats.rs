@@ -17,13 +17,11 @@ use crate::quantize::Rows;
 use crate::simd::floats::{Products, ProductsKernel};
 use crate::simd::{Isa, LANES, VECTORS};
 
-use super::Layout;
-use super::activations::Activations;
+use super::Work;
 use super::affine::Affine;
 use super::codes::common;
 use super::cuts::{Cuts, UNIT};
 use super::factors::Factors;
-use super::output::Columns;
 use super::panel::{
     Ahead, AlignedWords, BYTES, Codes, Laid, Lanes, Lines, Panel, PanelPlanes, Unit, Word, ahead, bits_of,
     by_stack,
@@ -49,29 +47,12 @@ const fn stream_rows<I: Isa>() -> usize {
     if I::TILE_VECTORS == VECTORS { 4 } else { 8 }
 }
 
-/// Cuts with blocks that suit `rows` of activations of `word` bytes a word: their codes take as many for each lane.
-pub(super) fn cut_for_rows(cuts: Cuts, rows: usize, word: usize) -> Cuts {
-    cuts.in_blocks(BLOCKS[usize::from(rows > FEW_ROWS)] / (word * LANES * VECTORS))
+/// Words of the blocks that suit `rows` of activations of `word` bytes a word: their codes take as many for each lane.
+pub(super) fn block_for_rows(rows: usize, word: usize) -> usize {
+    BLOCKS[usize::from(rows > FEW_ROWS)] / (word * LANES * VECTORS)
 }
 
-/// The work of one thread at a time: some panels of the weight, some rows of x.
-pub(super) struct Panels<'a> {
-    pub(super) weight: &'a Rows<'a>,
-    pub(super) layout: Layout,
-    pub(super) cuts: &'a Cuts,
-    pub(super) affine: &'a Affine,
-    pub(super) x: &'a Activations,
-    pub(super) bias: Option<&'a [f32]>,
-    /// Rows of x.
-    pub(super) rows: Range<usize>,
-    /// Rows of the weight, from a multiple of 64.
-    pub(super) outputs: Range<usize>,
-    pub(super) out: Columns<'a>,
-    /// Whether the result bypasses the caches.
-    pub(super) bypass: bool,
-}
-
-impl ProductsKernel for Panels<'_> {
+impl ProductsKernel for Work<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -90,7 +71,7 @@ impl ProductsKernel for Panels<'_> {
                 let table = scheme.table();
                 codes.push(Codes::open(isa, packed, prefix, shape, table, self.layout, self.cuts, panel));
             }
-            self.multiply(by, panels, &mut codes, &mut sides, &mut expanded);
+            self.multiply_together(by, panels, &mut codes, &mut sides, &mut expanded);
             for (side, &panel) in sides.iter().zip(panels) {
                 let (finite, first) = (self.x.finite(&self.rows), panel.first - self.outputs.start);
                 side.sums.write(isa, panel, self.bias, finite, self.bypass, &mut self.out, first);
@@ -99,10 +80,10 @@ impl ProductsKernel for Panels<'_> {
     }
 }
 
-impl Panels<'_> {
+impl Work<'_> {
     /// The sums of all rows with a few panels.
     #[inline(always)]
-    fn multiply<P: Products>(
+    fn multiply_together<P: Products>(
         &self,
         by: P,
         panels: &[Panel],
@@ -111,7 +92,7 @@ impl Panels<'_> {
         expanded: &mut Expanded,
     ) {
         for ((side, &panel), codes) in sides.iter_mut().zip(panels).zip(&*codes) {
-            side.streams = self.streams::<P>(panel, codes);
+            side.streams = self.widens_in_registers::<P>(panel, codes);
             side.sums.begin(panel.vectors(), if side.streams { VECTORS } else { P::Isa::TILE_VECTORS });
         }
         for (number, block) in self.cuts.blocks.iter().enumerate() {
@@ -144,7 +125,7 @@ impl Panels<'_> {
 
     /// Whether rows are so few that the codes of a panel, if a whole one, are widened in registers.
     #[inline(always)]
-    fn streams<P: Products>(&self, panel: Panel, codes: &Codes<'_>) -> bool {
+    fn widens_in_registers<P: Products>(&self, panel: Panel, codes: &Codes<'_>) -> bool {
         self.rows.len() <= const { stream_rows::<P::Isa>() }
             && panel.vectors() == VECTORS
             && self.cuts.by_units
