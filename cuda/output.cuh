@@ -24,20 +24,48 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// Two floats in the shared memory of the block with part `split` of the columns, at the address they have in this
+// Four floats in the shared memory of the block with part `split` of the columns, at the address they have in this
 // block's.
-__device__ __forceinline__ float2 load_of(const float* own, int split) {
+__device__ __forceinline__ float4 load_of(const float* own, int split) {
 #if SPLITS > 1
   u32 address;
-  float2 values;
+  float4 values;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                : "=r"(address)
                : "r"(shared_address(own)), "r"(split));
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(values.x), "=f"(values.y) : "r"(address));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
+               : "r"(address));
   return values;
 #else
-  return *reinterpret_cast<const float2*>(own);
+  return *reinterpret_cast<const float4*>(own);
 #endif
+}
+
+// The bias of row `row` of W, 0 where there is none.
+__device__ __forceinline__ float bias_of(const Output& out, int row) {
+  if (out.bias == nullptr || row >= out.n) return 0.0f;
+  return out.bias_f32 ? static_cast<const float*>(out.bias)[row] : widen(static_cast<const u16*>(out.bias)[row]);
+}
+
+// A result before it is rounded: NaN or ±Inf among the activations has reached every sum of its row.
+__device__ __forceinline__ float finish(float sum, float bias) {
+  return (isfinite(sum) ? sum : __int_as_float(0x7fffffff)) + bias;
+}
+
+// `count` results of row `m` of x from row `n` of W on, halves in `words`: at once where they fit.
+template <int count>
+__device__ __forceinline__ void store_halves(const Output& out, int m, int n, const u32 (&words)[count / 2]) {
+  u16* y = out.y + static_cast<u64>(m) * out.n + n;
+  if (n + count <= out.n && reinterpret_cast<u64>(y) % (2 * count) == 0) {
+    if constexpr (count == 8) *reinterpret_cast<uint4*>(y) = make_uint4(words[0], words[1], words[2], words[3]);
+    else *reinterpret_cast<uint2*>(y) = make_uint2(words[0], words[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (n + i < out.n) y[i] = words[i / 2] >> 16 * (i % 2);
+    }
+  }
 }
 
 // Padded so that the lanes of a warp write to different banks.
@@ -48,42 +76,28 @@ constexpr int padded(int rows) { return rows + 4; }
 // sums: `slabs` ▸ `cols` ▸ `padded(rows)` floats, complete in this block after a __syncthreads.
 template <int rows, int cols, int slabs, int threads>
 __device__ __forceinline__ void store(const float* sums, const Output& out, int row0, int m0) {
-  constexpr int pairs = rows * cols / 2;
-  static_assert(rows % 2 == 0, "pairs of rows");
-  const bool pairs_fit = out.n % 2 == 0 && reinterpret_cast<u64>(out.y) % 4 == 0;
+  constexpr int each = 4, chunks = rows * cols / each;
+  static_assert(rows % each == 0, "whole chunks of rows");
   if constexpr (SPLITS > 1) cluster_sync();
-  for (int pair = threadIdx.x + threads * blockIdx.y; pair < pairs; pair += threads * SPLITS) {
-    const int row = pair % (rows / 2) * 2, col = pair / (rows / 2);
+  for (int chunk = threadIdx.x + threads * blockIdx.y; chunk < chunks; chunk += threads * SPLITS) {
+    const int row = chunk % (rows / each) * each, col = chunk / (rows / each);
     const int n = row0 + row, m = m0 + col;
     if (m >= out.m || n >= out.n) continue;
-    float total[2] = {0.0f, 0.0f};
+    float total[each] = {};
     for (int split = 0; split < SPLITS; ++split) {
 #pragma unroll
       for (int slab = 0; slab < slabs; ++slab) {
-        const float2 part = load_of(sums + (slab * cols + col) * padded(rows) + row, split);
+        const float4 part = load_of(sums + (slab * cols + col) * padded(rows) + row, split);
         total[0] += part.x;
         total[1] += part.y;
+        total[2] += part.z;
+        total[3] += part.w;
       }
     }
-    u16* y = out.y + static_cast<u64>(m) * out.n + n;
-    u16 results[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (n + i >= out.n) break;
-      // NaN or ±Inf among the activations has reached every sum of its row.
-      if (!isfinite(total[i])) total[i] = __int_as_float(0x7fffffff);
-      if (out.bias != nullptr) {
-        total[i] += out.bias_f32 ? static_cast<const float*>(out.bias)[n + i]
-                                 : widen(static_cast<const u16*>(out.bias)[n + i]);
-      }
-      results[i] = round_half(total[i]);
-    }
-    if (pairs_fit) {
-      *reinterpret_cast<u32*>(y) = results[0] | static_cast<u32>(results[1]) << 16;
-    } else {
-      y[0] = results[0];
-      if (n + 1 < out.n) y[1] = results[1];
-    }
+    for (int i = 0; i < each; ++i) total[i] = finish(total[i], bias_of(out, n + i));
+    const u32 words[] = {round_halves(total[0], total[1]), round_halves(total[2], total[3])};
+    store_halves<each>(out, m, n, words);
   }
   if constexpr (SPLITS > 1) cluster_sync();  // no block leaves while another reads its shared memory
 }

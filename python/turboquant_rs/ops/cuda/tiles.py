@@ -2,18 +2,19 @@
 
     rows of x       kernel    what it is
     1 … 16          stream    16 to 64 rows of W a block, a ring of codes a warp: memory is the limit
-    … 128           wide      on Hopper: W from registers into wgmma, x in its order through shared memory
-                    block     elsewhere: many rows of W and 64 of x a block, through shared memory
-    more            wide      on Hopper, of codes that are scaled on their way
-    many more       expand    the weight as 16-bit floats, once, for cuBLAS
+    more            wide      on Hopper: W from registers into wgmma, x through shared memory
+                    block     elsewhere up to 128: many rows of W and 64 of x a block, through shared memory
+                    expand    elsewhere: the weight as 16-bit floats, once, for cuBLAS
 
-Up to `EXACT_ROWS` rows of x codes enter the matrix unit as exact integers, and scales meet their sums; with
-more, weights enter it as `unpack` rounds them. Sums are f32; their order depends on the shapes and on nothing
-else, so results are the same bits every time.
+To `stream` and `block` codes are exact integers, and scales meet their sums; `wide` and cuBLAS take weights
+as `unpack` rounds them. Sums are f32; their order depends on the shapes and on nothing else, so results are
+the same bits every time.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -46,17 +47,20 @@ COLUMNS = 8
 STREAM_ROWS = 16
 """Rows of x up to which codes are streamed; beyond, activations would take more than codes."""
 
-STREAM_UNITS = 2
-"""Units of columns that a warp of `stream` takes at a time."""
+WIDE_STAGES = 12
+"""Stages of `wide`, at most."""
 
-EXACT_ROWS = 128
-"""Rows of x up to which weights are not rounded."""
-
-EXPAND_ROWS = 513
-"""Rows of x from which expanding the weight for cuBLAS costs less than what `wide` is slower."""
+WIDE_COLUMNS = (4, 8, 16, 24, 32)
+"""Eights of rows of x that a block of `wide` takes."""
 
 ORDER_THREADS = 256
 """Threads of a block that orders activations, 8 of them each."""
+
+STREAM_UNITS = 2
+"""Units of columns that a warp of `stream` takes at a time."""
+
+BLOCK_ROWS = 128
+"""Rows of x up to which `block` is faster than expanding the weight for cuBLAS."""
 
 ALIGNED_COLUMNS = 8
 """Rows of x begin at multiples of 16 bytes where k is a multiple of this."""
@@ -103,13 +107,6 @@ class Weight(NamedTuple):
             check_length("zero_points", zero_points, groups, n, k)
             check_dtype("zero_points", zero_points, torch.uint8)
 
-    def exact(self, bf16: bool) -> bool:
-        """Whether a code less its zero point, and what that has of a fraction, is exact in 16 bits.
-
-        Halves of 2^-rest up to 2^bits, of either sign where the zero point is not in the middle.
-        """
-        return not bf16 or not self.rest or not self.asymmetric
-
     def macros(self, bf16: bool) -> dict[str, object]:
         """What `tiles.cuh` asks for."""
         return {
@@ -132,8 +129,7 @@ class Launch(NamedTuple):
     shared: int
     rows: int  # of x, a block
     early: bool  # may be brought up while the kernel in front runs
-    tile_rows: int = 0  # tiles of W a block, of `wide`
-    units: int = 0  # of a stage
+    wide: Wide | None = None
 
     def on(self, device: int, m: int, settled: bool = True) -> Call:
         """The launch for m rows of x, early only with a weight that is settled."""
@@ -194,14 +190,19 @@ class Wide(NamedTuple):
     """How `matmul_wide.cu` is shaped: macros of the same names."""
 
     groups: int
+    shares: int
     stages: int
     units: int
-    scaled: bool
+    ordered: bool
 
     @property
     def threads(self) -> int:
         """Threads of a block: a warp group that copies, and those that multiply."""
-        return 128 * (1 + self.groups)
+        return 128 * (1 + self.groups * self.shares)
+
+    def deeper(self) -> Wide:
+        """With a stage more."""
+        return self._replace(stages=self.stages + 1)
 
     @property
     def rows(self) -> int:
@@ -213,7 +214,7 @@ class Wide(NamedTuple):
         stage_columns = self.units * UNIT_COLUMNS
         codes = self.rows * stage_columns * weight.bits // 8
         stage = COLUMNS * columns * stage_columns * 2 + -(-codes // 1024) * 1024
-        sums = COLUMNS * columns * (self.rows + 4) * 4
+        sums = self.shares * COLUMNS * columns * (self.rows + 4) * 4
         return max(self.stages * stage, sums) + 1024
 
 
@@ -311,40 +312,56 @@ def call_of(
     found = launch(weight, bf16, m, n, k, limits_of(device))
     if found is None:
         return None
-    if found.tile_rows:  # behind the kernel that orders x, which has waited
-        return WideCall(found.on(device, m), found, weight, device, m, n, k)
+    if found.wide is not None:
+        return WideCall(found, found.wide, weight, device, m, n, k, settled)
     return found.on(device, m, settled)
 
 
 class WideCall:
-    """The launches of `wide`, with the arguments of the others: x is brought to its order first."""
+    """The launches of `wide`, with the arguments of the others: x, ordered or as it lies, and the planes
+    become tensor maps."""
 
     def __init__(
-        self, call: Call, launch: Launch, weight: Weight, device: int, m: int, n: int, k: int
+        self,
+        launch: Launch,
+        wide: Wide,
+        weight: Weight,
+        device: int,
+        m: int,
+        n: int,
+        k: int,
+        settled: bool,
     ) -> None:
         """The launches for m rows of x."""
-        self._wide, self._device = call, torch.device("cuda", device)
         tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
-        self._padded, self._x_rows = units * UNIT_COLUMNS, launch.rows
-        self._order = Call(order(), device, (-(-m * self._padded // (8 * ORDER_THREADS)),), (ORDER_THREADS,))
+        self._order: Call | None = None
+        self._device, self._columns = torch.device("cuda", device), k
+        if wide.ordered:
+            self._columns = units * UNIT_COLUMNS
+            blocks = -(-m * self._columns // (8 * ORDER_THREADS))
+            self._order = Call(order(), device, (blocks,), (ORDER_THREADS,))
+        # Behind the kernel that orders x, which has waited, every weight is settled.
+        self._call, self._rows = launch.on(device, m, settled or wide.ordered), launch.rows
         # Of each plane: where it begins, what a tile has of it, and what a stage has of a tile.
         self._planes, at = [], 0
         for width in weight.planes:
             row = units * UNIT_COLUMNS * TILE_ROWS * width // 8
-            shape = (tiles, row, launch.tile_rows, launch.units * UNIT_COLUMNS * TILE_ROWS * width // 8)
-            self._planes.append((at, shape))
+            stage = wide.units * UNIT_COLUMNS * TILE_ROWS * width // 8
+            self._planes.append((at, (tiles, row, wide.rows // TILE_ROWS, stage)))
             at += tiles * row
 
     def __call__(self, x: int, packed: int, *operands: int) -> None:
         """As a `Call`."""
         m, _, k = operands[-3:]
-        ordered = torch.empty(m * self._padded, dtype=torch.int16, device=self._device)
-        address = ordered.data_ptr()
-        self._order(x, address, m, k, self._padded)
-        maps = tensor_map(address, m, 2 * self._padded, self._x_rows)
+        if self._order is not None:
+            ordered = torch.empty(m * self._columns, dtype=torch.int16, device=self._device)
+            address = ordered.data_ptr()
+            self._order(x, address, m, k, self._columns)
+            x = address
+        maps = tensor_map(x, m, 2 * self._columns, self._rows)
         for at, shape in self._planes:
             maps += tensor_map(packed + at, *shape)
-        self._wide(packed, *operands, *maps)
+        self._call(packed, *operands, *maps)
 
 
 class Product:
@@ -460,18 +477,18 @@ def spoil(bf16: bool) -> Kernel:
 
 @cache
 def order() -> Kernel:
-    """The kernel that brings activations to the order of `wide`."""
+    """The kernel that brings activations to the order of W."""
     return Kernel("matmul_order.cu", "matmul_order")
 
 
 @cache
 def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch | None:
     """The kernel and grid for m rows of x; None where the weight is expanded for them."""
-    if limits.hopper and (m > EXACT_ROWS or _is_wide(weight, bf16, m, n, limits)):
-        return _wide(weight, bf16, m, n, k, limits) if m < EXPAND_ROWS else None
-    if m > EXACT_ROWS:
-        return None
-    return (_stream if m <= STREAM_ROWS else _block)(weight, bf16, _columns(m), n, k, limits)
+    if m <= STREAM_ROWS:
+        return _stream(weight, bf16, _columns(m), n, k, limits)
+    if limits.hopper:
+        return _wide(weight, bf16, m, n, k, limits)
+    return _block(weight, bf16, _columns(m), n, k, limits) if m <= BLOCK_ROWS else None
 
 
 def _stream(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
@@ -507,44 +524,47 @@ def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Lim
     return Launch(kernel, (blocks, splits), block.threads, kernel.shared, COLUMNS * columns, early=False)
 
 
-def _is_wide(weight: Weight, bf16: bool, m: int, n: int, limits: Limits) -> bool:
-    """Whether `wide` is faster than `stream` and `block` for rows of x that meet exact codes."""
-    if m <= STREAM_ROWS or not weight.exact(bf16):
-        return False
-    # Where groups end within a stage, its sums wait too often for fewer products than that.
-    return weight.group % (2 * UNIT_COLUMNS) == 0 or m > 64 or (m > 32 and not _is_narrow(m, n, limits))
-
-
-def _is_narrow(m: int, n: int, limits: Limits) -> bool:
-    """Whether W has so few rows that 64 of them a block, twice for the columns, do not fill the GPU."""
-    return 2 * -(-n // 64) * -(-m // 256) <= limits.processors
-
-
 def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch:
-    """Its shapes are the fastest of some on an H200."""
-    columns = min(32, max(4, 1 << (-(-m // COLUMNS) - 1).bit_length()))
-    rows = COLUMNS * columns
-    narrow = _is_narrow(m, n, limits)
-    # A copy has 2048 bytes of a tile at most.
-    whole = max(weight.planes) < 8 and weight.group % (2 * UNIT_COLUMNS) == 0
-    groups, units = 1 if narrow else 2, 4 if whole and (columns == 4 or (narrow and columns == 8)) else 2
-    wide = Wide(groups, 2, units, m > EXACT_ROWS)
-    while wide._replace(stages=wide.stages + 1).shared(weight, columns) <= limits.shared - RESERVED:
-        wide = wide._replace(stages=wide.stages + 1)
-    blocks = -(-n // wide.rows)
-    splits, most = 1, k // (4 * units * UNIT_COLUMNS)
-    while splits < 8 and 2 * splits <= most:
-        # Clusters of more than two leave multiprocessors idle.
-        fit = limits.processors if splits == 1 else limits.processors * 7 // 8
-        if 2 * splits * blocks * -(-m // rows) > fit:
-            break
-        splits *= 2
+    blocks = -(-m // (COLUMNS * WIDE_COLUMNS[-1]))
+    columns = next(columns for columns in WIDE_COLUMNS if blocks * COLUMNS * columns >= m)
+    # Seconds on an H200: to exchange codes, again for each block of rows of x, or to order x before.
+    exchange, order = 8e-15 * (weight.bits + 4) * n * k * blocks, 1.5e-6 + 1.05e-12 * m * k
+    shapes = [_wide_shape(weight, columns, groups, exchange > order, limits) for groups in (2, 1)]
+    wide, splits = min(
+        itertools.product(shapes, (1, 2, 4, 8)), key=lambda found: _wide_cost(*found, blocks, n, k, limits)
+    )
     kernel = _kernel(weight, bf16, columns, wide, splits)
-    tile_rows = wide.rows // TILE_ROWS
-    return Launch(
-        kernel, (blocks, splits), wide.threads, kernel.shared, rows,
-        early=True, tile_rows=tile_rows, units=units,
-    )  # fmt: skip
+    grid = -(-n // wide.rows), splits
+    return Launch(kernel, grid, wide.threads, kernel.shared, COLUMNS * columns, early=True, wide=wide)
+
+
+def _wide_shape(weight: Weight, columns: int, groups: int, ordered: bool, limits: Limits) -> Wide:
+    """Its shape with so many rows of W a block: the fastest of many on an H200."""
+    shares = 2 if groups == 1 or columns <= 8 else 1
+    for units in (4, 2, 1):
+        # A copy has 2048 bytes of a tile at most.
+        if units == 4 and (columns > 8 or groups > 1 or max(weight.planes) == 8):
+            continue
+        wide = Wide(groups, shares, 2, units, ordered)
+        while wide.stages < WIDE_STAGES and wide.deeper().shared(weight, columns) <= limits.shared - RESERVED:
+            wide = wide.deeper()
+        if 2 * wide.stages >= 5 * shares:
+            break
+    return wide
+
+
+def _wide_cost(wide: Wide, splits: int, blocks: int, n: int, k: int, limits: Limits) -> float:
+    """What a product costs with such blocks, in columns that a warp group multiplies.
+
+    The constants are those of an H200: with half as many rows of W twice as much of x is read; sums of a
+    cluster have to meet, and clusters of more than two leave multiprocessors idle.
+    """
+    count = -(-n // wide.rows) * blocks * splits
+    if splits > 1 and count > limits.processors * (8 if splits == 2 else 7) // 8:
+        return math.inf
+    columns = max(k / splits, 8 * wide.units * UNIT_COLUMNS)
+    one = columns * 1.15 if wide.groups == 1 else 2 * columns
+    return -(-count // limits.processors) * (one + 800 * (splits > 1))
 
 
 def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
