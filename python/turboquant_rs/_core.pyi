@@ -1,4 +1,5 @@
-# The compiled kernels; what each does is in its docstring. Only `turboquant_rs.ops.cpu` calls them.
+# The compiled kernels; what each does is in its docstring. Only `turboquant_rs.ops.cpu` calls them, and
+# `turboquant_rs.ops.cuda.launcher` the one that launches kernels of a GPU.
 #
 # Arrays are contiguous, row by row; bytes and biases have one dimension. bfloat16 and float16 come as
 # uint16, named by the dtype argument beside them: "f32", "f64", "bf16" or "f16". Scales are uint16 (bf16,
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 __all__ = [
+    "Launch",
     "Product",
     "active_isa",
     "after_fork",
@@ -184,6 +186,14 @@ class Product:
         threads: int,
         /,
     ) -> int: ...
+
+# A kernel of a GPU: the addresses of the driver's `cuLaunchKernelEx` and of the kernel's function; its grid,
+# block and bytes of shared memory; whether it may start before the one in front has ended.
+@final
+class Launch:
+    def __new__(cls, driver: int, function: int, sizes: Sequence[int], early: bool) -> Self: ...
+    # Arguments are of 4 or 8 bytes, as the kernel has it; returned is the driver's error code.
+    def queue(self, stream: int, arguments: tuple[int, ...], /) -> int: ...
 
 def to_panels(
     packed: _Bytes,

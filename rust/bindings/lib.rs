@@ -9,6 +9,7 @@ mod allocate;
 mod convert;
 mod enter;
 mod fake_quantize;
+mod launch;
 mod limits;
 mod matmul;
 mod memory;
@@ -27,6 +28,8 @@ mod _core {
     use crate::allocate::{allocate, ladder};
     #[pymodule_export]
     use crate::fake_quantize::{fake_quantize, fake_quantize_backward, inject_noise};
+    #[pymodule_export]
+    use crate::launch::Launch;
     #[pymodule_export]
     use crate::limits::{copy_bandwidth, multiply_peak, read_bandwidth};
     #[pymodule_export]

@@ -1,4 +1,4 @@
-"""Kernels of `cuda/`: compiled (`compiler`), loaded by CuPy, launched by the driver.
+"""Kernels of `cuda/`: compiled (`compiler`), loaded by CuPy, launched by the driver through the extension.
 
     cubin ── load ──► function ── launch
                       (one a device)
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import struct
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+import turboquant_rs._core as _core
 from turboquant_rs.ops.cuda.compiler import architecture, compile_for, cupy, splice
 
 __all__ = ["Call", "Kernel", "not_captured", "only_if", "wait", "write"]
@@ -34,16 +34,6 @@ RELAXED_CAPTURE = 2
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a block may have without asking."""
 
-MOST_ARGUMENTS = 128
-"""Arguments of a launch, at most, of 8 bytes each."""
-
-
-_CONFIG = struct.Struct("7I4xQQI4x")
-"""CUlaunchConfig of cuda.h: grid, block, shared memory; stream; attributes and how many there are."""
-
-_EARLY = (ctypes.c_int64 * 9)(6, 1)
-"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel in front need not have ended."""
-
 
 class _Thread(threading.local):
     """What a thread launches with."""
@@ -52,18 +42,10 @@ class _Thread(threading.local):
         # On which it has launched: without that it has no context, whatever device is current.
         self.device = -1
         self.choice: tuple[int, int, bool] | None = None  # of `only_if`
-        self.arguments = (ctypes.c_int64 * MOST_ARGUMENTS)()
-        first = ctypes.addressof(self.arguments)
-        self._addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(first, first + 8 * MOST_ARGUMENTS, 8))
-        self.addresses = ctypes.c_void_p(ctypes.addressof(self._addresses))
-        self.config = (ctypes.c_int64 * (_CONFIG.size // 8))()
-        self.config_address = ctypes.c_void_p(ctypes.addressof(self.config))
 
 
 _THREAD = _Thread()
 _LOADING = threading.RLock()
-_CONFIGURE = _CONFIG.pack_into
-_FILL = [struct.Struct(f"{count}q").pack_into for count in range(MOST_ARGUMENTS + 1)]
 _Pointer = ctypes.c_void_p
 raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -76,6 +58,12 @@ def _driver() -> Any:
     Its functions are given objects of ctypes, which need no conversion at a call.
     """
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+@cache
+def _launch_address() -> int:
+    """The address of the driver's function that launches."""
+    return ctypes.cast(_driver().cuLaunchKernelEx, _Pointer).value or 0
 
 
 def _check(code: int, what: object) -> None:
@@ -181,7 +169,7 @@ class Call:
             by itself (`griddepcontrol`).
     """
 
-    __slots__ = ("_attributes", "_chosen", "_device", "_function", "_kernel", "_launch", "_shape", "_sizes")
+    __slots__ = ("_chosen", "_device", "_kernel", "_queue", "_shape")
 
     def __init__(
         self,
@@ -193,11 +181,10 @@ class Call:
         early: bool = False,
     ) -> None:
         self._shape = (grid, block, shared)
-        self._sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
-        self._attributes = (ctypes.addressof(_EARLY), 1) if early else (0, 0)
         self._kernel, self._device = kernel, device
         self._chosen: dict[bool, Call] = {}
-        self._function, self._launch = _Pointer(kernel.load(device).ptr), _driver().cuLaunchKernelEx
+        sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
+        self._queue = _core.Launch(_launch_address(), kernel.load(device).ptr, sizes, early).queue
 
     def __call__(self, *args: int) -> None:
         """Launches it on torch's current stream.
@@ -221,9 +208,7 @@ class Call:
             return
         if thread.device != device:
             _on(device)
-        _FILL[len(args)](thread.arguments, 0, *args)
-        _CONFIGURE(thread.config, 0, *self._sizes, raw_stream(device), *self._attributes)
-        code = self._launch(thread.config_address, self._function, thread.addresses, None)
+        code = self._queue(raw_stream(device), args)
         if code:
             _check(code, f"to launch {self._kernel}")
 
