@@ -423,15 +423,12 @@ class Product:
             return None
         bias_address, wide = 0, 0
         if bias is not None:
-            if bias.layout is not torch.strided:
-                return None
-            bias_address = bias.data_ptr()
             known = self._bias
-            if known is None or known[0] is not bias or known[1] != bias_address:
-                known = self._known(bias, bias_address)
+            if known is None or known[0] is not bias or known[1] != bias.data_ptr():
+                known = self._known(bias)
             if known is None or (not known[2] and bias.dtype is not dtype):
                 return None
-            wide = known[2]
+            _, bias_address, wide = known
         # Sizes one by one are parsed faster than a tuple of them.
         out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
         weight = (packed.data_ptr(), scales.data_ptr(), zeros.data_ptr())
@@ -445,14 +442,20 @@ class Product:
             return None
         return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device, settled)
 
-    def _known(self, bias: Tensor, address: int) -> tuple[Tensor, int, int] | None:
+    def _known(self, bias: Tensor) -> tuple[Tensor, int, int] | None:
         """A bias with its address and whether it is f32, if a kernel can take it as it lies."""
-        plain = type(bias) in (Tensor, Parameter) and bias.get_device() == self._device
-        if not plain or bias.shape != (self._n,) or not bias.is_contiguous() or bias.is_neg():
+        plain = type(bias) in (Tensor, Parameter) and bias.layout is torch.strided
+        if (
+            not plain
+            or bias.get_device() != self._device
+            or bias.shape != (self._n,)
+            or not bias.is_contiguous()
+            or bias.is_neg()
+        ):
             return None
         if bias.dtype is not torch.float32 and bias.dtype not in DTYPES:
             return None
-        self._bias = (bias, address, int(bias.dtype is torch.float32))
+        self._bias = (bias, bias.data_ptr(), int(bias.dtype is torch.float32))
         return self._bias
 
 
