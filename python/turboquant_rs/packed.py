@@ -54,14 +54,14 @@ def _check_floats(x: Tensor, name: str) -> None:
     """Refuses what is not a dense tensor of real floats in memory."""
     if x.layout is not torch.strided:
         raise TypeError(f"{name} is sparse ({x.layout}); pass a dense tensor, {name}.to_dense()")
-    if x.is_complex():
-        raise TypeError(f"{name} is complex ({x.dtype}); pass torch.view_as_real({name})")
     if x.dtype not in _FLOATS:
+        if x.is_complex():
+            raise TypeError(f"{name} is complex ({x.dtype}); pass torch.view_as_real({name})")
         raise TypeError(
             f"{name} has dtype {x.dtype}; it must be float32, float64, bfloat16 or float16, "
             f"convert it with {name}.float()"
         )
-    if x.device.type == "meta":
+    if x.is_meta:
         raise ValueError(f"{name} is on the meta device and has no values; give it memory first")
 
 
@@ -116,7 +116,8 @@ class PackedTensor:
     def __post_init__(self) -> None:
         self.shape = torch.Size(self.shape)
         self.bits = self.scheme.check_bits(self.bits or None)
-        nbytes = self.scheme.packed_nbytes(*self._rows_and_k, self.bits)
+        rows, k = self._rows_and_k
+        nbytes = self.scheme.packed_nbytes(rows, k, self.bits)
         if self.packed.dim() != 1 or self.packed.dtype != torch.uint8 or self.packed.numel() < nbytes:
             raise ValueError(
                 f"packed must be uint8 ({nbytes},) for shape {tuple(self.shape)} at {self.bits} bits, got "
@@ -124,7 +125,7 @@ class PackedTensor:
             )
         if self.packed.numel() > nbytes:
             self.packed = self.packed[:nbytes]
-        groups = (*self.shape[:-1], self.scheme.groups(self._rows_and_k[1]))
+        groups = (*self.shape[:-1], self.scheme.groups(k))
         self._check_part("scales", self.scales, groups, self.scheme.scale_torch_dtype)
         zero_dtype = self.rounding.zero_point_dtype(self.scheme)
         if (zero_dtype is None) != (self.zero_points is None):
@@ -137,7 +138,7 @@ class PackedTensor:
 
     @staticmethod
     def _check_part(name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        if tuple(part.shape) != shape or part.dtype != dtype:
+        if part.shape != shape or part.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
 
     @property
@@ -481,7 +482,7 @@ def pack(
             "x requires a gradient and codes have none; pack x.detach(), or pack under torch.no_grad()"
         )
     if scheme is None:
-        scheme = Scheme(bits=bits, **scheme_fields)
+        scheme = _scheme(bits, scheme_fields)
     elif not isinstance(scheme, Scheme):
         raise TypeError(f"scheme must be a tq.Scheme, got {scheme!r}")
     elif scheme_fields or (bits != 4 and bits != scheme.bits):
@@ -492,7 +493,8 @@ def pack(
     rounding = Rounding.parse(rounding, seed)
     rounding.check(scheme)
     arguments = (*scheme.op_args(), *rounding.op_args(), scheme.widths, nan == "zero")
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if out is not None:
         _check_out(out, x, scheme, rounding)
         outputs = out._stored
@@ -502,6 +504,15 @@ def pack(
     packed, scales, zero_points = operator("pack", x)(x, *arguments)
     stored = None if rounding.zero_point_dtype(scheme) is None else zero_points
     return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits)
+
+
+_OF_BITS = {bits: Scheme(bits=bits) for bits in range(1, 9)}
+
+
+def _scheme(bits: int, fields: dict[str, Any]) -> Scheme:
+    """The scheme of these fields; checking them takes longer than packing a small tensor."""
+    known = None if fields or type(bits) is not int else _OF_BITS.get(bits)
+    return Scheme(bits=bits, **fields) if known is None else known
 
 
 def encode(x: Tensor, scheme: Scheme, scales: Tensor, zero_points: Tensor | None = None) -> PackedTensor:

@@ -190,17 +190,18 @@ def _allocate_groups(x: Tensor, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Memory for the scales and zero points `(..., groups)` of x `(..., k)`."""
     scheme, rounding, _ = split_args(args)
     _, k = rows_and_k(x.shape)
+    # Sizes one by one are parsed faster than a tuple of them.
     shape = (*x.shape[:-1], groups_per_row(k, scheme.group_size))
-    scales = x.new_empty(shape, dtype=scheme.scale_dtype)
+    scales = x.new_empty(*shape, dtype=scheme.scale_dtype)
     dtype = zero_point_dtype(scheme.symmetric, rounding.preserve_variance)
     if dtype is None:
-        return scales, x.new_empty((0,), dtype=torch.uint8)
-    return scales, x.new_empty(shape, dtype=dtype)
+        return scales, x.new_empty(0, dtype=torch.uint8)
+    return scales, x.new_empty(*shape, dtype=dtype)
 
 
 def _allocate_pack(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, planes, _ = args
-    packed = x.new_empty((packed_nbytes(*rows_and_k(x.shape), planes),), dtype=torch.uint8)
+    packed = x.new_empty(packed_nbytes(*rows_and_k(x.shape), planes), dtype=torch.uint8)
     return packed, *_allocate_groups(x, args)
 
 
