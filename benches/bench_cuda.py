@@ -15,6 +15,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 import machine
 import turboquant_rs as tq
 from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.nn import QuantLinear
 
 RESULTS = Path(__file__).parent / "results" / "cuda.json"
 ROWS, K = 8192, 8192
@@ -205,8 +207,26 @@ def eager_calls() -> dict[str, float]:
         "dequantize": p.dequantize,
         "pack, which waits": lambda: tq.pack(x),
         "torch.add": lambda: torch.add(x, x, out=out),
+        **row_calls(),
     }
-    return {name: microseconds(call) for name, call in calls.items()}
+    with torch.no_grad():
+        return {name: microseconds(call) for name, call in calls.items()}
+
+
+def row_calls() -> dict[str, Call]:
+    """Products of one row of x, with bias: called as a layer calls them, layers, and the bf16 layer."""
+    linear = torch.nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    x, bias = torch.randn(1, 1024, device="cuda").bfloat16(), linear.bias
+    scheme = Scheme(bits=4, group_size=128)
+    args = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    tiles = ops.to_tiles(*ops.pack(linear.weight.detach(), *args, False), scheme.widths, 1024)
+    product = ops.cuda.Product(*tiles, 1024, *args, 4, "float", "tiles", 1024)
+    layers = {how: QuantLinear.from_float(linear, scheme, activations=how) for how in ("float", "int8")}
+    return {
+        "product of one row": lambda: product(x, bias),
+        **{f"layer, one row, {how}": partial(layer, x) for how, layer in layers.items()},
+        "bf16 layer, one row": partial(linear, x),
+    }
 
 
 def microseconds(call: Call, count: int = 500) -> float:
