@@ -387,6 +387,11 @@ def test_a_scale_beyond_its_type_names_bf16(backend: Backend) -> None:
         backend.quantize(x, Scheme(scale_dtype="f16"), STOCHASTIC)
 
 
+def test_a_sum_beyond_f32_says_to_rescale(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="the largest finite bf16 value; rescale the tensor"):
+        backend.quantize(normal(1, 64) * 1e20, Scheme(bits=3, levels="lloyd"))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64])
 def test_only_floating_point_is_quantized(backend: Backend, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"x must be float32, bfloat16, float16 or float64"):
