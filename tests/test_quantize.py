@@ -219,6 +219,13 @@ def test_the_mse_search_never_loses(backend: Backend) -> None:
         assert (power["mse"] <= power["extreme"] * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_mse_search_does_not_lose_on_lloyd_levels(fast: Backend, gaussian: Tensor, bits: int) -> None:
+    """One and two bits keep the scale of the mean square: multiples of the extreme one are far from it."""
+    plain, searched = (Scheme(bits=bits, levels="lloyd", scale=scale) for scale in ("extreme", "mse"))
+    assert sqnr(fast, gaussian, searched) >= sqnr(fast, gaussian, plain)
+
+
 def test_a_level_in_the_middle_takes_the_lower_one(backend: Backend) -> None:
     """Levels −1, 0, 1 on the grid of 127 steps: the middles are at ±63.5."""
     scheme = Scheme(bits=2, group_size=8, levels=(-1.0, 0.0, 1.0), scale_dtype="f32")
