@@ -206,6 +206,7 @@ def test_the_record_can_be_read_by_people():
     ("damage", "message"),
     [
         (lambda r: r.pop("bits"), "no record of a Plan"),
+        (lambda r: r.update(floor=float("inf")), "no record of a Plan"),
         (lambda r: r["bits"].pop("blocks.0.up"), "blocks.0.up"),
         (lambda r: r["bits"].update({"blocks.0.up": 7}), r"bits \[7\] were not scored"),
         (lambda r: r["ties"].pop(), "ties do not hold every layer once"),
