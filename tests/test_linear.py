@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -950,6 +951,15 @@ def test_a_direct_call_refuses_shapes_and_devices_that_do_not_fit(arranged, x):
 @pytest.mark.parametrize("x", [torch.zeros(1, 70).to_sparse(), torch.zeros(1, 70, dtype=torch.int64)])
 def test_a_direct_call_refuses_what_is_no_dense_tensor_of_floats(arranged, x):
     with torch.no_grad(), pytest.raises(TypeError, match=r"x is sparse|x has dtype"):
+        arranged(x)
+
+
+@pytest.mark.parametrize("x", [np.zeros((1, 70), np.float32), [0.0] * 70, None])
+def test_layers_take_tensors_only(arranged, x):
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"x must be a torch.Tensor, got (ndarray|list|None)"),
+    ):
         arranged(x)
 
 
