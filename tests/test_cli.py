@@ -167,6 +167,25 @@ def test_quantize_directory_keeps_sharding_and_files_and_tells_the_truth_in_the_
     assert loaded["model.layers.0.up_proj.weight"].scheme == tq.Scheme(bits=8)
 
 
+def test_a_seed_without_random_rounding_is_refused(run, file, tmp_path):
+    code, _, error = run("quantize", file, tmp_path / "out.safetensors", "--seed", 5)
+    assert code == 2 and "--seed goes with a stochastic --rounding" in error
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_names_reach_no_terminal_but_as_text(run, tmp_path):
+    """Lone surrogates, escape sequences: a file may call its tensors anything."""
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    ones = torch.ones(2, 64)
+    tq.save({"\ud800.weight": ones, "\x1b[31m.weight": ones + 1, "\x07": ones[0] + 2}, path)
+    for arguments in (("quantize", path, out), ("inspect", out), ("compare", path, out)):
+        code, text, _ = run(*arguments)
+        assert code == 0 and text.replace("\n", "").isprintable()
+        assert "\\ud800.weight" in text and "\\x1b[31m.weight" in text and "\\x07" in text
+    code, _, error = run("quantize", path, out, "--force", "--exclude", "\x1b")
+    assert code == 1 and "\x1b" not in error
+
+
 def test_include_replaces_the_rule_and_exclude_removes(run, file, tmp_path):
     out = tmp_path / "out.safetensors"
     code, text, _ = run(

@@ -271,6 +271,39 @@ def with_patched_forward() -> nn.Module:
     return layer
 
 
+class Experts(nn.Module):
+    """What mixtures of experts of today are: one Parameter for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 16, 8))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+
+def test_the_report_names_what_holds_weights_and_is_no_layer():
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 8, 3),
+            "experts": Experts(),
+            "attention": nn.MultiheadAttention(8, 2),
+            "odd": _parametrized(nn.Linear(8, 8)),
+            "plain": nn.Linear(8, 8),
+            "norm": nn.LayerNorm(8),
+        }
+    )
+    report = quantize(model)
+    assert done(report) == ["plain"]
+    alone = {name: why for name, why in reasons(report).items() if "only linear layers and embeddings" in why}
+    assert alone == {
+        "conv": "8 x 3 x 3 x 3 in Conv2d: only linear layers and embeddings are quantized",
+        "experts.gate_up_proj": "4 x 16 x 8 in Experts: only linear layers and embeddings are quantized",
+        "attention.in_proj_weight": (
+            "24 x 8 in MultiheadAttention: only linear layers and embeddings are quantized"
+        ),
+    }
+    assert set(reasons(report)) == {*alone, "attention.out_proj", "odd"}
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

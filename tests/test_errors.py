@@ -228,6 +228,7 @@ def test_pack_into_a_tensor_is_refused():
         (torch.empty(70, 4).T, ValueError, r"out must be contiguous, got strides \(1, 4\)"),
         (torch.empty(4, 70, dtype=torch.int32), TypeError, "out has dtype torch.int32"),
         (np.empty((4, 140), np.float32)[:, ::2], ValueError, "out must be contiguous"),
+        (np.float32(1), TypeError, "out must be a torch.Tensor or a numpy.ndarray, got float32"),
     ],
 )
 def test_unpack_into_memory_that_does_not_fit_is_refused(out, kind, message):

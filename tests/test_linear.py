@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import os
 import pickle
@@ -12,6 +13,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -335,6 +337,12 @@ def test_loading_is_strict():
     assert result.missing_keys == ["0.bias"] and result.unexpected_keys == ["0.more"]
 
 
+def with_bits(bits: int) -> torch.Tensor:
+    """The extra state of a layer, of so many bits stored."""
+    record = json.loads(bytes(quant_layer().get_extra_state().tolist()))
+    return torch.tensor(list(json.dumps(record | {"bits": bits}).encode()), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -342,6 +350,8 @@ def test_loading_is_strict():
         ({"weight": torch.zeros(24, 71)}, r"0\.weight: values of shape \(24, 71\) do not fit"),
         ({"_extra_state": torch.tensor([1, 2], dtype=torch.uint8)}, "no record of a quantized layer"),
         ({"_extra_state": quant_layer(tq.Scheme(bits=8)).get_extra_state()}, "this layer expects"),
+        ({"_extra_state": with_bits(-1)}, "bits must be 1 to 8, got -1"),
+        ({"_extra_state": with_bits(3)}, "cannot read 3 of 4 bits"),
         (
             {"weight_scale": torch.zeros(24, 2)},
             "weight_scale is torch.float32 in the state and torch.bfloat16",
@@ -941,6 +951,15 @@ def test_a_direct_call_refuses_shapes_and_devices_that_do_not_fit(arranged, x):
 @pytest.mark.parametrize("x", [torch.zeros(1, 70).to_sparse(), torch.zeros(1, 70, dtype=torch.int64)])
 def test_a_direct_call_refuses_what_is_no_dense_tensor_of_floats(arranged, x):
     with torch.no_grad(), pytest.raises(TypeError, match=r"x is sparse|x has dtype"):
+        arranged(x)
+
+
+@pytest.mark.parametrize("x", [np.zeros((1, 70), np.float32), [0.0] * 70, None])
+def test_layers_take_tensors_only(arranged, x):
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"x must be a torch.Tensor, got (ndarray|list|None)"),
+    ):
         arranged(x)
 
 

@@ -48,6 +48,12 @@ def test_a_position_has_an_interval():
     assert PHASES.of(LENGTH).bincount().tolist() == [HALF, 4, LENGTH - HALF - 4]
 
 
+@pytest.mark.parametrize("prefill", [2, 0, None, "yes"])
+def test_prefill_is_an_interval_or_not(prefill):
+    with pytest.raises(TypeError, match="prefill must be True or False"):
+        tq.Phases(prefill=prefill)
+
+
 @pytest.mark.parametrize("decode", [(0,), (0, 32), (1, None), (0, 8, 8, None), (0, 4.0, None), None, (None,)])
 def test_bounds_ascend_from_zero_to_none(decode):
     with pytest.raises(ValueError, match="decode must ascend from 0 to None"):

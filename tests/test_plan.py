@@ -159,6 +159,12 @@ def test_nested_without_a_plan_says_what_it_goes_with():
 # The ladder
 
 
+@pytest.mark.parametrize("levels", [1, 0, -3, 65_537, 10**30])
+def test_a_ladder_has_levels_that_memory_can_hold(levels):
+    with pytest.raises(ValueError, match=rf"a ladder has 2 to 65536 levels, got {levels}"):
+        plan().ladder(levels)
+
+
 def test_a_ladder_falls_from_the_ceiling_to_the_floor_and_no_layer_ever_rises():
     ladder = plan().ladder()
     assert 2 < len(ladder) <= 16
@@ -206,6 +212,7 @@ def test_the_record_can_be_read_by_people():
     ("damage", "message"),
     [
         (lambda r: r.pop("bits"), "no record of a Plan"),
+        (lambda r: r.update(floor=float("inf")), "no record of a Plan"),
         (lambda r: r["bits"].pop("blocks.0.up"), "blocks.0.up"),
         (lambda r: r["bits"].update({"blocks.0.up": 7}), r"bits \[7\] were not scored"),
         (lambda r: r["ties"].pop(), "ties do not hold every layer once"),

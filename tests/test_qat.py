@@ -415,6 +415,7 @@ def test_steps_out_of_order_are_refused_and_change_nothing() -> None:
         ({"schemes": 4, "method": "lsqq"}, "method 'lsqq' is unknown"),
         ({"schemes": 4, "step": "train"}, "step 'train' is unknown"),
         ({}, "needs a scheme"),
+        ({"schemes": 9}, "bits must be 1 to 8, got 9"),
         ({"schemes": 4, "rounding": "stochastic", "seed": 1}, "learns scales that may clip"),
         ({"schemes": 4, "budget": tq.Budget(bits=4.0)}, 'learned by method="pqn" only'),
         ({"schemes": 4, "method": "pqn", "budget": tq.Budget(latency_ms=1.0)}, "no smooth function"),
@@ -427,6 +428,12 @@ def test_steps_out_of_order_are_refused_and_change_nothing() -> None:
 def test_recipes_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tq.QAT(**arguments)
+
+
+@pytest.mark.parametrize("schemes", ["4", 2.5, True, nn.Linear(2, 2)])
+def test_a_recipe_of_no_scheme_is_refused_when_it_is_made(schemes: Any) -> None:
+    with pytest.raises(TypeError, match="bits must be an int"):
+        tq.QAT(schemes)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,14 @@ def test_huge_tiny_and_subnormal_values(compiled: Backend, reference: Backend, s
             assert_as_specified(compiled, reference, x, Scheme(bits=bits, symmetric=False), preserving)
 
 
+def test_subnormals_are_zeros_to_a_table_with_a_middle_at_zero(backend: Backend) -> None:
+    """There the smallest number above zero has another level than zero, however large the scale is."""
+    x = torch.tensor([[2.0**17, 1e-39, -1e-39, 0.0, -0.0, 1e-33, -1e-33, 1e-39]])
+    scheme = Scheme(bits=4, levels="lloyd", group_size=8)
+    for values in (x, x.double(), x.bfloat16()):
+        assert backend.quantize(values, scheme)[0].tolist() == [[15, 7, 7, 7, 7, 8, 7, 7]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_input_dtype_is_first_rounded_to_f32(
     compiled: Backend, reference: Backend, dtype: torch.dtype
@@ -209,6 +217,13 @@ def test_the_mse_search_never_loses(backend: Backend) -> None:
             values = backend.dequantize(backend.quantize(x, scheme), scheme).cpu()
             power[rule] = (values.double() - x.double()).square().sum(1)
         assert (power["mse"] <= power["extreme"] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_mse_search_does_not_lose_on_lloyd_levels(fast: Backend, gaussian: Tensor, bits: int) -> None:
+    """One and two bits keep the scale of the mean square: multiples of the extreme one are far from it."""
+    plain, searched = (Scheme(bits=bits, levels="lloyd", scale=scale) for scale in ("extreme", "mse"))
+    assert sqnr(fast, gaussian, searched) >= sqnr(fast, gaussian, plain)
 
 
 def test_a_level_in_the_middle_takes_the_lower_one(backend: Backend) -> None:
@@ -377,6 +392,11 @@ def test_a_scale_beyond_its_type_names_bf16(backend: Backend) -> None:
         backend.quantize(x, Scheme(scale_dtype="f16"))
     with pytest.raises(ValueError, match="scale of group 2 exceeds"):
         backend.quantize(x, Scheme(scale_dtype="f16"), STOCHASTIC)
+
+
+def test_a_sum_beyond_f32_says_to_rescale(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="the largest finite bf16 value; rescale the tensor"):
+        backend.quantize(normal(1, 64) * 1e20, Scheme(bits=3, levels="lloyd"))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64])

@@ -241,6 +241,23 @@ def test_without_its_record_a_packed_tensor_is_refused_not_returned_as_bytes(pat
         tq.load(path)
 
 
+def test_the_state_dict_of_a_model_that_another_tool_wrote_says_how_it_is_loaded(path):
+    """As save_pretrained of transformers does: the keys are there, a description is not."""
+    model, twin = (tq.nn.QuantLinear(64, 8) for _ in range(2))
+    save_file(model.state_dict(), path)
+    with refused(path, r"use model.load_state_dict with safetensors.torch.load_file"):
+        tq.load(path)
+    twin.load_state_dict(load_file(path))
+    assert torch.equal(twin.packed.dequantize(), model.packed.dequantize())
+
+
+@pytest.mark.parametrize("model", [5, "model", {}, nn.Linear])
+def test_only_a_module_is_filled(path, model):
+    tq.save({"w": torch.ones(2)}, path)
+    with pytest.raises(TypeError, match=r"expected an nn\.Module to fill, or None for a dict"):
+        tq.load(path, model)
+
+
 def test_config_json_stands_in_for_lost_metadata(path):
     p = tq.pack(values(5, 70))
     tq.save({"w": p}, path)
@@ -284,7 +301,9 @@ def test_a_directory_of_shards_is_one_store(tmp_path):
         assert_equal(loaded[name], tensor)
 
 
-@pytest.mark.parametrize("place", ["../model-00002-of-00002.safetensors", "/etc/passwd", "", "..", 5])
+@pytest.mark.parametrize(
+    "place", ["../model-00002-of-00002.safetensors", "/etc/passwd", "", "..", "\ud800", 5]
+)
 def test_an_index_cannot_point_outside_of_its_directory(tmp_path, place):
     sharded(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
@@ -891,6 +910,42 @@ def test_a_header_that_lies_is_refused(path, change):
 def test_a_header_that_is_no_header_is_refused(path, text, message):
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with refused(path, message):
+        tq.load(path)
+
+
+def test_a_header_is_read_in_time_that_its_length_allows(path):
+    """Names given twice are found in one pass: for a hundred thousand of them, a moment."""
+    entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text = b"{" + b",".join(entry % min(i, 99_998) for i in range(100_000)) + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    begin = time.monotonic()
+    with refused(path, "'99998' is given twice"):
+        tq.load(path)
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("shape", [[2**62, 2**62, 0], [0, 2**62, 2**62], [2**62, 0]])
+def test_an_empty_tensor_of_impossible_size_is_refused(path, shape):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    text = json.dumps({"w": entry}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with refused(path, "tensor w"):
+        tq.load(path)
+
+
+@pytest.mark.parametrize("shape", [(2**62, 2**62, 0), (0, 2**62, 2**62), (2**61, 0)])
+def test_an_empty_packed_tensor_of_impossible_size_is_refused(path, shape):
+    tq.save({"w": tq.pack(torch.empty(shape[:-1].count(0), *[0] * (len(shape) - 1)))}, path)
+    rewrite_records(path, lambda described: described.pop("crc32"))
+    patch(path, "w_shape", np.array(shape, np.int64).tobytes())
+    with refused(path, "packed tensor w: its shape is said to be"):
+        tq.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_a_pipe_is_refused_not_waited_for(path):
+    os.mkfifo(path)
+    with refused(path, "it is a pipe; name a regular file"):
         tq.load(path)
 
 

@@ -594,6 +594,8 @@ def unpack(
 
 def _shared(out: Any) -> Tensor:
     """A NumPy array as a tensor on its own memory, never on a copy."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a torch.Tensor or a numpy.ndarray, got {type(out).__name__}")
     tensor = as_tensor(out, "out")
     if tensor.data_ptr() != out.ctypes.data:
         raise ValueError("out must be a writable array in native byte order with positive strides")
@@ -681,7 +683,12 @@ def _check_operand(x: Tensor, name: str, device: torch.device) -> None:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x as F.linear would take it: in autocast's dtype where autocast is on (f64 is left alone)."""
+    """x as F.linear would take it: in autocast's dtype where autocast is on (f64 is left alone).
+
+    Raises TypeError for what is no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(device))

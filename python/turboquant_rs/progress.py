@@ -61,5 +61,6 @@ class Progress:
         amount = f"{self.done / scale:.0f}/{self.total / scale:.0f} {self.unit}".rstrip()
         elapsed = now - self._started
         left = f" · {elapsed / share - elapsed:.0f} s left" if share > 0.02 else ""
-        note = f" · {self.note}" if self.note else ""
+        note = self.note if self.note.isprintable() else ascii(self.note)  # names of a file may hold anything
+        note = f" · {note}" if note else ""
         return f"{self.label} {'█' * filled}{'░' * (WIDTH - filled)} {amount}{left}{note}"[:110]

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from turboquant_rs.scheme import Scheme
-from turboquant_rs.table import human_bytes, table
+from turboquant_rs.table import human_bytes, printable, table
 
 __all__ = ["QuantizedLayer", "Report", "SkippedLayer"]
 
@@ -104,8 +104,9 @@ class Report:
             parts.append(table(header, [_row(layer) for layer in self.layers]))
         if self.skipped:
             parts.append(f"{len(self.skipped)} layers left as they were")
-            width = max(len(layer.name) for layer in self.skipped)
-            parts.append("\n".join(f"  {layer.name.ljust(width)}  {layer.reason}" for layer in self.skipped))
+            lines = [(printable(layer.name), printable(layer.reason)) for layer in self.skipped]
+            width = max(len(name) for name, _ in lines)
+            parts.append("\n".join(f"  {name.ljust(width)}  {reason}" for name, reason in lines))
         return "\n".join(parts)
 
 

@@ -96,7 +96,8 @@ class Scheme:
             (4, 4), (4, 1, 1, 2) and (2, 1, 1, 1, 1, 2) make an 8-bit scheme nested: each prefix of the
             planes is itself a good code.
         scale: "extreme": the element farthest from zero decides. "mse": multiples of that scale are searched
-            for the smallest squared error.
+            for the smallest squared error. ("lloyd" goes by the root mean square: at 1 and 2 bits always, at
+            3 and 4 with "extreme".)
         scale_dtype: "bf16", "f16" or "f32", or the torch dtype.
 
     Raises:
@@ -284,7 +285,9 @@ class Scheme:
 
     def op_args(self) -> tuple[Any, ...]:
         """The arguments SCHEME of the operators."""
-        scale = "rms" if self.levels == "lloyd" and self.scale == "extreme" else self.scale
+        # At 1 and 2 bits the outermost level is far below the extremes, and "mse" would search near those.
+        of_rms = self.levels == "lloyd" and (self.scale == "extreme" or self.bits <= 2)
+        scale = "rms" if of_rms else self.scale
         group_size = self.group_size or 0
         dtype = self.scale_torch_dtype
         return (self.bits, group_size, self.symmetric, self.is_nested, list(self.table), scale, dtype)

@@ -78,10 +78,7 @@ pub enum Error {
         value: f64,
     },
     /// The scale of a group does not fit its type.
-    #[error(
-        "the scale of group {group} exceeds the largest finite {dtype} value; use scale_dtype=\"bf16\", \
-         which has the range of f32"
-    )]
+    #[error("the scale of group {group} exceeds the largest finite {dtype} value; {}", wider(*dtype))]
     ScaleOverflow {
         /// Number of the group, row by row.
         group: usize,
@@ -160,4 +157,13 @@ pub enum Error {
         /// What the dearest choices cost together.
         most: u64,
     },
+}
+
+/// What to do where scales of a type overflow.
+fn wider(dtype: ScaleDtype) -> &'static str {
+    match dtype {
+        ScaleDtype::F16 => "use scale_dtype=\"bf16\", which has the range of f32",
+        // Sums over a group may leave the range of f32 where none of its elements does.
+        ScaleDtype::Bf16 | ScaleDtype::F32 => "rescale the tensor",
+    }
 }

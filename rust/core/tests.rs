@@ -18,6 +18,7 @@ fn normal(n: usize, seed: u32) -> Vec<f32> {
             0 => -0.0,
             1 => 0.0,
             2 => -1e-39,
+            3 => 1e-39,
             _ => ((-2.0 * uniform.ln()).sqrt() * angle.cos()) as f32,
         }
     };
@@ -202,7 +203,10 @@ fn nested_and_tables_equal_the_reference() {
                 let planes = Planes::for_scheme(widths, &scheme).unwrap();
                 check(&x, shape, &scheme, &Rounding::nearest(), &planes, 1);
             }
-            for (bits, table) in [(4, &NF4[..]), (4, &[1, 100, 200]), (3, &NF4[3..11]), (2, &NF4[..3])] {
+            let between_signs = &[1, 100, 156, 255]; // where a subnormal is told from a zero
+            let tables =
+                [(4, &NF4[..]), (4, &[1, 100, 200]), (3, &NF4[3..11]), (2, &NF4[..3]), (2, between_signs)];
+            for (bits, table) in tables {
                 for scale in [ScaleRule::Extreme, ScaleRule::Mse, ScaleRule::Rms] {
                     for dtype in DTYPES {
                         let scheme = Scheme::new(bits, group_size, true, false, table, scale, dtype).unwrap();

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from turboquant_rs.cli.parser import UsageError, build_parser
+from turboquant_rs.table import printable
 
 __all__ = ["main"]
 
@@ -48,7 +49,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _fail(error: Exception, code: int) -> int:
     if os.environ.get("TURBOQUANT_DEBUG") == "1":
         raise error
-    print(f"turboquant-rs: {describe(error)}", file=sys.stderr)
+    print(f"turboquant-rs: {printable(describe(error))}", file=sys.stderr)
     return code
 
 

@@ -26,7 +26,7 @@ from turboquant_rs.picture import NO_MATPLOTLIB, can_draw
 from turboquant_rs.precision import Budget, Phases, Plan, read_plan
 from turboquant_rs.report import describe_scheme
 from turboquant_rs.scheme import Rounding, Scheme
-from turboquant_rs.table import human_bytes, table
+from turboquant_rs.table import human_bytes, printable, table
 
 __all__ = ["Command", "UsageError", "bench", "compare", "demo", "info", "inspect", "plan", "quantize"]
 
@@ -254,6 +254,8 @@ def _nested(options: argparse.Namespace) -> Scheme:
 
 def _rounding(options: argparse.Namespace) -> Rounding:
     if options.rounding == "nearest":
+        if options.seed is not None:
+            raise UsageError("--seed goes with a stochastic --rounding; nearest draws no random numbers")
         return Rounding.nearest()
     if options.seed is None:
         raise UsageError(f"--rounding {options.rounding} draws random numbers; give --seed")
@@ -303,7 +305,7 @@ def _print_contents(contents: Contents, compared: Comparison | None) -> None:
 
 def _print_names(title: str, names: Iterable[str]) -> None:
     if names := list(names):
-        print(f"  {title}: {', '.join(names)}")
+        print(f"  {title}: {', '.join(map(printable, names))}")
 
 
 def _times(numerator: float | None, denominator: float | None) -> str:

@@ -72,6 +72,11 @@ def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def extent(shape: Sequence[int]) -> int:
+    """Elements of a tensor, an empty dimension counted as one: what its strides reach."""
+    return math.prod(max(size, 1) for size in shape)
+
+
 class Checksum:
     """CRC-32 of a tensor's bytes, piece by piece: a piece that is read alone is checked alone.
 
@@ -314,6 +319,8 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sums: Sums = {}
+        if self.path.is_fifo():  # which nobody may ever write to
+            raise self._bad("it is a pipe; name a regular file")
         self._file = open(self.path, "rb", buffering=0)
         try:
             self._start, header = self._read_header()
@@ -447,7 +454,7 @@ class Reader:
             raise self._bad(f"tensor {name} has shape {shape!r} and data_offsets {offsets!r}")
         begin, end = offsets
         need = nbytes(DTYPES[dtype], shape)
-        if need > MAX_BYTES or end - begin != need or end > self._data_size:
+        if extent(shape) > MAX_BYTES // 8 or end - begin != need or end > self._data_size:
             raise self._bad(
                 f"tensor {name}, {dtype} {shape}, needs {need} bytes and is given {begin} to {end} of "
                 f"{self._data_size}; the file is truncated or damaged"
@@ -464,8 +471,9 @@ def _naturals(values: Any) -> bool:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} is given twice")
+        found[name] = value
     return found

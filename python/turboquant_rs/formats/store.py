@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant_rs.errors import QuantizationFormatError
-from turboquant_rs.formats.container import Entry, Reader, Writer
+from turboquant_rs.formats.container import Entry, Reader, Writer, extent
 from turboquant_rs.formats.model import fill, require_finished, tensors_of
 from turboquant_rs.formats.records import (
     KEY,
@@ -205,7 +205,7 @@ class Store:
         if name not in self.records:
             return self.entry(name).shape
         values = self._owner[name + SHAPE].read(name + SHAPE).tolist()
-        if any(value < 0 for value in values) or math.prod(values) > MAX_ELEMENTS:
+        if any(value < 0 for value in values) or extent(values) > MAX_ELEMENTS:
             raise self._bad(name, f"its shape is said to be {values}")
         shape = tuple(values)
         self._check_parts(name, self.records[name], shape)
@@ -335,7 +335,7 @@ class Store:
         used: set[str] = set()
         for name, record in self.records.items():
             needed = {name + suffix for suffix in record.suffixes}
-            if missing := sorted(needed - set(self._owner)):
+            if missing := sorted(key for key in needed if key not in self._owner):
                 raise self._bad(name, f"{', '.join(missing)} is missing")
             if self.entry(name + SHAPE).dtype != torch.int64 or len(self.entry(name + SHAPE).shape) != 1:
                 raise self._bad(name, f"{name}{SHAPE} must be a list of int64")
@@ -345,7 +345,9 @@ class Store:
             if key.endswith(PACKED) and key.removesuffix(PACKED) + SCALE in self._owner:
                 raise QuantizationFormatError(
                     f"{self.path}: {key} looks like a packed tensor and has no record in the metadata or in "
-                    "config.json; it cannot be decoded"
+                    "config.json; it cannot be decoded. If it is the state_dict of a quantized model, as "
+                    "save_pretrained writes it, quantize a model alike and use model.load_state_dict with "
+                    "safetensors.torch.load_file; tq.save writes files that need neither"
                 )
         for alias, name in self.aliases.items():
             if alias in self.records or alias in self._owner:
@@ -356,7 +358,9 @@ class Store:
 
 
 def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+    if not isinstance(name, str) or not name.isprintable():  # a lone surrogate, say, is no name of any file
+        return False
+    return name not in ("", ".", "..") and Path(name).name == name
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -390,14 +394,19 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, bits: int
     Raises: QuantizationFormatError for a damaged file; ValueError for bits that a tensor has not, and for
     names or shapes that do not fit the model (nothing of it is changed before all of them are checked).
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected an nn.Module to fill, or None for a dict"
+        )
     with Store(path) as store:
         _check_prefix(store, bits)
+        tied = set(store.aliases.values())
         shared: dict[str, Tensor | PackedTensor] = {}
 
         def read(name: str) -> Tensor | PackedTensor:
             """Aliases share memory, as they did when they were saved."""
             source = store.aliases.get(name, name)
-            if source not in store.aliases.values():
+            if source not in tied:
                 return store.read(source, bits)
             if source not in shared:
                 shared[source] = store.read(source, bits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -108,6 +108,7 @@ def quantize_(
     dry_run: only report what would be done.
     progress: draw a bar on stderr, if that is a terminal.
 
+    The report lists every layer, and every other matrix of the model: done, or left alone and why.
     Hooks, attributes, training mode and biases (the same Parameters) of a layer pass to its successor.
     Running it again leaves quantized layers as they are. Every weight is checked before the first is touched:
     a NaN, an infinity, a magnitude above 2^120, a sparse or meta weight (`ValueError`), a wrong dtype
@@ -283,7 +284,28 @@ def _plan(
     quantized_already = any(isinstance(module, PackedWeight) for _, module in candidates)
     if not steps and not quantized_already:
         raise NoLayersMatched(_why_nothing(model, reasons))
-    return steps, tuple(SkippedLayer(names[0], reasons[names]) for names, _ in candidates if names in reasons)
+    skipped = [SkippedLayer(names[0], reasons[names]) for names, _ in candidates if names in reasons]
+    return steps, (*skipped, *_beside_the_layers(model, candidates))
+
+
+def _beside_the_layers(
+    model: nn.Module, candidates: Sequence[tuple[tuple[str, ...], nn.Module]]
+) -> Iterator[SkippedLayer]:
+    """The matrices that no candidate holds: those of convolutions, of attention, of experts in one tensor."""
+    inside = {id(parameter) for _, module in candidates for parameter in module.parameters()}
+    owners = {
+        f"{prefix}.{name}" if prefix else name: (parameter, module)
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for name, (parameter, module) in owners.items():
+        if id(parameter) in inside or nn.parameter.is_lazy(parameter) or parameter.dim() < 2:
+            continue
+        yield SkippedLayer(
+            name.removesuffix(".weight"),
+            f"{' x '.join(map(str, parameter.shape))} in {type(module).__name__}: only linear layers and "
+            "embeddings are quantized",
+        )
 
 
 def _select(

@@ -503,11 +503,9 @@ def from_state(state: Tensor) -> Any:
 def _parse_extra_state(state: Tensor) -> tuple[Scheme, Rounding, int]:
     try:
         record = from_state(state)
-        return (
-            Scheme.from_dict(record["scheme"]),
-            Rounding.from_dict(record["rounding"]),
-            int(record["bits"]),
-        )
+        scheme, rounding = Scheme.from_dict(record["scheme"]), Rounding.from_dict(record["rounding"])
+        rounding.check(scheme)
+        return scheme, rounding, scheme.check_bits(record["bits"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise QuantizationFormatError(
             f"_extra_state is no record of a quantized layer ({error}); it is written by state_dict() of one"

@@ -476,9 +476,11 @@ def _check_scales(scale: Tensor, dtype: torch.dtype) -> None:
 
 def refusal_of_scale(group: int, dtype: torch.dtype) -> ValueError:
     """The error of the scale of a group that its dtype cannot hold."""
+    way_out = "rescale the tensor"  # sums over a group may leave the range of f32 where no element does
+    if dtype == torch.float16:
+        way_out = 'use scale_dtype="bf16", which has the range of f32'
     return ValueError(
-        f"the scale of group {group} exceeds the largest finite {FLOAT_NAMES[dtype]} value; use "
-        'scale_dtype="bf16", which has the range of f32'
+        f"the scale of group {group} exceeds the largest finite {FLOAT_NAMES[dtype]} value; {way_out}"
     )
 
 

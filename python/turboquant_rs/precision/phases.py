@@ -22,7 +22,7 @@ class Phases:
     decode: bounds from 0 on, None for no end: (0, 32, None) is the first 32 tokens and those that follow.
     prompt: how many tokens of each scored sequence stand for the prompt; None: half of them.
 
-    Raises `ValueError` for bounds that do not ascend from 0 to None.
+    Raises `ValueError` for bounds that do not ascend from 0 to None, `TypeError` where prefill is no bool.
     """
 
     prefill: bool = True
@@ -30,6 +30,8 @@ class Phases:
     prompt: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prefill, bool):
+            raise TypeError(f"prefill must be True or False, got {self.prefill!r}")
         *bounds, end = (self.decode if isinstance(self.decode, tuple | list) else ()) or (self.decode,)
         whole = [bound for bound in bounds if isinstance(bound, int) and not isinstance(bound, bool)]
         rising = all(a < b for a, b in pairwise(whole))

@@ -25,6 +25,7 @@ from .variants import at_bits
 
 KIND, VERSION = "turboquant_rs plan", 1
 SHOWN = 8  # differences listed in an error
+MOST_LEVELS = 1 << 16  # of a ladder: memory for each is taken beforehand
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,12 +89,12 @@ class Plan:
         Each is the Lagrangian optimum for its bytes, and from one level to the next no layer rises. Levels
         between which no layer changes are one, so that there may be fewer.
 
-        Raises `ValueError` for fewer than two levels.
+        Raises `ValueError` for fewer than two levels, or more than any model has.
         """
         if isinstance(levels, bool) or not isinstance(levels, int):
             raise TypeError(f"levels must be a whole number, got {levels!r}")
-        if levels < 2:
-            raise ValueError(f"a ladder has at least two levels, got {levels}")
+        if not 2 <= levels <= MOST_LEVELS:
+            raise ValueError(f"a ladder has 2 to {MOST_LEVELS} levels, got {levels}; use 16, say")
         found = self.sensitivity
         choices = Choices.of(found, found.within(self.floor, self.ceiling), self.ties, nbytes(found))
         low, high = choices.least, choices.most

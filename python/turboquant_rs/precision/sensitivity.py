@@ -559,7 +559,7 @@ def reading(kind: str) -> Iterator[None]:
     """Whatever is wrong with the fields that are read in the block is a QuantizationFormatError."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise QuantizationFormatError(
             f"this is no record of a {kind} ({type(error).__name__}: {error}); "
             "give the text that to_json() wrote"

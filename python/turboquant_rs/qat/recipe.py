@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from turboquant_rs.errors import NoLayersMatched
 from turboquant_rs.nn import quantize_
-from turboquant_rs.nn.convert import Follower, Prescription, SchemeLike, replace_module
+from turboquant_rs.nn.convert import Follower, Prescription, SchemeLike, as_scheme, replace_module
 from turboquant_rs.nn.patterns import summary
 from turboquant_rs.nn.weight import PackedWeight
 from turboquant_rs.precision import Budget
@@ -54,7 +54,8 @@ class QAT:
     budget: for "pqn": the bits of all layers together (`tq.Budget(bits=…)`, scales counted, or `bytes=`);
         each layer then learns its own, 2 to 8.
 
-    Raises `ValueError` for unknown words and for what does not go together.
+    Raises `ValueError` for unknown words, numbers out of range and what does not go together; `TypeError` for
+        schemes that are none.
     """
 
     schemes: SchemeLike | Mapping[str, SchemeLike] | Prescription | None = None
@@ -71,6 +72,8 @@ class QAT:
             raise ValueError(f"step {self.step!r} is unknown; use 'prepare', then 'convert'")
         if self.step == "prepare" and self.schemes is None:
             raise ValueError("step='prepare' needs a scheme, such as tq.QAT(4) or tq.QAT(tq.Scheme(bits=2))")
+        if self.schemes is not None and not isinstance(self.schemes, Mapping | Prescription):
+            as_scheme(self.schemes)
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise TypeError(f"budget must be a tq.Budget, such as tq.Budget(bits=3.25), got {self.budget!r}")
         if self.budget is not None and self.method != "pqn":

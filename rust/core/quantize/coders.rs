@@ -284,19 +284,21 @@ impl Coder for Sign {
 pub(super) struct Levels {
     thresholds: [f32; LANES],
     len: usize,
+    /// A threshold lies at zero, where the least of numbers is told from it.
+    at_zero: bool,
 }
 
 impl Levels {
     pub(super) fn new(levels: &[u8]) -> Self {
         let (thresholds, len) = scales::thresholds(levels);
-        Self { thresholds, len }
+        Self { thresholds, len, at_zero: thresholds[..len].contains(&0.0) }
     }
 }
 
 impl Coder for Levels {
     #[inline(always)]
     fn encode<I: Isa>(&self, isa: I, group: &Group<I>, _at: usize, x: [I::F32; 4]) -> I::U8 {
-        let x = group.flushed(isa, x);
+        let x = if self.at_zero { four!(j => flush(isa, x[j])) } else { group.flushed(isa, x) };
         let t = four!(j => isa.mul(x[j], group.inverse));
         let (zero, one) = (isa.splat_i32(0), isa.splat_i32(1));
         let mut level = [zero; 4];
