@@ -45,7 +45,8 @@ __device__ inline float clamped(float x, float inverse, float zero) {
 // bit.
 __device__ inline u32 nearest_code(float x, float inverse, float zero, const Table &table) {
     if (LEVELS) {
-        const float t = fminf(fmaxf(scaled(x, inverse), -CODE_LIMIT), CODE_LIMIT);
+        // A threshold may lie at zero, and tell the least of quotients from it.
+        const float t = fminf(fmaxf(__fmul_rn(flush(x), inverse), -CODE_LIMIT), CODE_LIMIT);
         u32 code = 0;
 #pragma unroll
         for (int i = 0; i + 1 < LEVELS; ++i)

@@ -108,18 +108,24 @@ def _on(device: int) -> None:
 
 
 @contextmanager
+def _unwatched() -> Iterator[None]:
+    """Within the block, what this thread asks of the driver ends no capture (memory, for one)."""
+    mode = ctypes.c_int(RELAXED_CAPTURE)
+    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "to leave a capture")
+    try:
+        yield
+    finally:
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+@contextmanager
 def not_captured(device: int) -> Iterator[None]:
     """Within the block, work on a device is done at once, even if torch's current stream is captured."""
     with torch.cuda.device(device):
         _on(device)
-        mode = ctypes.c_int(RELAXED_CAPTURE)
-        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "to leave a capture")
-        try:
-            with torch.cuda.stream(_free_stream()):
-                yield
-                _check(_driver().cuStreamSynchronize(_Pointer(raw_stream(device))), "to wait for a stream")
-        finally:
-            _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        with _unwatched(), torch.cuda.stream(_free_stream()):
+            yield
+            _check(_driver().cuStreamSynchronize(_Pointer(raw_stream(device))), "to wait for a stream")
 
 
 def _free_stream() -> Any:
@@ -270,11 +276,12 @@ class Kernel:
             if device not in self._functions:
                 # Makes the device's context current where there is none yet.
                 cupy().runtime.setDevice(device)
-                module = cupy().Module()
-                module.load(self.compile(architecture(device)))
-                function = module.get_function(self.entry)
-                if self.shared > STATIC_SHARED:
-                    cupy().driver.funcSetAttribute(function.ptr, DYNAMIC_SHARED_SIZE, self.shared)
+                module, cubin = cupy().Module(), self.compile(architecture(device))
+                with _unwatched():
+                    module.load(cubin)
+                    function = module.get_function(self.entry)
+                    if self.shared > STATIC_SHARED:
+                        cupy().driver.funcSetAttribute(function.ptr, DYNAMIC_SHARED_SIZE, self.shared)
                 self._functions[device] = function
         return self._functions[device]
 

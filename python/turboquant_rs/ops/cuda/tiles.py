@@ -534,7 +534,8 @@ def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) ->
     exchange, order = 8e-15 * (weight.bits + 4) * n * k * blocks, 1.5e-6 + 1.05e-12 * m * k
     shapes = [_wide_shape(weight, columns, groups, exchange > order, limits) for groups in (2, 1)]
     wide, splits = min(
-        itertools.product(shapes, (1, 2, 4, 8)), key=lambda found: _wide_cost(*found, blocks, n, k, limits)
+        itertools.product(shapes, (1, 2, 4, 8)),
+        key=lambda shape: _wide_cost(shape[0], shape[1], blocks, n, k, limits),
     )
     kernel = _kernel(weight, bf16, columns, wide, splits)
     grid = -(-n // wide.rows), splits
