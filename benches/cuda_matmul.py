@@ -29,7 +29,7 @@ from turboquant_rs.ops.tiles import tiles_nbytes
 
 RESULTS = Path(__file__).parent / "results" / "cuda_matmul.json"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 ROUNDS = 30
 ROTATED = 3
 """How many times over the weights of a graph fill the L2 cache."""

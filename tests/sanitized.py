@@ -6,6 +6,7 @@ import torch
 
 import turboquant_rs as tq
 from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.ops.tiles import tiles_nbytes
 from turboquant_rs.packed import matmul_refined
 
 WAYS = (
@@ -62,13 +63,19 @@ def products() -> None:
     for scheme in (Scheme(bits=8, group_size=None), Scheme(bits=8, group_size=128)):
         p = tq.pack(torch.randn(4096, 256, device="cuda"), scheme=scheme)
         tq.matmul(torch.randn(600, 256, device="cuda").bfloat16(), p)
+    # So large a weight that x is brought to its order; any bits are one.
+    n, k, scheme = 24000, 1024, Scheme(bits=8)
+    codes = torch.randint(0, 256, (tiles_nbytes(n, k, 8),), dtype=torch.uint8, device="cuda")
+    scales = torch.ones(n, scheme.groups(k), dtype=torch.bfloat16, device="cuda")
+    args = (*scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths, 8, "float", "tiles", n)
+    ops.matmul(torch.randn(20, k, device="cuda").bfloat16(), codes, scales, codes[:0], None, *args)
     for dtype, scheme in (
         (torch.bfloat16, Scheme.nested()),
         (torch.float16, Scheme(bits=3, symmetric=False)),
     ):
         layer = tq.nn.QuantLinear(192, 72, scheme=scheme, dtype=dtype, device="cuda", activations="float")
         with torch.no_grad():
-            for m in (1, 12, 60, 200):
+            for m in (1, 12, 30, 60, 120, 200, 300):
                 layer(torch.randn(m, 192, device="cuda").to(dtype))
 
 

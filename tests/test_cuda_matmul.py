@@ -94,7 +94,8 @@ def test_the_product_is_that_with_the_dequantized_weight(
 @pytest.mark.parametrize("m", [17, 32, 33, 65, 129, 193, 257, 385, 513, 2048, 2049])
 def test_many_rows_of_x_meet_weights_that_are_rounded(m: int) -> None:
     """As `unpack` rounds them, in registers or in memory; at and beside the rows of x that a block takes."""
-    for n, scheme in ((N, Scheme(bits=4, group_size=64)), (9000, Scheme(bits=3, group_size=96))):
+    few, many, most = Scheme(bits=4, group_size=64), Scheme(bits=3, group_size=96), Scheme(bits=8)
+    for n, scheme in ((N, few), (9000, many), (24000, most)):  # for the last x is brought to its order
         arguments, k = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths), 1096
         stored = ops.pack(normal(n, k).cuda(), *arguments, False)
         weight = ops.unpack(*stored, *arguments, scheme.bits, (n, k), torch.bfloat16)
