@@ -74,7 +74,8 @@ struct RowReader {
 
   __device__ __forceinline__ RowTerms load(int row, int group, int segment) const {
     const u64 own = min(row, m - 1);
-    return RowTerms::of(__ldg(scales + own * groups + group), __ldg(sums + own * segments + segment));
+    // By ordinary loads, which stay behind `wait_for_last`.
+    return RowTerms::of(scales[own * groups + group], sums[own * segments + segment]);
   }
 };
 

@@ -1,6 +1,7 @@
 // int8 activations by a packed matrix through mma.sync: a block has M_TILE rows of x and N_TILE of W, which arrive in
 // STAGES stages of 128·WARPS_K columns; each of WARPS_K warps takes 128 of them. Sums of integers are exact, so any
-// order gives the same bits; brackets meet their scales in float32, one after another.
+// order gives the same bits; brackets meet their scales in float32, one after another: where warps share the columns,
+// they leave the sums of their groups in shared memory, and every thread adds those of its results in order.
 //
 // NIBBLES: W has two codes a byte. FLUSH: brackets end every so many times 32 columns; 0: with the row.
 #include "choice.cuh"
@@ -18,16 +19,29 @@ constexpr int THREADS = WARP * WARPS_M * WARPS_N * WARPS_K;
 constexpr int M_BLOCKS = M_TILE / (16 * WARPS_M), N_BLOCKS = N_TILE / (8 * WARPS_N);  // of a warp
 constexpr bool GROUPED = FLUSH > 0;
 constexpr int BRACKET = GROUPED ? FLUSH : 1;
-constexpr int SLOTS = !GROUPED ? 0 : BRACKET < STEPS ? (STEPS + BRACKET - 1) / BRACKET : 1;  // brackets that end in a stage
+constexpr int SLOTS = !GROUPED ? 0 : BRACKET < STEPS ? WARPS_K * ((STEPS + BRACKET - 1) / BRACKET) : WARPS_K;  // that end in a stage
+constexpr bool SEGMENTED = BRACKET * 32 == 32768;  // whether a group may have more than one bracket
+constexpr bool MEET = GROUPED && WARPS_K > 1;  // whether sums of brackets meet in shared memory
 static_assert(M_BLOCKS * 16 * WARPS_M == M_TILE && N_BLOCKS * 8 * WARPS_N == N_TILE, "whole blocks a warp");
-static_assert(!GROUPED || WARPS_K == 1, "brackets are added in order");
+static_assert(!MEET || (STEPS % BRACKET == 0 && WARPS_K % 4 == 0), "brackets that meet are of one warp; read by fours");
 
 // A stage: slice ▸ (x, W) ▸ row, then slot ▸ terms: scales and sums of rows of x, words with scales and with zero
-// points of rows of W.
+// points of rows of W. Where sums meet, terms are lines: of a row all slots, in the same order.
 constexpr int X_ROW = SLICE, W_ROW = NIBBLES ? SLICE / 2 : SLICE;  // bytes
 constexpr int X_BYTES = M_TILE * X_ROW, W_BYTES = N_TILE * W_ROW, SLICE_BYTES = X_BYTES + W_BYTES;
 constexpr int TERMS = 2 * M_TILE + (ASYMMETRIC ? 2 : 1) * N_TILE;
-constexpr int STAGE_BYTES = WARPS_K * SLICE_BYTES + (4 * SLOTS * TERMS + 127) / 128 * 128;
+
+// SLOTS terms of `size` bytes, in the words that hold them. Those of less than a word may begin within one.
+template <int size>
+struct Line {
+  static constexpr int BYTES = SLOTS * size, WORDS = (BYTES + 3) / 4 + (size < 4);
+  static constexpr int PITCH = (BYTES + 15) / 16 * 16 + (size < 4 ? 16 : 0);
+};
+
+using Scales = Line<sizeof(Number<SCALE>::Bits)>;
+constexpr int SUM_LINES = M_TILE * Line<4>::PITCH, SCALE_LINES = 2 * SUM_LINES, ZERO_LINES = SCALE_LINES + N_TILE * Scales::PITCH;
+constexpr int LINES = ZERO_LINES + (ASYMMETRIC ? N_TILE * Line<1>::PITCH : 0);
+constexpr int STAGE_BYTES = WARPS_K * SLICE_BYTES + ((MEET ? LINES : 4 * SLOTS * TERMS) + 127) / 128 * 128;
 
 // Where 16 bytes of a row lie in its tile: those of eight rows at one column are in different banks.
 template <int row_bytes>
@@ -80,16 +94,26 @@ __device__ __forceinline__ void mma(int (&d)[4], const u32 (&a)[4], u32 b0, u32 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// What the results of a thread need to know of a segment: of rows 8·i from its first, and columns 8·(i / 2) + i % 2.
+// The results of a thread: of rows ROW_STEP·i from its first, and columns 8·(i / 2) + i % 2. Those that meet are two
+// columns side by side, the next ones of the next thread.
+constexpr int PAIRS = N_TILE / 2;  // of columns
+constexpr int ROW_STEP = MEET ? THREADS / PAIRS : 8, ROWS = MEET ? M_TILE / ROW_STEP : 2 * M_BLOCKS;
+constexpr int COLUMNS = MEET ? 2 : 2 * N_BLOCKS;
+static_assert(!MEET || (THREADS % PAIRS == 0 && ROWS * ROW_STEP == M_TILE), "whole rows a thread");
+
+// Where sums meet: bracket ▸ row of x ▸ row of W, padded so that the lanes of a warp write to different banks.
+constexpr int MEETING_ROW = N_TILE + 8, MEETING = M_TILE * MEETING_ROW;
+
+// What the results of a thread need to know of a segment.
 struct Terms {
-  RowTerms rows[2 * M_BLOCKS];
-  ColumnTerms columns[2 * N_BLOCKS];
+  RowTerms rows[ROWS];
+  ColumnTerms columns[COLUMNS];
 
   __device__ __forceinline__ void load(const RowReader& x, const Weight& w, int row, int column) {
 #pragma unroll
-    for (int i = 0; i < 2 * M_BLOCKS; ++i) rows[i] = x.load(row + 8 * i, 0, 0);
+    for (int i = 0; i < ROWS; ++i) rows[i] = x.load(row + ROW_STEP * i, 0, 0);
 #pragma unroll
-    for (int i = 0; i < 2 * N_BLOCKS; ++i) {
+    for (int i = 0; i < COLUMNS; ++i) {
       const int own = column + i / 2 * 8 + i % 2;
       columns[i] = {w.scale(own, 0), w.zero_point(own, 0)};
     }
@@ -132,7 +156,7 @@ struct TermCopier {
     for (int i = 0; i < COPIES; ++i) {
       if (slots[i] < 0) break;
       int at = min(first + slots[i], last);
-      if (per_group[i] > 1) at /= per_group[i];
+      if (SEGMENTED && per_group[i] > 1) at /= per_group[i];
       const u64 word = (from[i] + static_cast<u64>(at) * bytes[i]) & ~3ull;
       asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to + 4 * (threadIdx.x + i * THREADS)), "l"(word));
     }
@@ -145,14 +169,59 @@ __device__ __forceinline__ u32 read_word(u32 from) {
   return word;
 }
 
+// Copies lines of `rows` rows of a matrix of terms: threads from `first_thread` on, 16 bytes each where rows are `whole`
+// multiples of that.
+template <int rows, int size>
+__device__ __forceinline__ void fetch_lines(u32 to, const void* matrix, int row0, int count, int groups, int first, bool whole,
+                                            int first_thread) {
+  using Own = Line<size>;
+  const u64 begin = reinterpret_cast<u64>(matrix);
+  const auto from = [&](int row) { return begin + (static_cast<u64>(min(row0 + row, count - 1)) * groups + first) * size; };
+  const int thread = (threadIdx.x + THREADS - first_thread % THREADS) % THREADS;
+  if (whole && Own::BYTES % 16 == 0) {
+    constexpr int chunks = Own::BYTES / 16;
+#pragma unroll
+    for (int i = 0; i < (rows * chunks + THREADS - 1) / THREADS; ++i) {
+      const int item = thread + i * THREADS, row = item / chunks, chunk = item % chunks;
+      if (item < rows * chunks) {
+        copy_async(to + row * Own::PITCH + chunk * 16, reinterpret_cast<const void*>(from(row) + chunk * 16), true);
+      }
+    }
+    return;
+  }
+  const u64 last = (begin + static_cast<u64>(count) * groups * size - 1) & ~3ull;
+#pragma unroll 1
+  for (int item = thread; item < rows * Own::WORDS; item += THREADS) {
+    const int row = item / Own::WORDS, word = item % Own::WORDS;
+    const u64 address = min((from(row) & ~3ull) + 4 * word, last);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to + row * Own::PITCH + 4 * word), "l"(address));
+  }
+}
+
+// Four terms of a line from the `at`th on, a multiple of four; they begin `shift` bits into a word.
+template <int size>
+__device__ __forceinline__ void read_line(u32 (&to)[4], u32 line, int at, u32 shift) {
+  if constexpr (size == 4) {
+    read_shared(to, line + 4 * at);
+  } else {
+    u32 words[size + 1];
+#pragma unroll
+    for (int i = 0; i <= size; ++i) words[i] = read_word(line + at * size + 4 * i);
+#pragma unroll
+    for (int i = 0; i < size; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], shift);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = words[i * size / 4] >> i * size % 4 * 8 & (1u << 8 * size % 32) - 1;
+  }
+}
+
 // Reads what has been copied, for a thread whose first row and column are `row` and `column` of the block.
 struct TermReader {
   int row, column;
-  u32 scales[2 * N_BLOCKS], zero_points[ASYMMETRIC ? 2 * N_BLOCKS : 1];  // which half, which byte of a word is its own
+  u32 scales[COLUMNS], zero_points[ASYMMETRIC ? COLUMNS : 1];  // which half, which byte of a word is its own
 
   __device__ __forceinline__ TermReader(const Weight& w, int row, int column, int n0) : row(row), column(column) {
 #pragma unroll
-    for (int i = 0; i < 2 * N_BLOCKS; ++i) {
+    for (int i = 0; i < COLUMNS; ++i) {
       const u32 at = static_cast<u32>(w.at(n0 + column + i / 2 * 8 + i % 2, 0));
       scales[i] = static_cast<u32>(reinterpret_cast<u64>(w.scales)) / 2 + at;
       if constexpr (ASYMMETRIC) zero_points[i] = static_cast<u32>(reinterpret_cast<u64>(w.zero_points)) + at;
@@ -161,12 +230,12 @@ struct TermReader {
 
   __device__ __forceinline__ void read(Terms& to, u32 from, int group) const {
 #pragma unroll
-    for (int i = 0; i < 2 * M_BLOCKS; ++i) {
-      const float scale = __uint_as_float(read_word(from + 4 * (row + 8 * i)));
-      to.rows[i] = RowTerms::of(scale, static_cast<int>(read_word(from + 4 * (M_TILE + row + 8 * i))));
+    for (int i = 0; i < ROWS; ++i) {
+      const int own = row + ROW_STEP * i;
+      to.rows[i] = RowTerms::of(__uint_as_float(read_word(from + 4 * own)), static_cast<int>(read_word(from + 4 * (M_TILE + own))));
     }
 #pragma unroll
-    for (int i = 0; i < 2 * N_BLOCKS; ++i) {
+    for (int i = 0; i < COLUMNS; ++i) {
       const int own = 2 * M_TILE + column + i / 2 * 8 + i % 2;
       const u32 word = read_word(from + 4 * own);
       float scale;
@@ -200,42 +269,120 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Copier<M_TILE, X_ROW> x_copier(codes, stride, m0, m);
   const Copier<N_TILE, W_ROW> w_copier(packed, w_stride, n0, n);
   const TermCopier term_copier(x, w, m0, n0);
-  const auto fetch_stage = [&](int number) {
+  const u64 addresses = reinterpret_cast<u64>(x_scales) | reinterpret_cast<u64>(x_sums) | reinterpret_cast<u64>(scales) |
+                        (ASYMMETRIC ? reinterpret_cast<u64>(zero_points) : 0);
+  const bool whole = MEET && groups % SLOTS == 0 && addresses % 16 == 0;
+  const auto fetch_w = [&](int number) { w_copier.fetch(base + number % STAGES * STAGE_BYTES + X_BYTES, number); };
+  const auto fetch_x = [&](int number) {
     const u32 stage = base + number % STAGES * STAGE_BYTES;
     x_copier.fetch(stage, number);
-    w_copier.fetch(stage + X_BYTES, number);
-    if constexpr (GROUPED) {
-      term_copier.fetch(stage + WARPS_K * SLICE_BYTES, number * STEPS / BRACKET);
+    const u32 to = stage + WARPS_K * SLICE_BYTES;
+    if constexpr (MEET) {
+      constexpr int each = M_TILE * Line<4>::BYTES / 16, size = sizeof(Number<SCALE>::Bits);
+      const int first = number * SLOTS;
+      fetch_lines<M_TILE, 4>(to, x_scales, m0, m, groups, first, whole, 0);
+      fetch_lines<M_TILE, 4>(to + SUM_LINES, x_sums, m0, m, groups, first, whole, each);
+      fetch_lines<N_TILE, size>(to + SCALE_LINES, scales, n0, n, groups, first, whole, 2 * each);
+      if constexpr (ASYMMETRIC) fetch_lines<N_TILE, 1>(to + ZERO_LINES, zero_points, n0, n, groups, first, whole, 3 * each);
+    } else if constexpr (GROUPED) {
+      term_copier.fetch(to, number * STEPS / BRACKET);
     }
   };
+  fetch_w(0);
+  wait_for_last();  // which quantizes x
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (stage < stages) fetch_stage(stage);
+    if (stage > 0 && stage < stages) fetch_w(stage);
+    if (stage < stages) fetch_x(stage);
     copies_commit();
   }
 
   const int x_row = warp_m * M_BLOCKS * 16, w_row = warp_n * N_BLOCKS * 8;
-  const int row = x_row + lane / 4, column = w_row + lane % 4 * 2;  // of the first result of a thread
-  const TermReader term_reader(w, row, column, n0);
+  const int multiplied_row = x_row + lane / 4, multiplied_column = w_row + lane % 4 * 2;
+  const int row = MEET ? threadIdx.x / PAIRS : multiplied_row, column = MEET ? threadIdx.x % PAIRS * 2 : multiplied_column;
+  const TermReader term_reader(w, row, column, n0);  // of a thread's first result
+  int* const meeting = reinterpret_cast<int*>(memory + STAGES * STAGE_BYTES);
   Terms terms;
   int products[M_BLOCKS][N_BLOCKS][4] = {};
-  float total[GROUPED ? M_BLOCKS : 1][GROUPED ? N_BLOCKS : 1][4] = {};
+  float total[GROUPED ? ROWS : 1][GROUPED ? COLUMNS : 1] = {};
   int segment = 0;
   const auto end_segment = [&](u32 stage, int first) {
-    if constexpr (GROUPED) {
-      const int group = per_group == 1 ? segment : segment / per_group;
-      term_reader.read(terms, stage + WARPS_K * SLICE_BYTES + 4 * TERMS * (segment - first), group);
+    if constexpr (GROUPED && !MEET) {
+      const int group = SEGMENTED ? segment / per_group : segment;
+      term_reader.read(terms, stage + SLICE_BYTES + 4 * TERMS * (segment - first), group);
 #pragma unroll
-      for (int i = 0; i < M_BLOCKS; ++i)
+      for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-        for (int j = 0; j < N_BLOCKS; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            total[i][j][e] =
-                add_bracket(total[i][j][e], products[i][j][e], terms.rows[2 * i + e / 2], terms.columns[2 * j + e % 2]);
-            products[i][j][e] = 0;
-          }
+        for (int j = 0; j < COLUMNS; ++j) {
+          int& sum = products[i / 2][j / 2][i % 2 * 2 + j % 2];
+          total[i][j] = add_bracket(total[i][j], sum, terms.rows[i], terms.columns[j]);
+          sum = 0;
+        }
       ++segment;
+    }
+  };
+  // Leaves the sums of a bracket of this warp where they meet.
+  const auto put = [&](int bracket) {
+#pragma unroll
+    for (int i = 0; i < 2 * M_BLOCKS; ++i)
+#pragma unroll
+      for (int j = 0; j < N_BLOCKS; ++j) {
+        int(&pair)[4] = products[i / 2][j];
+        int* to = meeting + bracket * MEETING + (multiplied_row + 8 * i) * MEETING_ROW + multiplied_column + 8 * j;
+        *reinterpret_cast<int2*>(to) = make_int2(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        pair[i % 2 * 2] = pair[i % 2 * 2 + 1] = 0;
+      }
+  };
+  // Adds the brackets of a stage, of which the last one may have fewer.
+  u32 shifts[2], zero_shifts[2];  // of its columns' terms within words
+  if constexpr (MEET) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u64 at = w.at(n0 + column + i, 0);
+      shifts[i] = static_cast<u32>(reinterpret_cast<u64>(scales) + at * sizeof(Number<SCALE>::Bits)) % 4 * 8;
+      zero_shifts[i] = static_cast<u32>(reinterpret_cast<u64>(zero_points) + at) % 4 * 8;
+    }
+  }
+  const auto add_stage = [&](u32 lines, int first) {
+    if constexpr (MEET) {
+      constexpr int size = sizeof(Number<SCALE>::Bits);
+#pragma unroll
+      for (int four = 0; four < SLOTS; four += 4) {
+        u32 scale_bits[2][4], zeros[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          read_line<size>(scale_bits[i], lines + SCALE_LINES + (column + i) * Scales::PITCH, four, shifts[i]);
+          if constexpr (ASYMMETRIC) read_line<1>(zeros[i], lines + ZERO_LINES + (column + i) * Line<1>::PITCH, four, zero_shifts[i]);
+        }
+        ColumnTerms of_columns[4][2];
+#pragma unroll
+        for (int slot = 0; slot < 4; ++slot)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float scale;
+            if constexpr (SCALE == F32) scale = __uint_as_float(scale_bits[i][slot]);
+            else scale = Number<SCALE>::widen(static_cast<u16>(scale_bits[i][slot]));
+            of_columns[slot][i] = {__fmul_rn(scale, 1 << REST), scaled_zero_point(ZERO)};
+            if constexpr (ASYMMETRIC) of_columns[slot][i].zero_point = zero_term(scaled_zero_point(2 * zeros[i][slot]));
+          }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const int own = row + ROW_STEP * i;
+          u32 x_scale_bits[4], sums[4];
+          read_line<4>(x_scale_bits, lines + own * Line<4>::PITCH, four, 0);
+          read_line<4>(sums, lines + SUM_LINES + own * Line<4>::PITCH, four, 0);
+#pragma unroll
+          for (int slot = 0; slot < 4; ++slot) {
+            const RowTerms of_row = RowTerms::of(__uint_as_float(x_scale_bits[slot]), static_cast<int>(sums[slot]));
+            const int2 met = *reinterpret_cast<const int2*>(meeting + (four + slot) * MEETING + own * MEETING_ROW + column);
+            const float added[2] = {add_bracket(total[i][0], met.x, of_row, of_columns[slot][0]),
+                                    add_bracket(total[i][1], met.y, of_row, of_columns[slot][1])};
+            const bool present = first + four + slot < segments;
+            total[i][0] = present ? added[0] : total[i][0];
+            total[i][1] = present ? added[1] : total[i][1];
+          }
+        }
+      }
     }
   };
 
@@ -244,7 +391,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int number = 0; number < stages; ++number) {
     copies_wait<STAGES - 2>();
     __syncthreads();
-    if (number + STAGES - 1 < stages) fetch_stage(number + STAGES - 1);
+    if (number + STAGES - 1 < stages) {
+      fetch_w(number + STAGES - 1);
+      fetch_x(number + STAGES - 1);
+    }
     copies_commit();
     const u32 stage = base + number % STAGES * STAGE_BYTES, slice = stage + warp_k * SLICE_BYTES;
     u32 b[NIBBLES ? 1 : part / 2][N_BLOCKS][4];
@@ -278,16 +428,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               mma(products[i][j], a[step - step0][i], own[step % 2 * 2], own[step % 2 * 2 + 1]);
             }
           }
-        if constexpr (GROUPED) {
+        if constexpr (MEET) {
+          if ((step + 1) % BRACKET == 0) put((warp_k * STEPS + step) / BRACKET);
+        } else if constexpr (GROUPED) {
           // The last bracket may be short; steps behind it add nothing.
           const bool ends = (number * STEPS + step + 1) % BRACKET == 0 || (step + 1 == STEPS && number + 1 == stages);
           if (ends && segment < segments) end_segment(stage, number * STEPS / BRACKET);
         }
       }
     }
+    if constexpr (MEET) {
+      __syncthreads();
+      add_stage(stage + WARPS_K * SLICE_BYTES, number * SLOTS);
+    }
   }
 
-  if constexpr (WARPS_K > 1) {
+  if constexpr (WARPS_K > 1 && !GROUPED) {
     constexpr int results = M_BLOCKS * N_BLOCKS * 4;
     int* slabs = reinterpret_cast<int*>(memory) + threadIdx.x % (THREADS / WARPS_K);
     copies_wait<0>();
@@ -307,23 +463,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   if constexpr (!GROUPED) terms.load(x, w, m0 + row, n0 + column);
 #pragma unroll
-  for (int j = 0; j < N_BLOCKS; ++j) {
-    const int at = n0 + column + 8 * j;
+  for (int j = 0; j < COLUMNS; j += 2) {
+    const int at = n0 + column + 4 * j;
     const float own[2] = {out.bias_of(at), out.bias_of(at + 1)};
 #pragma unroll
-    for (int i = 0; i < 2 * M_BLOCKS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
       float results[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float value;
         if constexpr (GROUPED) {
-          value = total[i / 2][j][i % 2 * 2 + e];
+          value = total[i][j + e];
         } else {
-          value = add_bracket(0.0f, products[i / 2][j][i % 2 * 2 + e], terms.rows[i], terms.columns[2 * j + e]);
+          value = add_bracket(0.0f, products[i / 2][j / 2][i % 2 * 2 + e], terms.rows[i], terms.columns[j + e]);
         }
         results[e] = out.with_bias(value, own[e]);
       }
-      out.store(m0 + row + 8 * i, at, results[0], results[1]);
+      out.store(m0 + row + ROW_STEP * i, at, results[0], results[1]);
     }
   }
 }

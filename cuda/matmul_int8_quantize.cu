@@ -100,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     matmul_int8_quantize(CHOICE const Number<X>::Bits* x, signed char* codes, float* scales, int* sums, int m, int k, int size,
                          int padded, int stride, int groups, int segments) {
   UNLESS_CHOSEN;
+  let_next_begin();  // which waits for the end of this before it reads codes
   const u32 number = blockIdx.x * (THREADS / TEAM) + threadIdx.x / TEAM;
   const u32 row = number / static_cast<u32>(groups), group = number % static_cast<u32>(groups);
   const bool there = row < m;

@@ -1,16 +1,14 @@
-// int8 activations by bytes of W through wgmma, for many rows of x on Hopper: blocks that stay, a warp group that
-// copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that multiply 64 rows each. Where
-// brackets end with a group, these two take turns at the matrix unit: while it works for one, the other adds its
-// brackets in float32. What rows and columns bring to the groups that end in a stage arrives with it.
+// int8 activations by bytes of W whose brackets end with the row, through wgmma, for many rows of x on Hopper: blocks
+// that stay, a warp group that copies 128 × 128 bytes of x and N_TILE × 128 of W a stage by tensor maps, and two that
+// multiply 64 rows each.
 //
-// CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them. FLUSH: brackets end
-// every so many times 32 columns, a divisor or a multiple of 4; 0: with the row.
+// CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them.
 #include "choice.cuh"
 #include "hopper.cuh"
 #include "matmul_int8.cuh"
 
-#if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER) || !defined(FLUSH)
-#error "N_TILE: 64, 128 or 256; STAGES; CLUSTER; FLUSH"
+#if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER)
+#error "N_TILE: 128 or 256; STAGES; CLUSTER"
 #endif
 
 constexpr int M_TILE = 128, GROUP_ROWS = 64, K_TILE = 128, STEPS = 4;
@@ -18,9 +16,6 @@ constexpr int MULTIPLIERS = M_TILE / GROUP_ROWS;
 constexpr int X_BYTES = M_TILE * K_TILE, W_BYTES = N_TILE * K_TILE, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int BAND = 8;  // clusters in m that go through the rows of W together, so that L2 serves them
 constexpr int RESULTS = N_TILE / 2;  // of a thread
-constexpr bool GROUPED = FLUSH > 0;
-constexpr int RUN = GROUPED && FLUSH < STEPS ? FLUSH : STEPS;  // steps of one group in a stage
-constexpr int SLOTS = GROUPED ? STEPS / RUN : 0;               // groups of a stage
 
 template <bool V>
 struct Constant {
@@ -41,15 +36,6 @@ __device__ __forceinline__ void cluster_sync() {
 // The threads of one warp group.
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
-}
-
-// Turns of the warp groups that multiply: each waits until the other has had one.
-__device__ __forceinline__ void turn_wait(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + MULTIPLIERS + group), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
-}
-
-__device__ __forceinline__ void turn_pass(int group) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(1 + MULTIPLIERS + (group ^ 1)), "n"(MULTIPLIERS * GROUP_THREADS) : "memory");
 }
 
 // Copies ----------------------------------------------------------------------------------------------------
@@ -88,16 +74,10 @@ __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int mo
                "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, more;\n}"
                : REGISTERS_64(0), REGISTERS_64(64)
                : "l"(a), "l"(b), "r"(more));
-#elif N_TILE == 128
+#else
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8." BYTES " {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
                : REGISTERS_64(0)
-               : "l"(a), "l"(b), "r"(more));
-#else
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." BYTES " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2)
-               "%30,%31}, %32, %33, more;\n}"
-               : REGISTERS_32(0)
                : "l"(a), "l"(b), "r"(more));
 #endif
 }
@@ -130,23 +110,9 @@ struct Tiles {
 
 // What the columns of a tile bring, for each warp group; twice, as one is read while the next is written.
 struct alignas(16) Columns {
-  float scales[2][GROUPED ? 4 : N_TILE];
-  int zero_points[2][!GROUPED && ASYMMETRIC ? N_TILE : 4];
+  float scales[2][N_TILE];
+  int zero_points[2][ASYMMETRIC ? N_TILE : 4];
   float bias[2][N_TILE];
-};
-
-// What the rows and columns of a tile bring to a group. Those of the groups of a stage lie behind all stages.
-struct alignas(16) GroupTerms {
-  float scales[N_TILE];
-  int zero_points[ASYMMETRIC ? N_TILE : 4];
-  float row_scales[M_TILE];
-  u32 row_sums[M_TILE];
-};
-
-// Of a row and a column, a thread of the warp group that copies.
-struct OwnTerms {
-  RowTerms row;
-  ColumnTerms column;
 };
 
 // Four words of each of four lanes to the lanes by the number of the word: lane i gets the i-th of all four.
@@ -172,12 +138,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   __shared__ Columns shared_columns[MULTIPLIERS];
   const u32 base = (shared_address(memory) + 1023) & ~1023u;
   const u32 fulls = shared_address(full), empties = shared_address(empty);
-  auto* const stage_terms = reinterpret_cast<GroupTerms*>(memory + (base - shared_address(memory)) + STAGES * STAGE_BYTES);
   const int rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0, k_tiles = (stride + K_TILE - 1) / K_TILE;
   const Tiles tiles(m, n);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(fulls + 8 * stage, GROUPED ? 1 + GROUP_THREADS : 1);
+      barrier_init(fulls + 8 * stage, 1);
       barrier_init(empties + 8 * stage, CLUSTER * MULTIPLIERS * GROUP_THREADS / WARP);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
@@ -185,10 +150,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   cluster_sync();
 
   if (threadIdx.x < GROUP_THREADS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPED ? 56 : 40));
-    const int thread = threadIdx.x;
-    const Weight w = {scales, zero_points, n, groups};
-    const RowReader x = {x_scales, x_sums, m, groups, groups};
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
     Slot slot;
     const auto copy_stage = [&](const Tile& tile, int k) {
       const u32 barrier = fulls + 8 * slot.stage, stage = base + slot.stage * STAGE_BYTES;
@@ -201,49 +163,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
         copy_tile(stage + X_BYTES, maps.w, k * K_TILE, tile.n0, barrier);
       }
     };
-    if (GROUPED || thread == 0) {
+    if (threadIdx.x == 0) {
       for (int number = blockIdx.x / CLUSTER; number < tiles.count(); number += gridDim.x / CLUSTER) {
         const Tile tile = tiles[number];
-        // The terms of so many stages are on their way at a time.
-        constexpr int ahead = GROUPED ? 4 / SLOTS : 1;
-        for (int first = 0; first < k_tiles; first += ahead) {
-          OwnTerms terms[ahead][GROUPED ? SLOTS : 1];
-          if constexpr (GROUPED) {
-#pragma unroll
-            for (int i = 0; i < ahead; ++i)
-#pragma unroll
-              for (int slot_of = 0; slot_of < SLOTS; ++slot_of) {
-                const int group = min((first + i) * STEPS / FLUSH + slot_of, groups - 1);
-                const int row = tile.m0 + rank * M_TILE + thread, column = tile.n0 + thread;
-                terms[i][slot_of] = {x.load(row, group, group), {w.scale(column, group), w.zero_point(column, group)}};
-              }
-          }
-#pragma unroll
-          for (int i = 0; i < ahead; ++i) {
-            if (first + i >= k_tiles) break;
-            barrier_wait(empties + 8 * slot.stage, slot.parity ^ 1);
-            if (thread == 0) copy_stage(tile, first + i);
-            if constexpr (GROUPED) {
-#pragma unroll
-              for (int slot_of = 0; slot_of < SLOTS; ++slot_of) {
-                GroupTerms& to = stage_terms[slot.stage * SLOTS + slot_of];
-                const OwnTerms& own = terms[i][slot_of];
-                if (thread < N_TILE) {
-                  to.scales[thread] = own.column.scale;
-                  if constexpr (ASYMMETRIC) to.zero_points[thread] = own.column.zero_point;
-                }
-                to.row_scales[thread] = own.row.scale;
-                if constexpr (!SIGNED) to.row_sums[thread] = own.row.sum;
-              }
-              barrier_arrive(fulls + 8 * slot.stage);
-            }
-            slot.advance();
-          }
+        for (int k = 0; k < k_tiles; ++k) {
+          barrier_wait(empties + 8 * slot.stage, slot.parity ^ 1);
+          copy_stage(tile, k);
+          slot.advance();
         }
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPED ? 224 : 232));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(232));
     const int group = threadIdx.x / GROUP_THREADS - 1, thread = threadIdx.x % GROUP_THREADS;
     const int lane = thread % WARP, warp = thread / WARP;
     Columns& columns = shared_columns[group];
@@ -253,23 +184,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
     const bool vectors = sizeof(Number<Y>::Bits) == 2 && n % 8 == 0 && reinterpret_cast<u64>(y) % 16 == 0;
     Slot slot;
     int odd_tile = 0;
-    if (GROUPED && group == 1) turn_pass(group);
     int products[RESULTS];
-    float total[GROUPED ? RESULTS : 1];
     for (int number = blockIdx.x / CLUSTER; number < tiles.count(); number += gridDim.x / CLUSTER, odd_tile ^= 1) {
       const Tile tile = tiles[number];
       const int row = tile.m0 + rank * M_TILE + group * GROUP_ROWS + warp * 16 + lane / 4;
-      RowTerms rows[2];
+      const RowTerms rows[2] = {x.load(row, 0, 0), x.load(row + 8, 0, 0)};
 #pragma unroll
       for (int own = thread; own < N_TILE; own += GROUP_THREADS) {
         const int column = tile.n0 + own;
         columns.bias[odd_tile][own] = out.bias_of(column);
-        if constexpr (!GROUPED) {
-          columns.scales[odd_tile][own] = w.scale(column, 0);
-          if constexpr (ASYMMETRIC) columns.zero_points[odd_tile][own] = w.zero_point(column, 0);
-        }
+        columns.scales[odd_tile][own] = w.scale(column, 0);
+        if constexpr (ASYMMETRIC) columns.zero_points[odd_tile][own] = w.zero_point(column, 0);
       }
-      if constexpr (!GROUPED) rows[0] = x.load(row, 0, 0), rows[1] = x.load(row + 8, 0, 0);
       // Of two columns, the first an even one.
       const auto terms_of = [&](const float* scales, const int* zero_points, ColumnTerms(&to)[2]) {
         const float2 scale = *reinterpret_cast<const float2*>(scales);
@@ -284,93 +210,34 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
         if (lane < CLUSTER) barrier_arrive(empties + 8 * stage, lane);
       };
       const u32 x_offset = group * GROUP_ROWS * K_TILE;
-      if constexpr (!GROUPED) {
-        int before = 0;
-        for (int k = 0; k < k_tiles; ++k) {
-          const u32 stage = base + slot.stage * STAGE_BYTES;
-          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
-          barrier_wait(fulls + 8 * slot.stage, slot.parity);
-          settle(products);
-          multiply_begin();
-#pragma unroll
-          for (int step = 0; step < STEPS; ++step) multiply(products, a + 2 * step, b + 2 * step, k | step);
-          multiply_commit();
-          settle(products);
-          if (k > 0) {
-            multiply_wait<1>();
-            release(before);
-          }
-          before = slot.stage;
-          slot.advance();
-        }
-        multiply_wait<0>();
+      int before = 0;
+      for (int k = 0; k < k_tiles; ++k) {
+        const u32 stage = base + slot.stage * STAGE_BYTES;
+        const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
+        barrier_wait(fulls + 8 * slot.stage, slot.parity);
         settle(products);
-        release(before);
-        group_sync(group);
-      } else {
+        multiply_begin();
 #pragma unroll
-        for (int i = 0; i < RESULTS; ++i) total[i] = 0.0f;
-        int segment = 0, done = 0;
-        group_sync(group);
-        for (int k = 0; k < k_tiles; ++k) {
-          const u32 stage = base + slot.stage * STAGE_BYTES;
-          const u64 a = descriptor(stage + x_offset), b = descriptor(stage + X_BYTES);
-          barrier_wait(fulls + 8 * slot.stage, slot.parity);
-#pragma unroll
-          for (int first = 0; first < STEPS; first += RUN) {
-            turn_wait(group);
-            settle(products);
-            multiply_begin();
-#pragma unroll
-            for (int step = 0; step < RUN; ++step) {
-              multiply(products, a + 2 * (first + step), b + 2 * (first + step), done | step);
-              if (step + 2 >= RUN) multiply_commit();
-            }
-            settle(products);
-            done += RUN;
-            const bool ends = (done == FLUSH || (k + 1 == k_tiles && first + RUN == STEPS)) && segment < groups;
-            const GroupTerms& terms = stage_terms[slot.stage * SLOTS + first / RUN];
-            if (ends) {
-              const int own = row - tile.m0 - rank * M_TILE;
-              rows[0] = {terms.row_scales[own], SIGNED ? 0 : terms.row_sums[own]};
-              rows[1] = {terms.row_scales[own + 8], SIGNED ? 0 : terms.row_sums[own + 8]};
-            }
-            // The last step is still under way when the other group's first arrives.
-            multiply_wait<RUN == 1 ? 0 : 1>();
-            if (group == 0 || k + 1 < k_tiles || first + RUN < STEPS || number + gridDim.x / CLUSTER < tiles.count()) {
-              turn_pass(group);
-            }
-            multiply_wait<0>();
-            settle(products);
-            if (ends) {
-#pragma unroll
-              for (int i = 0; i < RESULTS; i += 4) {
-                const int column = 2 * i + lane % 4 * 2;
-                ColumnTerms own[2];
-                terms_of(terms.scales + column, terms.zero_points + (ASYMMETRIC ? column : 0), own);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) total[i + e] = add_bracket(total[i + e], products[i + e], rows[e / 2], own[e % 2]);
-              }
-              ++segment;
-              done = 0;
-            }
-          }
-          __syncwarp();
-          release(slot.stage);
-          slot.advance();
+        for (int step = 0; step < STEPS; ++step) multiply(products, a + 2 * step, b + 2 * step, k | step);
+        multiply_commit();
+        settle(products);
+        if (k > 0) {
+          multiply_wait<1>();
+          release(before);
         }
+        before = slot.stage;
+        slot.advance();
       }
+      multiply_wait<0>();
+      settle(products);
+      release(before);
+      group_sync(group);
 
       // The results of a row and two columns: 8·i and the next, from the thread's first.
       const auto results_of = [&](int i, int half, const ColumnTerms(&terms)[2], float2 bias_of) {
-        float2 result;
-        if constexpr (GROUPED) {
-          result = make_float2(total[4 * i + 2 * half], total[4 * i + 2 * half + 1]);
-        } else {
-          result.x = add_bracket(0.0f, products[4 * i + 2 * half], rows[half], terms[0]);
-          result.y = add_bracket(0.0f, products[4 * i + 2 * half + 1], rows[half], terms[1]);
-        }
-        return make_float2(out.with_bias(result.x, bias_of.x), out.with_bias(result.y, bias_of.y));
+        const float first = add_bracket(0.0f, products[4 * i + 2 * half], rows[half], terms[0]);
+        const float second = add_bracket(0.0f, products[4 * i + 2 * half + 1], rows[half], terms[1]);
+        return make_float2(out.with_bias(first, bias_of.x), out.with_bias(second, bias_of.y));
       };
       const auto store = [&](auto gathered) {
 #pragma unroll
@@ -380,9 +247,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
           for (int i = 0; i < 4; ++i) {
             const int column = (4 * block + i) * 8 + lane % 4 * 2;
             ColumnTerms terms[2];
-            if constexpr (!GROUPED) {
-              terms_of(columns.scales[odd_tile] + column, columns.zero_points[odd_tile] + (ASYMMETRIC ? column : 0), terms);
-            }
+            terms_of(columns.scales[odd_tile] + column, columns.zero_points[odd_tile] + (ASYMMETRIC ? column : 0), terms);
             const float2 own = reinterpret_cast<const float2&>(columns.bias[odd_tile][column]);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

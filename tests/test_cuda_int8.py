@@ -14,7 +14,8 @@ from turboquant_rs import Scheme, ops
 from turboquant_rs.nn import QuantLinear
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import int8
-from turboquant_rs.ops.cuda.int8 import Block, Columns, Wide
+from turboquant_rs.ops.cuda.int8 import Block, Columns, Groups, Wide
+from turboquant_rs.ops.cuda.limits import limits_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -36,6 +37,10 @@ BY_GROUPS = (
     Scheme(bits=8, group_size=256, symmetric=False, scale_dtype="f16"),
     Scheme(bits=3, group_size=64),
     Scheme(bits=4, levels="nf4", group_size=128, scale_dtype="f32"),
+    Scheme(bits=4, group_size=128),
+    Scheme(bits=4, group_size=128, symmetric=False, scale_dtype="f32"),
+    Scheme(bits=4, group_size=256),
+    Scheme(bits=8, group_size=32),
 )
 SCATTERED = (
     Scheme(bits=8, group_size=9),
@@ -55,8 +60,17 @@ SPLIT = (
     Block(64, 64, 2, 2, 2, 3),
     Block(128, 256, 2, 4, 1, 4),
 )
+MEETING = (
+    Block(16, 32, 1, 1, 8, 3),
+    Block(16, 64, 1, 2, 4, 4),
+    Block(32, 32, 1, 1, 4, 4),
+    Block(64, 32, 1, 1, 4, 4),
+    Block(64, 32, 2, 1, 4, 3),
+)
+"""Of groups: their warps share the columns, too."""
+
 WIDES = (Wide(256, 4, 2), Wide(256, 4, 1), Wide(128, 6, 2))
-WIDES_OF_GROUPS = (Wide(128, 5, 2), Wide(128, 5, 1), Wide(64, 7, 2))
+GROUPS = (Groups(128, 2), Groups(128, 1), Groups(64, 2), Groups(32, 1))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -88,12 +102,23 @@ def assert_same(
 
 
 @pytest.fixture
-def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Block | Wide]:
+def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Block | Groups | Wide]:
     """Every product by one kernel."""
-    shape: Block | Wide = request.param
-    if isinstance(shape, Wide) and not HOPPER:
+    shape: Block | Groups | Wide = request.param
+    if not isinstance(shape, Block) and not HOPPER:
         pytest.skip("wgmma is Hopper's")
-    monkeypatch.setattr(int8, "shape_for", lambda *_: shape)
+
+    def shape_for(_m: int, _n: int, columns: Columns, _limits: object) -> Block | Groups | Wide:
+        """That kernel, or another where it takes no such groups."""
+        steps = columns.bracket_steps
+        if isinstance(shape, Groups):
+            return shape if shape.fits(columns) else BLOCKS[0]
+        if isinstance(shape, Block) and shape.warps_k > 1 and columns.grouped:
+            room = shape._replace(stages=2).shared(False, steps, True) <= limits_of(0).shared
+            return shape if room and 4 % steps == 0 else BLOCKS[0]
+        return shape
+
+    monkeypatch.setattr(int8, "shape_for", shape_for)
     int8.plan_of.cache_clear()
     yield shape
     int8.plan_of.cache_clear()
@@ -104,7 +129,7 @@ def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("scheme", BY_ROWS, ids=str)
 @pytest.mark.parametrize("only", (*BLOCKS, *SPLIT, *WIDES), indirect=True, ids=str)
-def test_products_with_a_scale_a_row(only: Block | Wide, scheme: Scheme) -> None:
+def test_products_with_a_scale_a_row(only: Block | Groups | Wide, scheme: Scheme) -> None:
     """Rows and columns at and beside the tiles, k that ends within a stage and within a step."""
     for m, n, k in ((1, 1, 1), (3, 40, 96), (16, 256, 512), (70, 130, 1040), (129, 263, 33), (300, 520, 640)):
         x, bias = normal(m, k, seed=m).bfloat16(), normal(n, seed=k) if m % 2 else None
@@ -112,10 +137,17 @@ def test_products_with_a_scale_a_row(only: Block | Wide, scheme: Scheme) -> None
 
 
 @pytest.mark.parametrize("scheme", BY_GROUPS, ids=str)
-@pytest.mark.parametrize("only", (*BLOCKS, *WIDES_OF_GROUPS), indirect=True, ids=str)
-def test_products_with_a_scale_a_group(only: Block | Wide, scheme: Scheme) -> None:
+@pytest.mark.parametrize("only", (*BLOCKS, *MEETING, *GROUPS), indirect=True, ids=str)
+def test_products_with_a_scale_a_group(only: Block | Groups | Wide, scheme: Scheme) -> None:
     """The last group short, in the middle of a step, of a stage, or alone."""
-    for m, n, k in ((1, 1, 1), (3, 40, 160), (16, 256, 512), (70, 130, 1040), (129, 263, 130)):
+    for m, n, k in (
+        (1, 1, 1),
+        (3, 40, 160),
+        (16, 256, 512),
+        (70, 130, 1056),
+        (129, 263, 130),
+        (150, 300, 1024),
+    ):
         x, bias = normal(m, k, seed=m).half(), normal(n, seed=k) if m % 2 else None
         assert_same(x, pack(normal(n, k, seed=n), scheme), scheme, bias)
 
@@ -187,7 +219,7 @@ def test_codes_of_activations(dtype: torch.dtype, group_size: int | None, nibble
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("only", [BLOCKS[0], SPLIT[1], BLOCKS[4], WIDES[0]], indirect=True, ids=str)
-def test_activations_and_bias_of_any_dtype(only: Block | Wide, dtype: torch.dtype) -> None:
+def test_activations_and_bias_of_any_dtype(only: Block | Groups | Wide, dtype: torch.dtype) -> None:
     scheme, n = Scheme(bits=8, group_size=None), 264
     stored = pack(normal(n, 160, seed=1), scheme)
     for bias in (None, normal(n), normal(n).to(dtype), normal(n).half()):
@@ -202,10 +234,10 @@ def test_huge_and_tiny_activations(size: float) -> None:
             assert_same(normal(m, 192).clamp(-3, 3) * size, stored, scheme, normal(6) * size)
 
 
-@pytest.mark.parametrize("only", [*BLOCKS, WIDES_OF_GROUPS[0]], indirect=True, ids=str)
+@pytest.mark.parametrize("only", [*BLOCKS, GROUPS[0]], indirect=True, ids=str)
 @pytest.mark.parametrize("group_size", [None, 64])
 def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_does(
-    only: Block | Wide, group_size: int | None
+    only: Block | Groups | Wide, group_size: int | None
 ) -> None:
     scheme, x = Scheme(bits=8, group_size=group_size), normal(140, 130)
     stored = pack(normal(24, 130, seed=1), scheme)

@@ -116,6 +116,8 @@ INT8 = (
     (BF16, Scheme(bits=8, group_size=None), 8, int8.Block(16, 32, 1, 1, 4, 4)),
     (F32, Scheme(bits=4, group_size=64), 4, int8.Block(16, 32, 1, 4, 1, 8)),
     (F16, Scheme.nested(group_size=None), 4, int8.Block(64, 64, 2, 2, 1, 6)),
+    (BF16, Scheme(bits=4, group_size=64, symmetric=False), 4, int8.Block(16, 32, 1, 1, 8, 3)),
+    (BF16, Scheme(bits=8, group_size=128), 8, int8.Block(64, 32, 1, 1, 4, 4)),
     (
         F64,
         Scheme(bits=8, group_size=128, symmetric=False, scale_dtype="f32"),
@@ -126,8 +128,11 @@ INT8 = (
 WIDE = (
     (BF16, Scheme(bits=8, group_size=None), 8, int8.Wide(256, 4, 2)),
     (F64, Scheme(bits=1, group_size=None), 1, int8.Wide(256, 4, 1)),
-    (F16, Scheme(bits=8, group_size=128, symmetric=False, scale_dtype="f16"), 8, int8.Wide(128, 6, 2)),
-    (F32, Scheme(bits=4, group_size=64), 4, int8.Wide(128, 6, 2)),
+    (F16, Scheme(bits=8, group_size=None, symmetric=False, scale_dtype="f16"), 8, int8.Wide(128, 6, 2)),
+    (F16, Scheme(bits=8, group_size=128, symmetric=False, scale_dtype="f16"), 8, int8.Groups(128, 2)),
+    (BF16, Scheme(bits=4, group_size=128), 4, int8.Groups(64, 1)),
+    (F32, Scheme(bits=4, group_size=64, symmetric=False), 4, int8.Groups(32, 2)),
+    (BF16, Scheme.nested(group_size=256, planes=(4, 4)), 4, int8.Groups(128, 1)),
 )
 
 
@@ -142,7 +147,7 @@ def int8_kernels(matrix_unit: bool, hopper: bool) -> Iterator[Kernel]:
     for dtype, scheme, bits, shape in (*(INT8 if matrix_unit else ()), *(WIDE if hopper else ())):
         columns = int8.Columns.of(512, scheme.group_size or 0)
         weight = int8.Weight.of(SchemeArgs(*scheme.op_args()), bits, columns)
-        nibbles = bits == 4 and isinstance(shape, int8.Block)
+        nibbles = bits == 4 and not isinstance(shape, int8.Wide)
         yield int8.kernel_of(weight, dtype, shape, nibbles, (scheme.group_size or 0) // 32)
 
 

@@ -1,7 +1,8 @@
 """Products of int8 activations with packed matrices: `cuda/matmul_int8_*.cu`, and how each is launched.
 
     x ── quantize ──► codes, scales, sums ─┬─ block   mma.sync, bytes or nibbles of W, any number of rows of x
-    W ── expand ──► bytes ─────────────────┴─ wide    wgmma on Hopper, bytes of W, many rows of x
+    W ── expand ──► bytes ─────────────────┼─ groups  wgmma on Hopper, bytes or nibbles, a scale a group
+                                           └─ wide    wgmma on Hopper, bytes, a scale a row, many rows of x
 
 A plane of 8 or of 4 bits is read as it lies; other weights are expanded to bytes first, a code or the level
 of a table each. Sums are of integers and the few roundings are those of the contract in its order, so results
@@ -60,6 +61,12 @@ SLICE = 128
 WIDE_ROWS = 128
 """Rows of x of a tile of `wide`."""
 
+GROUPS_ROWS = 128
+"""Rows of W of a tile of `groups`."""
+
+HOPPER_SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have there."""
+
 WIDE_THREADS = 384
 """A warp group that copies and two that multiply."""
 
@@ -99,8 +106,16 @@ class Weight(NamedTuple):
         whole = not self.asymmetric and self.rest == 0 and self.zero % 2 == 0
         return self.zero // 2 if whole and self.zero <= 256 else 0
 
+    def loses_zero(self, nibbles: bool, expands: bool) -> bool:
+        """Whether `groups` multiplies k − z: bytes that are expanded without z, or codes that lose it on the
+        way, nibbles any that is whole, bytes that of the middle.
+        """
+        if nibbles:
+            return self.rest == 0 and (self.asymmetric or self.subtracted > 0)
+        return self.subtracted > 0 if expands else self.subtracted == 128
+
     def without_zero(self) -> Weight:
-        """This weight as bytes from which `subtracted` has been subtracted: their brackets are converted by
+        """This weight as bytes from which the zero point has been subtracted: their brackets are converted by
         one instruction."""
         return self._replace(zero=0, small=False, signed=True)
 
@@ -279,7 +294,14 @@ def _run(
     bias, address, wide_bias = as_bias(bias, x.dtype)
     zeros = 0 if zero_points is None else zero_points.data_ptr()
     tail = (scales.data_ptr(), zeros, address, wide_bias, out.data_ptr(), m, n)
-    if isinstance(plan.shape, Wide):
+    if isinstance(plan.shape, Groups):
+        row = SLICE // 2 if plan.nibbles else SLICE
+        maps = (
+            *tensor_map(codes, m, columns.stride, plan.shape.m_tile // plan.shape.cluster),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, GROUPS_ROWS, columns=row),
+        )
+        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
+    elif isinstance(plan.shape, Wide):
         maps = (
             *tensor_map(codes, m, columns.stride, WIDE_ROWS),
             *tensor_map(packed.data_ptr(), n, plan.row_bytes, plan.shape.n_tile // plan.shape.cluster),
@@ -294,7 +316,7 @@ class Plan(NamedTuple):
     """What a product needs besides its memory: worked out once."""
 
     columns: Columns
-    shape: Block | Wide
+    shape: Block | Groups | Wide
     bits: int  # read of each code
     memory: Memory
     nibbles: bool  # whether the kernel reads two codes a byte
@@ -329,17 +351,21 @@ def plan_of(
     bits = bits_read(planes, read_bits)
     shape = shape_for(m, n, columns, limits)
     stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
-    nibbles = stored == 4 and isinstance(shape, Block) and k % 32 == 0
+    nibbles = stored == 4 and not isinstance(shape, Wide) and k % 32 == 0
     expands = not nibbles and not (stored == 8 and k % 16 == 0)
     row_bytes = columns.stride if expands else k * stored // 8
-    weight, subtracted = Weight.of(scheme, read_bits, columns), 0
-    if expands and columns.grouped and isinstance(shape, Wide) and weight.subtracted:
-        weight, subtracted = weight.without_zero(), weight.subtracted
-    kernel = kernel_of(weight, dtype, shape, nibbles, columns.bracket_steps)
-    if isinstance(shape, Wide):
-        call = Call(kernel, device, shape.grid(m, n, limits), (WIDE_THREADS,), kernel.shared)
-    else:
-        call = Call(kernel, device, shape.grid(m, n), (shape.threads,), kernel.shared)
+    weight, subtracted, zero = Weight.of(scheme, read_bits, columns), 0, 0
+    if isinstance(shape, Block):
+        shape = shape.within(limits.shared, nibbles, columns.bracket_steps, weight.asymmetric)
+    elif isinstance(shape, Groups) and weight.loses_zero(nibbles, expands):
+        subtracted, zero = (weight.subtracted, 0) if expands else (0, weight.subtracted)
+        weight = weight.without_zero()
+    kernel = kernel_of(weight, dtype, shape, nibbles, columns.bracket_steps, zero)
+    grid = shape.grid(m, n) if isinstance(shape, Block) else shape.grid(m, n, limits)
+    threads = shape.threads if isinstance(shape, Block) else WIDE_THREADS
+    # Blocks that come early lie where there is room: only those that fill a multiprocessor lie evenly.
+    early = limits.clusters and not isinstance(shape, Wide) and 2 * kernel.shared > limits.shared
+    call = Call(kernel, device, grid, (threads,), kernel.shared, early)
     memory = memory_of(scheme, rounding, planes, bits, n, k)
     quantize = _quantize_call(dtype, columns, m, whole_x, nibbles, device)
     terms = -(-m * columns.stride // TERMS_ALIGNMENT) * TERMS_ALIGNMENT
@@ -482,11 +508,60 @@ class Block(NamedTuple):
 
         steps: of a bracket, 0 where it is the row.
         """
-        slots = max(1, -(-SLICE // STEP // steps)) if steps else 0
-        terms = slots * (2 * self.m_tile + (2 if asymmetric else 1) * self.n_tile)
+        slots = self.warps_k * max(1, -(-SLICE // STEP // steps)) if steps else 0
+        terms, meeting = slots * 4 * (2 * self.m_tile + (2 if asymmetric else 1) * self.n_tile), 0
+        if steps and self.warps_k > 1:
+            # Lines of all slots, of scales as if they were words, of zero points.
+            terms = 4 * slots * (2 * self.m_tile + self.n_tile) + 16 * self.n_tile
+            terms += (-(-slots // 16) * 16 + 16) * self.n_tile if asymmetric else 0
+            meeting = 4 * slots * self.m_tile * (self.n_tile + 8)
         stage = self.warps_k * SLICE * (self.m_tile + self.n_tile // (2 if nibbles else 1))
-        stage += -(-4 * terms // 128) * 128
+        stage += -(-terms // 128) * 128
+        if steps:
+            return self.stages * stage + meeting
         return max(self.stages * stage, (self.warps_k - 1) * self.m_tile * self.n_tile * 4)
+
+    def within(self, limit: int, nibbles: bool, steps: int, asymmetric: bool) -> Block:
+        """With as many of its stages as so many bytes of shared memory hold."""
+        shape = self
+        while shape.stages > 2 and shape.shared(nibbles, steps, asymmetric) > limit:
+            shape = shape._replace(stages=shape.stages - 1)
+        return shape
+
+
+class Groups(NamedTuple):
+    """How `matmul_int8_groups.cu` is shaped: macros of the same names."""
+
+    m_tile: int
+    cluster: int
+
+    def fits(self, columns: Columns) -> bool:
+        """Whether brackets end where an instruction or a stage does, and belong to a group each."""
+        ends = columns.padded in (STEP, 2 * STEP) or columns.padded % SLICE == 0
+        return columns.grouped and ends and columns.segments == columns.groups
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of a cluster that cover a product."""
+        return -(-m // self.m_tile) * -(-n // (GROUPS_ROWS * self.cluster))
+
+    def grid(self, m: int, n: int, limits: Limits) -> tuple[int]:
+        """As many blocks as there is room for, in whole clusters."""
+        return (min(limits.processors // self.cluster, self.tiles(m, n)) * self.cluster,)
+
+    def stage(self, nibbles: bool, steps: int, weight: Weight) -> int:
+        """Bytes of shared memory of a stage and of the terms of its groups; `steps`: of a bracket."""
+        slots = max(1, SLICE // STEP // steps)
+        terms = GROUPS_ROWS + (GROUPS_ROWS if weight.asymmetric else 4)
+        terms += self.m_tile + (4 if weight.signed else self.m_tile)
+        return SLICE * (self.m_tile + GROUPS_ROWS // (2 if nibbles else 1)) + 4 * slots * terms
+
+    def stages(self, nibbles: bool, steps: int, weight: Weight) -> int:
+        """As many as there is room for."""
+        return min(12, (HOPPER_SHARED - 1024 - 512) // self.stage(nibbles, steps, weight))
+
+    def shared(self, nibbles: bool, steps: int, weight: Weight) -> int:
+        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024."""
+        return self.stages(nibbles, steps, weight) * self.stage(nibbles, steps, weight) + 1024
 
 
 class Wide(NamedTuple):
@@ -496,13 +571,6 @@ class Wide(NamedTuple):
     stages: int
     cluster: int
 
-    def fits(self, columns: Columns) -> bool:
-        """Whether brackets end where an instruction or a stage does, and belong to a group each."""
-        if not columns.grouped:
-            return True
-        ends = columns.padded in (STEP, 2 * STEP) or columns.padded % SLICE == 0
-        return self.n_tile < 256 and ends and columns.segments == columns.groups
-
     def tiles(self, m: int, n: int) -> int:
         """Tiles of a cluster that cover a product."""
         return -(-m // (WIDE_ROWS * self.cluster)) * -(-n // self.n_tile)
@@ -511,39 +579,61 @@ class Wide(NamedTuple):
         """As many blocks as there is room for, in whole clusters."""
         return (min(limits.processors // self.cluster, self.tiles(m, n)) * self.cluster,)
 
-    def shared(self, steps: int, asymmetric: bool) -> int:
-        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024.
-
-        steps: of a bracket, 0 where it is the row.
-        """
-        slots = max(1, SLICE // STEP // steps) if steps else 0
-        terms = 4 * (2 * WIDE_ROWS + (self.n_tile if asymmetric else 4) + self.n_tile)
-        return self.stages * (SLICE * (WIDE_ROWS + self.n_tile) + slots * terms) + 1024
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: of the stages, and to begin at a multiple of 1024."""
+        return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
 
 
-def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Wide:
+def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Groups | Wide:
     """The kernel for a product: the fastest of many on a Hopper GPU."""
-    if m > 64 and limits.hopper:
-        cluster, processors = 2 if m > WIDE_ROWS else 1, limits.processors
-        shapes: tuple[tuple[Wide, int], ...]
-        if columns.grouped:
-            # Fewer columns a tile where that gives more multiprocessors work, but no more than they have.
-            stages = 5 if columns.bracket_steps == 1 else 6  # terms of four groups lie beside a stage
-            wide, narrow = Wide(128, stages, cluster), Wide(64, stages + 2, cluster)
-            few = narrow.tiles(m, n) * cluster <= processors
-            shapes = ((narrow if few else wide, processors // 4),)
-        else:
-            shapes = (
-                (Wide(256, 4, cluster), 3 * processors // 4),
-                (Wide(128, 6, cluster), 3 * processors // 8),
-            )
-        for shape, least in shapes:
-            if shape.fits(columns) and shape.grid(m, n, limits)[0] >= least:
+    processors = limits.processors
+    if columns.grouped:
+        if limits.hopper and (groups := _groups_for(m, n, columns, limits)) is not None:
+            return groups
+        if (meeting := _meeting_for(m, n, columns, limits)) is not None:
+            return meeting
+    elif m > 64 and limits.hopper:
+        cluster = 2 if m > WIDE_ROWS else 1
+        for shape, least in (
+            (Wide(256, 4, cluster), 3 * processors // 4),
+            (Wide(128, 6, cluster), 3 * processors // 8),
+        ):
+            if shape.grid(m, n, limits)[0] >= least:
                 return shape
-    block = _block_for(m, n, columns.grouped, limits.processors)
-    while block.stages > 2 and block.shared(False, columns.bracket_steps, True) > limits.shared:
-        block = block._replace(stages=block.stages - 1)
-    return block
+    return _block_for(m, n, columns.grouped, processors)
+
+
+def _groups_for(m: int, n: int, columns: Columns, limits: Limits) -> Groups | None:
+    """That of the least time, where there is work for most multiprocessors.
+
+    A tile takes about as long as one with 70 rows of x more whose rows took no time of their own.
+    """
+    few = n <= 32 * limits.processors
+    if m <= 16 or (m <= 64 and few):
+        return None
+    shapes = [Groups(128, 2), Groups(64, 1), Groups(32, 1)]
+    shapes = [shape for shape in shapes if shape.fits(columns) and shape.m_tile < 2 * max(m, 32)]
+
+    def cost(shape: Groups) -> int:
+        return -(-shape.tiles(m, n) * shape.cluster // limits.processors) * (70 + shape.m_tile)
+
+    return min(shapes, key=cost, default=None)
+
+
+def _meeting_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | None:
+    """That whose warps share the columns, for few rows of x, where the sums have room to meet."""
+    few = n <= 32 * limits.processors
+    if SLICE // STEP % columns.bracket_steps or m > 64 or n > 64 * limits.processors:
+        return None
+    shapes = (
+        Block(16, 32, 1, 1, 8, 3) if few else Block(16, 64, 1, 2, 8, 6),
+        Block(32, 32, 1, 1, 8, 4),
+        Block(64, 32, 1, 1, 4, 4),
+    )
+    shape = shapes[0 if m <= 16 else 1 if m <= 32 else 2]
+    least = shape._replace(stages=2)
+    return shape if least.shared(False, columns.bracket_steps, True) <= limits.shared else None
 
 
 def _block_for(m: int, n: int, grouped: bool, processors: int) -> Block:
@@ -569,14 +659,19 @@ def _block_for(m: int, n: int, grouped: bool, processors: int) -> Block:
 
 
 @lru_cache(maxsize=4096)
-def kernel_of(weight: Weight, dtype: torch.dtype, shape: Block | Wide, nibbles: bool, steps: int) -> Kernel:
-    """The kernel of a shape; `steps`: of a bracket, 0 where it is the row."""
+def kernel_of(
+    weight: Weight, dtype: torch.dtype, shape: Block | Groups | Wide, nibbles: bool, steps: int, zero: int = 0
+) -> Kernel:
+    """The kernel of a shape; `steps`: of a bracket, 0 where it is the row; `zero`: subtracted from codes."""
     macros = {**weight.macros(dtype), **{key.upper(): value for key, value in shape._asdict().items()}}
     macros["FLUSH"] = steps
-    if isinstance(shape, Wide):
+    if isinstance(shape, Groups):
+        macros |= {"NIBBLES": nibbles, "SUBTRACTED": zero, "STAGES": shape.stages(nibbles, steps, weight)}
         return Kernel(
-            "matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared(steps, weight.asymmetric)
+            "matmul_int8_groups.cu", "matmul_int8_groups", macros, shared=shape.shared(nibbles, steps, weight)
         )
+    if isinstance(shape, Wide):
+        return Kernel("matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared)
     shared = shape.shared(nibbles, steps, weight.asymmetric)
     macros["NIBBLES"] = nibbles
     return Kernel("matmul_int8_block.cu", "matmul_int8_block", macros, shared=shared)

@@ -19,7 +19,7 @@ _WORDS = 16
 _ALIGNMENT = 64
 
 _UINT8, _UINT64 = 0, 4
-_NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128B, _PROMOTE_256B, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
+_NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_64B, _SWIZZLE_128B, _PROMOTE_256B, _ZEROS_OUTSIDE = 0, 0, 2, 3, 3, 0
 """Of the enumerations of cuda.h that `cuTensorMapEncodeTiled` takes, in their order there."""
 
 
@@ -32,9 +32,14 @@ def _encode() -> Callable[..., int]:
 
 @lru_cache(maxsize=4096)
 def tensor_map(
-    address: int, rows: int, row_bytes: int, tile_rows: int, plain: int | None = None
+    address: int,
+    rows: int,
+    row_bytes: int,
+    tile_rows: int,
+    plain: int | None = None,
+    columns: int = TILE_COLUMNS,
 ) -> tuple[int, ...]:
-    """The words of a map, for a kernel that copies tiles of `tile_rows` rows by 128 bytes; outside are zeros.
+    """The words of a map, for a kernel that copies tiles of `tile_rows` rows; outside are zeros.
 
     Args:
         address: Of the first byte, a multiple of 16.
@@ -42,6 +47,7 @@ def tensor_map(
         row_bytes: Of each row, a multiple of 16; one follows the other.
         tile_rows: At most 256.
         plain: Bytes of a row of a tile that keep their places, at most 2048; columns are counted by 8 then.
+        columns: Bytes of a row of a tile that change places, 128 or 64.
 
     Raises: RuntimeError if the driver refuses.
     """
@@ -49,6 +55,7 @@ def tensor_map(
     start = -memory.ctypes.data % _ALIGNMENT // 8
     own = memory[start : start + _WORDS]
     size = 1 if plain is None else 8
+    swizzle = _NO_SWIZZLE if plain else _SWIZZLE_128B if columns == TILE_COLUMNS else _SWIZZLE_64B
     status = _encode()(
         ctypes.c_void_p(own.ctypes.data),
         ctypes.c_int(_UINT8 if plain is None else _UINT64),
@@ -56,10 +63,10 @@ def tensor_map(
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(row_bytes // size, rows),
         (ctypes.c_uint64 * 1)(row_bytes),
-        (ctypes.c_uint32 * 2)((plain or TILE_COLUMNS) // size, tile_rows),
+        (ctypes.c_uint32 * 2)((plain or columns) // size, tile_rows),
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(_NO_INTERLEAVE),
-        ctypes.c_int(_SWIZZLE_128B if plain is None else _NO_SWIZZLE),
+        ctypes.c_int(swizzle),
         ctypes.c_int(_PROMOTE_256B),
         ctypes.c_int(_ZEROS_OUTSIDE),
     )
