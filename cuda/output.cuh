@@ -71,12 +71,13 @@ __device__ __forceinline__ void store_halves(const Output& out, int m, int n, co
 // Padded so that the lanes of a warp write to different banks.
 constexpr int padded(int rows) { return rows + 4; }
 
-// Adds the sums of `slabs` warps of each block of the cluster to rows `row0`… of W and `m0`… of x.
+// Adds the sums of `slabs` warps of each block of the cluster to rows `row0`… of W and `m0`… of x, `here` of them.
 //
-// sums: `slabs` ▸ `cols` ▸ `padded(rows)` floats, complete in this block after a __syncthreads.
+// sums: `slabs` ▸ `here` ▸ `padded(rows)` floats, complete in this block after a __syncthreads.
 template <int rows, int cols, int slabs, int threads>
-__device__ __forceinline__ void store(const float* sums, const Output& out, int row0, int m0) {
-  constexpr int each = 4, chunks = rows * cols / each;
+__device__ __forceinline__ void store(const float* sums, const Output& out, int row0, int m0, int here = cols) {
+  constexpr int each = 4;
+  const int chunks = rows / each * here;
   static_assert(rows % each == 0, "whole chunks of rows");
   if constexpr (SPLITS > 1) cluster_sync();
   for (int chunk = threadIdx.x + threads * blockIdx.y; chunk < chunks; chunk += threads * SPLITS) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void store(const float* sums, const Output& out, int 
     for (int split = 0; split < SPLITS; ++split) {
 #pragma unroll
       for (int slab = 0; slab < slabs; ++slab) {
-        const float4 part = load_of(sums + (slab * cols + col) * padded(rows) + row, split);
+        const float4 part = load_of(sums + (slab * here + col) * padded(rows) + row, split);
         total[0] += part.x;
         total[1] += part.y;
         total[2] += part.z;

@@ -29,14 +29,14 @@ struct GroupSums {
   }
 };
 
-// Writes the sums where `store` expects them, for a tile that begins at row `row0` of `rows`.
+// Writes the sums where `store` expects them, for a tile that begins at row `row0` of `rows`, and `here` rows of x.
 template <int N, int rows>
-__device__ __forceinline__ void put(float* slab, const float (&total)[N][4], int row0, int lane) {
+__device__ __forceinline__ void put(float* slab, const float (&total)[N][4], int row0, int lane, int here = 8 * N) {
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = row0 + lane / 4 + 8 * (i / 2), col = 8 * n + lane % 4 * 2 + i % 2;
-      slab[col * padded(rows) + row] = total[n][i];
+      if (col < here) slab[col * padded(rows) + row] = total[n][i];
     }
 }

@@ -199,8 +199,8 @@ constexpr bool NIBBLES = BITS <= 4;
 // Whether nibbles of odd slots are read in place, 16 times as large: where a mantissa has room for them.
 constexpr bool IN_PLACE = NIBBLES && BITS + 4 <= MANTISSA;
 
-// Bytes in bfloat16 are read in two parts; an even constant zero point can be taken from both at once.
-constexpr bool FOLDED = !ASYMMETRIC && (ZERO - (1 << REST) + 1 >> (REST + 1)) % 2 == 0;
+// Bytes in bfloat16 are read in two parts, whose sum is the code less 128: the zero point itself where that is MIDDLE.
+constexpr bool MIDDLE = !ASYMMETRIC && REST == 0 && ZERO == 256;
 constexpr u32 CODE = (1 << BITS) - 1;
 
 // `zero` is 0 in every launch, and the compiler does not know.
@@ -213,32 +213,60 @@ __device__ __forceinline__ Offsets offsets_of(const Group& group) {
   Offsets offsets;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float base = BF16 && BITS == 8 ? (FOLDED ? 2 * BASE : 0) : IN_PLACE && row ? BASE / 16 : BASE;
+    const float base = BF16 && BITS == 8 ? -128 : IN_PLACE && row ? BASE / 16 : BASE;
     offsets.rows[row] = twice(-(base + integer_zero(group, row)));
   }
   return offsets;
 }
 
-// (a where the mask is set, else b)
-__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+// (a where the mask is set, else b): one instruction, of which the compiler would make two.
+__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) {
+  u32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(result) : "r"(a), "r"(b), "r"(mask));
+  return result;
+}
 
 __device__ __forceinline__ u32 shift_right(u32 word, int by) { return by >= 0 ? word >> by : word << -by; }
+
+// How the planes of a step, and slots of a parity, come side by side: each is shifted right by `own`, then all of them
+// together by `common`, which is what makes the fewest shifts.
+struct Shifts {
+  int common[4][2] = {}, own[COUNT][4][2] = {};
+
+  constexpr Shifts() {
+    for (int step = 0; step < 4; ++step)
+      for (int odd = 0; odd < 2; ++odd) {
+        int by[COUNT] = {}, fewest = COUNT + 1, &best = common[step][odd];
+        for (int plane = 0; plane < COUNT; ++plane) {
+          const int width = WIDTHS[plane], fields = width < 4 ? 4 / width : 1;  // of as many steps side by side
+          const int at = width == 8 ? 0 : 4 * odd + width * (step % fields);
+          by[plane] = at - (BITS - bits_before(plane) - width);
+        }
+        for (int all = 0; all <= (NIBBLES ? 4 : 8) - BITS; ++all) {
+          int shifts = all > 0;
+          for (int plane = 0; plane < COUNT; ++plane) shifts += by[plane] != all;
+          if (shifts < fewest) best = all, fewest = shifts;
+        }
+        for (int plane = 0; plane < COUNT; ++plane) own[plane][step][odd] = by[plane] - best;
+      }
+  }
+};
+
+constexpr Shifts SHIFTS;
 
 // The codes of step `step` side by side, in fields of 4 bits where they fit (all eight slots), else of 8 (slots
 // of parity `odd`). What lies in a field above the code is undefined.
 __device__ __forceinline__ u32 gather(const Words<BITS>& unit, int step, int odd) {
+  const int common = SHIFTS.common[step][odd];
   u32 codes = 0;
   for_planes([&](auto plane) {
-    constexpr int p = decltype(plane)::value, width = WIDTHS[p], below = BITS - bits_before(p) - width;
-    constexpr int fields = width < 4 ? 4 / width : 1;  // of as many steps side by side
-    constexpr u32 field = ((1u << width) - 1) << below;
-    const u32* words = unit.word + bits_before(p);
-    const u32 word = width == 8 ? words[2 * step + odd] : words[step * width / 4];
-    const int at = width == 8 ? 0 : 4 * odd + width * (step % fields);
-    const u32 moved = shift_right(word, at - below);
-    codes = p == 0 ? moved : select(field * (NIBBLES ? 0x11111111u : 0x01010101u), moved, codes);
+    constexpr int p = decltype(plane)::value, width = WIDTHS[p], begins = bits_before(p), below = BITS - begins - width;
+    constexpr u32 field = ((1u << width) - 1 << below) * (NIBBLES ? 0x11111111u : 0x01010101u);
+    const u32 word = unit.word[begins + (width == 8 ? 2 * step + odd : step * width / 4)];
+    const u32 moved = shift_right(word, SHIFTS.own[p][step][odd]);
+    codes = p == 0 ? moved : select(field << common, moved, codes);
   });
-  return codes;
+  return codes >> common;
 }
 
 // The operand of step `step`: codes less the integer zero point, as exact floats.
@@ -264,13 +292,10 @@ __device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int
         const u32 word = codes >> (8 * high);
         u32& pair = a[odd + 2 * high];
         if constexpr (BF16 && BITS == 8) {
-          // Seven bits fit a mantissa; the eighth, read in the exponent, makes 128 of 256.
-          const u32 low = (word & masks.low) | MAGIC, high = (word & masks.high) | MAGIC;
-          if constexpr (FOLDED) {
-            pair = add2(low, add2(high, offsets.rows[odd]));
-          } else {
-            pair = add2(add2(low, offsets.rows[odd]), add2(high, 0xc380c380));  // −256
-          }
+          // Seven bits fit a mantissa: 128 + them. The eighth, read in the exponent, makes −128 of −256.
+          const u32 low = (word & masks.low) | MAGIC, high = (~word & masks.high) | (MAGIC | 0x80008000);
+          pair = add2(low, high);
+          if constexpr (!MIDDLE) pair = add2(pair, offsets.rows[odd]);
         } else {
           pair = add2((word & masks.low) | MAGIC, offsets.rows[odd]);
         }

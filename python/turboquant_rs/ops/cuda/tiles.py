@@ -47,6 +47,9 @@ COLUMNS = 8
 STREAM_ROWS = 16
 """Rows of x up to which codes are streamed; beyond, activations would take more than codes."""
 
+LONG_COLUMNS = 8192
+"""Columns from which more tiles of W share what `stream` reads of 9 to 16 rows of x."""
+
 WIDE_STAGES = 12
 """Stages of `wide`, at most."""
 
@@ -55,9 +58,6 @@ WIDE_COLUMNS = (4, 8, 16, 24, 32)
 
 ORDER_THREADS = 256
 """Threads of a block that orders activations, 8 of them each."""
-
-STREAM_UNITS = 2
-"""Units of columns that a warp of `stream` takes at a time."""
 
 BLOCK_ROWS = 128
 """Rows of x up to which `block` is faster than expanding the weight for cuBLAS."""
@@ -143,21 +143,29 @@ class Stream(NamedTuple):
     r_tiles: int
     warps: int
     stages: int
+    units: int
     blocks: int
 
-    def shared(self, weight: Weight, columns: int) -> int:
-        """Bytes of shared memory: of the stages of each warp, and of two slabs of sums."""
-        units = self.r_tiles * STREAM_UNITS * weight.bits * TILE_ROWS * UNIT_COLUMNS // 8
+    def shared(self, weight: Weight, rows: int) -> int:
+        """Bytes of shared memory for so many rows of x: of the stages of each warp, and of its sums.
+
+        More rows than an instruction multiplies come through the stages too.
+        """
+        codes = self.r_tiles * self.units * weight.bits * TILE_ROWS * UNIT_COLUMNS // 8
         halves = weight.group // 32
-        spans = 2 * STREAM_UNITS // (1 if halves % 2 else 2 if halves % 4 else 4)
-        groups = self.r_tiles * spans * TILE_ROWS * ((4 if weight.scale == 2 else 2) + weight.asymmetric)
-        sums = 2 * COLUMNS * columns * (self.r_tiles * TILE_ROWS + 4) * 4
-        return self.warps * (self.stages * (units + groups) + sums)
+        span = 1 if halves % 2 else 2 if halves % 4 or self.units == 1 else 4
+        group = TILE_ROWS * ((4 if weight.scale == 2 else 2) + weight.asymmetric)
+        groups = self.r_tiles * (2 * self.units // span) * group
+        activations = rows * (self.units * UNIT_COLUMNS * 2 + 64) if rows > COLUMNS else 0
+        sums = rows * (self.r_tiles * TILE_ROWS + 4) * 4
+        return self.warps * (self.stages * (codes + groups + activations) + sums)
 
     def smaller(self) -> Stream:
         """The next shape, for a GPU with less shared memory."""
         if self.stages > 2:
             return self._replace(stages=self.stages - 1)
+        if self.units > 1:
+            return self._replace(units=self.units // 2, stages=3)
         if self.r_tiles > 1:
             return self._replace(r_tiles=self.r_tiles // 2)
         return self._replace(warps=self.warps // 2)
@@ -488,32 +496,52 @@ def order() -> Kernel:
 def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch | None:
     """The kernel and grid for m rows of x; None where the weight is expanded for them."""
     if m <= STREAM_ROWS:
-        return _stream(weight, bf16, _columns(m), n, k, limits)
+        return _stream(weight, bf16, m, n, k, limits)
     if limits.hopper:
         return _wide(weight, bf16, m, n, k, limits)
     return _block(weight, bf16, _columns(m), n, k, limits) if m <= BLOCK_ROWS else None
 
 
-def _stream(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
-    tiles, steps = -(-n // TILE_ROWS), -(-k // (STREAM_UNITS * UNIT_COLUMNS))
-    stream = _stream_shape(weight, columns, tiles, limits)
-    while stream.blocks * (stream.shared(weight, columns) + RESERVED) > limits.shared + RESERVED:
+def _stream(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch:
+    columns, tiles = _columns(m), -(-n // TILE_ROWS)
+    rows = min(m, COLUMNS * columns)
+    stream = _stream_shape(columns, tiles, k, limits)
+    while stream.blocks * (stream.shared(weight, rows) + RESERVED) > limits.shared + RESERVED:
         stream = stream.smaller()
-    slices = -(-tiles // stream.r_tiles)
+    slices, steps = -(-tiles // stream.r_tiles), -(-k // (stream.units * UNIT_COLUMNS))
     splits = _splits(slices, stream.blocks, steps // stream.warps, limits)
-    kernel = _kernel(weight, bf16, columns, stream, splits)
+    kernel = _kernel(weight, bf16, columns, stream, splits, limits.shared)
     grid = min(slices, max(1, limits.processors * stream.blocks // splits)), splits
-    rows = COLUMNS * columns
-    return Launch(kernel, grid, 32 * stream.warps, kernel.shared, rows, early=limits.clusters)
+    shared = stream.shared(weight, rows)
+    return Launch(kernel, grid, 32 * stream.warps, shared, COLUMNS * columns, early=limits.clusters)
 
 
-def _stream_shape(weight: Weight, columns: int, tiles: int, limits: Limits) -> Stream:
-    """Its shape, the fastest of many on an H200. Two stages leave room for the blocks of the next product."""
-    if tiles <= 2 * limits.processors:
-        return Stream(1 if tiles <= limits.processors else 2, 16, 2, 1)
-    stages = 3 if weight.bits <= 4 else 2
-    # With more rows of x, tiles share what is read of it.
-    return Stream(2, 8, stages, 2) if columns == 1 else Stream(4, 4, stages, 2)
+def _stream_shape(columns: int, tiles: int, k: int, limits: Limits) -> Stream:
+    """Its shape, the fastest of many on an H200: a slice a multiprocessor while registers hold its sums."""
+    each = -(-tiles // limits.processors)
+    if columns == 1:
+        if each <= 4:
+            return Stream(each, 16, 2, 2, 1)
+        return Stream(_balanced(tiles, limits), 8, 2, 2, 2)
+    if each <= 2:
+        # More tiles share what is read of x; blocks, which then share the columns, have to add their sums.
+        shared = limits.clusters and k >= LONG_COLUMNS
+        return Stream(2 * each, 8, 2, 2, 1) if shared else Stream(each, 16, 2, 1, 1)
+    if each <= 8:
+        return Stream(each, 12 if each <= 4 else 8, 2, 1, 1)
+    return Stream(_balanced(tiles, limits), 6, 2, 1, 2)
+
+
+def _balanced(tiles: int, limits: Limits) -> int:
+    """Tiles a slice with which two blocks a multiprocessor have the fewest tiles where they have most."""
+
+    def most(r_tiles: int) -> int:
+        slices = -(-tiles // r_tiles)
+        blocks = min(slices, 2 * limits.processors)
+        others = max(0, slices - limits.processors) if blocks > limits.processors else 0
+        return r_tiles * (-(-slices // blocks) + -(-others // blocks))
+
+    return min((4, 3, 2), key=most)
 
 
 def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
@@ -583,9 +611,16 @@ def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
 
 
 @cache
-def _kernel(weight: Weight, bf16: bool, columns: int, shape: Shape, splits: int) -> Kernel:
-    """One kernel for all sizes of a matrix."""
+def _kernel(
+    weight: Weight, bf16: bool, columns: int, shape: Shape, splits: int, shared: int | None = None
+) -> Kernel:
+    """One kernel for all sizes of a matrix; `shared`: bytes a launch may ask for, where they differ."""
     name = type(shape).__name__.lower()
     macros = {**weight.macros(bf16), "N_TILES": columns, "SPLITS": splits}
     macros |= {key.upper(): value for key, value in shape._asdict().items()}
-    return Kernel(f"matmul_{name}.cu", f"matmul_{name}", macros, shared=shape.shared(weight, columns))
+    return Kernel(
+        f"matmul_{name}.cu",
+        f"matmul_{name}",
+        macros,
+        shared=shape.shared(weight, columns) if shared is None else shared,
+    )
