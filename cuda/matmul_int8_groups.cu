@@ -250,7 +250,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
   const Tiles tiles(m, n);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(fulls + 8 * stage, 1 + GROUP_THREADS / WARP);
+      barrier_init(fulls + 8 * stage, 1 + GROUP_THREADS);
       barrier_init(empties + 8 * stage, CLUSTER * MULTIPLIERS * GROUP_THREADS / WARP);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
@@ -299,8 +299,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(GRO
             }
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) batch.store(stage_terms[slot.stage * SLOTS + i], first + i, thread);
-            __syncwarp();
-            if (thread % WARP == 0) barrier_arrive(fulls + 8 * slot.stage);
+            barrier_arrive(fulls + 8 * slot.stage);
             slot.advance();
           }
         }

@@ -81,6 +81,8 @@ def products() -> None:
 
 def choices() -> None:
     """Launches that are chosen when they run: in a graph, and by rows."""
+    ones = torch.ones(8, 8, device="cuda")
+    torch.mm(ones, ones)  # torch makes its handle, which must not be in a capture
     for activations, dtype in (("float", torch.bfloat16), ("float", torch.float32), ("int8", torch.float16)):
         layer = tq.nn.QuantLinear(
             192, 72, scheme=Scheme.nested(), dtype=dtype, device="cuda", activations=activations
