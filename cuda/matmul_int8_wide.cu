@@ -58,25 +58,19 @@ __device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap& map, i
 #define REGISTERS_32(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24)
 #define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
 
-#if SIGNED
-#define BYTES "s8"
-#else
-#define BYTES "u8"
-#endif
-
 // d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of N_TILE rows of W.
 __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int more) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "wgmma is part of sm_90a alone"
 #elif N_TILE == 256
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8." BYTES " {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+               "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.u8 {" SIXTY TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
                "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, more;\n}"
                : REGISTERS_64(0), REGISTERS_64(64)
                : "l"(a), "l"(b), "r"(more));
 #else
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8." BYTES " {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.u8 {" SIXTY "%60,%61,%62,%63}, %64, %65, more;\n}"
                : REGISTERS_64(0)
                : "l"(a), "l"(b), "r"(more));
 #endif

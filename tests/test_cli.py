@@ -177,11 +177,15 @@ def test_names_reach_no_terminal_but_as_text(run, tmp_path):
     """Lone surrogates, escape sequences: a file may call its tensors anything."""
     path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     ones = torch.ones(2, 64)
-    tq.save({"\ud800.weight": ones, "\x1b[31m.weight": ones + 1, "\x07": ones[0] + 2}, path)
+    tq.save(
+        {"\ud800.weight": ones, "\x1b[31m.weight": ones + 1, "\x07": ones[0] + 2, "a\nb.weight": ones + 3},
+        path,
+    )
     for arguments in (("quantize", path, out), ("inspect", out), ("compare", path, out)):
         code, text, _ = run(*arguments)
         assert code == 0 and text.replace("\n", "").isprintable()
         assert "\\ud800.weight" in text and "\\x1b[31m.weight" in text and "\\x07" in text
+        assert "a\\nb.weight" in text
     code, _, error = run("quantize", path, out, "--force", "--exclude", "\x1b")
     assert code == 1 and "\x1b" not in error
 

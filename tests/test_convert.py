@@ -527,7 +527,7 @@ def test_the_report_prints_as_a_table():
     assert lines[0].startswith("2 layers quantized: 49.2 kB -> 6.8 kB (7.21x smaller, 4.44 bits an element)")
     assert lines[1].split() == ["layer", "shape", "scheme", "before", "after", "SQNR"]
     assert lines[3].startswith("  blocks.0.up") and "4 bits g64 asym" in lines[3] and lines[3].endswith(" dB")
-    assert lines[5] == "4 layers left as they were"
+    assert lines[5] == "left as they were: 4"
     assert lines[7] == "  blocks.1.up    no pattern selects it"
 
 

@@ -118,16 +118,15 @@ def test_a_replay_reads_the_bits_of_the_moment(
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_many_rows_of_a_wide_layer(activations: str) -> None:
-    """The kernels of a GPU that has more to do than it has processors."""
-    layer = linear(activations, torch.bfloat16, n=4096)
-    for m in (1, 700):
-        x = normal(m, 512, seed=m).bfloat16().cuda()
+    """The kernels of a GPU that has more to do than it has processors; the widest has x in its order."""
+    for n, m in ((4096, 1), (4096, 700), (60000, 40)):
+        layer, x = linear(activations, torch.bfloat16, n=n), normal(m, 512, seed=m).bfloat16().cuda()
         graph, y = captured(layer, x)
         for bits in (4, 8, 4):
             layer.read_bits = bits
             graph.replay()
             with torch.no_grad():
-                assert_identical(y, layer(x), (m, bits))
+                assert_identical(y, layer(x), (n, m, bits))
 
 
 def test_a_table_reads_the_bits_of_the_moment() -> None:

@@ -130,6 +130,8 @@ WIDE = (
     (F64, Scheme(bits=1, group_size=None), 1, int8.Wide(256, 4, 1)),
     (F16, Scheme(bits=8, group_size=None, symmetric=False, scale_dtype="f16"), 8, int8.Wide(128, 6, 2)),
     (F16, Scheme(bits=8, group_size=128, symmetric=False, scale_dtype="f16"), 8, int8.Groups(128, 2)),
+    (BF16, Scheme(bits=8, group_size=128), 8, int8.Groups(128, 2)),
+    (BF16, Scheme(bits=6, group_size=64), 6, int8.Groups(64, 1)),
     (BF16, Scheme(bits=4, group_size=128), 4, int8.Groups(64, 1)),
     (F32, Scheme(bits=4, group_size=64, symmetric=False), 4, int8.Groups(32, 2)),
     (BF16, Scheme.nested(group_size=256, planes=(4, 4)), 4, int8.Groups(128, 1)),
@@ -141,14 +143,23 @@ def int8_kernels(matrix_unit: bool, hopper: bool) -> Iterator[Kernel]:
     for at, k in enumerate((4096, 130, 64, 10**5)):
         columns = int8.Columns.of(k, 64 if at % 2 else 0)
         yield int8.quantize_kernel((F32, BF16, F16, F64)[at], columns, at < 3, at > 1)
-    for scheme in (Scheme(levels="nf4"), Scheme(bits=7, group_size=9)):
+    for scheme, subtracted in (
+        (Scheme(levels="nf4"), 0),
+        (Scheme(bits=7, group_size=9), 0),
+        (Scheme(bits=6), 32),
+    ):
         args, columns = SchemeArgs(*scheme.op_args()), int8.Columns.of(512, scheme.group_size or 0)
-        yield int8.expand_kernel(args, tuple(scheme.widths), scheme.bits, columns, True)
+        yield int8.expand_kernel(args, tuple(scheme.widths), scheme.bits, columns, True, subtracted)
     for dtype, scheme, bits, shape in (*(INT8 if matrix_unit else ()), *(WIDE if hopper else ())):
         columns = int8.Columns.of(512, scheme.group_size or 0)
         weight = int8.Weight.of(SchemeArgs(*scheme.op_args()), bits, columns)
-        nibbles = bits == 4 and not isinstance(shape, int8.Wide)
-        yield int8.kernel_of(weight, dtype, shape, nibbles, (scheme.group_size or 0) // 32)
+        nibbles, steps = bits == 4 and not isinstance(shape, int8.Wide), (scheme.group_size or 0) // 32
+        if not isinstance(shape, int8.Groups):
+            yield int8.kernel_of(weight, dtype, shape, nibbles, steps)
+            continue
+        for expands in {False, not nibbles}:
+            own, _, zero = weight.multiplied(nibbles, expands)
+            yield int8.kernel_of(own, dtype, shape, nibbles, steps, zero)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -152,3 +152,36 @@ def test_panels_made_in_inference_mode_count_what_is_written_to_them() -> None:
         layer(normal(2, 64))
     panels = layer._panels
     assert panels is not None and not panels.packed.is_inference()
+
+
+DEVICES = (
+    Limits(108, 163 * 1024, (8, 0)),
+    Limits(84, 99 * 1024, (8, 6)),
+    Limits(128, 99 * 1024, (8, 9)),
+    Limits(132, 227 * 1024, (9, 0)),
+    Limits(16, 227 * 1024, (9, 0)),
+    Limits(148, 227 * 1024, (10, 0)),
+    Limits(170, 99 * 1024, (12, 0)),
+)
+
+
+@pytest.mark.parametrize("limits", DEVICES)
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 8])
+def test_a_kernel_fits_the_gpu_it_is_launched_on(limits: Limits, bits: int) -> None:
+    """Whatever there is to multiply, a block asks for no more shared memory than it can have."""
+    for group, symmetric, dtype in (
+        (32, False, "f32"),
+        (96, True, "bf16"),
+        (128, False, "f16"),
+        (None, True, "f32"),
+    ):
+        if bits == 1 and not symmetric:
+            continue
+        scheme = Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)
+        weight = kernels.Weight.of(SchemeArgs(*scheme.op_args()), scheme.widths, bits)
+        for m in (1, 8, 9, 16, 17, 33, 64, 65, 128, 129, 500, 5000):
+            for n in (1, 200, 4096, 14336, 100_000):
+                for k in (8, 520, 4096, 28672):
+                    found = kernels.launch(weight, True, m, n, k, limits)
+                    assert found is None or found.shared <= limits.shared, (m, n, k, group)
+                    assert found is not None or (m > 128 and not limits.hopper)

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from turboquant_rs.table import printable
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -61,6 +63,5 @@ class Progress:
         amount = f"{self.done / scale:.0f}/{self.total / scale:.0f} {self.unit}".rstrip()
         elapsed = now - self._started
         left = f" · {elapsed / share - elapsed:.0f} s left" if share > 0.02 else ""
-        note = self.note if self.note.isprintable() else ascii(self.note)  # names of a file may hold anything
-        note = f" · {note}" if note else ""
+        note = f" · {printable(self.note)}" if self.note else ""
         return f"{self.label} {'█' * filled}{'░' * (WIDTH - filled)} {amount}{left}{note}"[:110]

@@ -103,7 +103,7 @@ class Report:
             header = ("layer", "shape", "scheme", "before", "after", "SQNR")
             parts.append(table(header, [_row(layer) for layer in self.layers]))
         if self.skipped:
-            parts.append(f"{len(self.skipped)} layers left as they were")
+            parts.append(f"left as they were: {len(self.skipped)}")
             lines = [(printable(layer.name), printable(layer.reason)) for layer in self.skipped]
             width = max(len(name) for name, _ in lines)
             parts.append("\n".join(f"  {name.ljust(width)}  {reason}" for name, reason in lines))

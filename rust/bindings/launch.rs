@@ -87,8 +87,9 @@ impl Launch {
         let config =
             Config { sizes, stream, attributes: attributes.as_ptr(), count: attributes.len() as c_uint };
         let arguments = words.each_ref().map(ptr::from_ref);
-        // SAFETY: the driver reads the config and as many arguments as the kernel has, at most as many as there
-        // are; both outlive the call. What the arguments point to on the GPU is the caller's.
+        // SAFETY: the driver reads the config and as many arguments as the kernel has; both outlive the call. That
+        // there are as many words of a last parameter that is a struct, as the kernel was compiled for, and what
+        // the arguments point to on the GPU, is the caller's (`ops/cuda/launcher.py`).
         unsafe { driver(&raw const config, function, arguments.as_ptr(), ptr::null()) }
     }
 }

@@ -301,6 +301,7 @@ def _beside_the_layers(
     for name, (parameter, module) in owners.items():
         if id(parameter) in inside or nn.parameter.is_lazy(parameter) or parameter.dim() < 2:
             continue
+        inside.add(id(parameter))  # of two modules that share it the first is named
         yield SkippedLayer(
             name.removesuffix(".weight"),
             f"{' x '.join(map(str, parameter.shape))} in {type(module).__name__}: only linear layers and "

@@ -73,6 +73,9 @@ WIDE_THREADS = 384
 TERMS_ALIGNMENT = 128
 """Bytes to a multiple of which scales of x begin behind its codes."""
 
+KEPT_ROWS = 64
+"""Rows of x up to which a product keeps its plans: a prompt has any number of them."""
+
 EXPANDED = 4
 """Units of eight codes that a thread expands."""
 
@@ -113,6 +116,12 @@ class Weight(NamedTuple):
         if nibbles:
             return self.rest == 0 and (self.asymmetric or self.subtracted > 0)
         return self.subtracted > 0 if expands else self.subtracted == 128
+
+    def multiplied(self, nibbles: bool, expands: bool) -> tuple[Weight, int, int]:
+        """What `groups` multiplies, and what codes lose as they are expanded, or on their way."""
+        if not self.loses_zero(nibbles, expands):
+            return self, 0, 0
+        return self.without_zero(), self.subtracted * expands, self.subtracted * (not expands)
 
     def without_zero(self) -> Weight:
         """This weight as bytes from which the zero point has been subtracted: their brackets are converted by
@@ -251,7 +260,9 @@ class Product:
         try:
             plan = self._plans[dtype, m, device, whole]
         except KeyError:
-            plan = self._plans[dtype, m, device, whole] = self._plan(dtype, m, device, whole)
+            plan = self._plan(dtype, m, device, whole)
+            if m <= KEPT_ROWS:
+                self._plans[dtype, m, device, whole] = plan
         if plan is None:
             return None
         # Sizes one by one are parsed faster than a tuple of them.
@@ -357,9 +368,8 @@ def plan_of(
     weight, subtracted, zero = Weight.of(scheme, read_bits, columns), 0, 0
     if isinstance(shape, Block):
         shape = shape.within(limits.shared, nibbles, columns.bracket_steps, weight.asymmetric)
-    elif isinstance(shape, Groups) and weight.loses_zero(nibbles, expands):
-        subtracted, zero = (weight.subtracted, 0) if expands else (0, weight.subtracted)
-        weight = weight.without_zero()
+    elif isinstance(shape, Groups):
+        weight, subtracted, zero = weight.multiplied(nibbles, expands)
     kernel = kernel_of(weight, dtype, shape, nibbles, columns.bracket_steps, zero)
     grid = shape.grid(m, n) if isinstance(shape, Block) else shape.grid(m, n, limits)
     threads = shape.threads if isinstance(shape, Block) else WIDE_THREADS
@@ -664,14 +674,13 @@ def kernel_of(
 ) -> Kernel:
     """The kernel of a shape; `steps`: of a bracket, 0 where it is the row; `zero`: subtracted from codes."""
     macros = {**weight.macros(dtype), **{key.upper(): value for key, value in shape._asdict().items()}}
-    macros["FLUSH"] = steps
+    if isinstance(shape, Wide):
+        return Kernel("matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared)
+    macros |= {"FLUSH": steps, "NIBBLES": nibbles}
     if isinstance(shape, Groups):
-        macros |= {"NIBBLES": nibbles, "SUBTRACTED": zero, "STAGES": shape.stages(nibbles, steps, weight)}
+        macros |= {"SUBTRACTED": zero, "STAGES": shape.stages(nibbles, steps, weight)}
         return Kernel(
             "matmul_int8_groups.cu", "matmul_int8_groups", macros, shared=shape.shared(nibbles, steps, weight)
         )
-    if isinstance(shape, Wide):
-        return Kernel("matmul_int8_wide.cu", "matmul_int8_wide", macros, shared=shape.shared)
     shared = shape.shared(nibbles, steps, weight.asymmetric)
-    macros["NIBBLES"] = nibbles
     return Kernel("matmul_int8_block.cu", "matmul_int8_block", macros, shared=shared)

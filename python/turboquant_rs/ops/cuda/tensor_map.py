@@ -30,7 +30,7 @@ def _encode() -> Callable[..., int]:
     return encode
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)  # a plane of a layer each: of large models, at several numbers of rows of x
 def tensor_map(
     address: int,
     rows: int,

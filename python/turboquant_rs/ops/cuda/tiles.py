@@ -1,7 +1,7 @@
 """Float products with weights in tiles (`ops.tiles`): `cuda/matmul_*.cu`, and how each is launched.
 
     rows of x       kernel    what it is
-    1 … 16          stream    16 to 64 rows of W a block, a ring of codes a warp: memory is the limit
+    1 … 16          stream    16 to 128 rows of W a block, a ring of codes a warp: memory is the limit
     more            wide      on Hopper: W from registers into wgmma, x through shared memory
                     block     elsewhere up to 128: many rows of W and 64 of x a block, through shared memory
                     expand    elsewhere: the weight as 16-bit floats, once, for cuBLAS
@@ -58,6 +58,9 @@ WIDE_COLUMNS = (4, 8, 16, 24, 32)
 
 ORDER_THREADS = 256
 """Threads of a block that orders activations, 8 of them each."""
+
+KEPT_ROWS = 64
+"""Rows of x up to which a product keeps its launches: a prompt has any number of them."""
 
 BLOCK_ROWS = 128
 """Rows of x up to which `block` is faster than expanding the weight for cuBLAS."""
@@ -392,7 +395,7 @@ class Product:
         self._counts = not any(part.is_inference() for part in self._weight)
         self._written, self._stream = -1, 0
         self._calls: dict[tuple[torch.dtype, int, bool], Call | WideCall | None] = {}
-        self._bias: tuple[Tensor, int, int] | None = None
+        self._bias: tuple[Tensor, int, torch.dtype, int] | None = None
 
     def __call__(
         self, x: Tensor, bias: Tensor | None, refinement: tuple[int, float] | None = None
@@ -426,17 +429,24 @@ class Product:
         try:
             call = self._calls[dtype, m, settled]
         except KeyError:
-            call = self._calls[dtype, m, settled] = self._call(dtype, m, settled)
+            call = self._call(dtype, m, settled)
+            if m <= KEPT_ROWS:
+                self._calls[dtype, m, settled] = call
         if call is None or refinement is not None:
             return None
         bias_address, wide = 0, 0
         if bias is not None:
             known = self._bias
-            if known is None or known[0] is not bias or known[1] != bias.data_ptr():
+            if (
+                known is None
+                or known[0] is not bias
+                or known[1] != bias.data_ptr()
+                or known[2] is not bias.dtype
+            ):
                 known = self._known(bias)
-            if known is None or (not known[2] and bias.dtype is not dtype):
+            if known is None or (not known[3] and bias.dtype is not dtype):
                 return None
-            _, bias_address, wide = known
+            _, bias_address, _, wide = known
         # Sizes one by one are parsed faster than a tuple of them.
         out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
         weight = (packed.data_ptr(), scales.data_ptr(), zeros.data_ptr())
@@ -450,8 +460,8 @@ class Product:
             return None
         return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device, settled)
 
-    def _known(self, bias: Tensor) -> tuple[Tensor, int, int] | None:
-        """A bias with its address and whether it is f32, if a kernel can take it as it lies."""
+    def _known(self, bias: Tensor) -> tuple[Tensor, int, torch.dtype, int] | None:
+        """A bias with its address, its dtype and whether that is f32, if a kernel can take it as it lies."""
         plain = type(bias) in (Tensor, Parameter) and bias.layout is torch.strided
         if (
             not plain
@@ -463,7 +473,7 @@ class Product:
             return None
         if bias.dtype is not torch.float32 and bias.dtype not in DTYPES:
             return None
-        self._bias = (bias, bias.data_ptr(), int(bias.dtype is torch.float32))
+        self._bias = (bias, bias.data_ptr(), bias.dtype, int(bias.dtype is torch.float32))
         return self._bias
 
 
@@ -492,7 +502,7 @@ def order() -> Kernel:
     return Kernel("matmul_order.cu", "matmul_order")
 
 
-@cache
+@lru_cache(maxsize=4096)
 def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch | None:
     """The kernel and grid for m rows of x; None where the weight is expanded for them."""
     if m <= STREAM_ROWS:
@@ -546,9 +556,12 @@ def _balanced(tiles: int, limits: Limits) -> int:
 
 def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Limits) -> Launch:
     tiles, units = -(-n // TILE_ROWS), -(-k // UNIT_COLUMNS)
-    block = BLOCKS[columns] if tiles > 2 * limits.processors or columns < 8 else SMALL_BLOCK
-    while block.stages > 2 and block.shared(weight, columns) > limits.shared:
-        block = block._replace(stages=block.stages - 1)
+    few = tiles <= 2 * limits.processors and columns == 8
+    for block in (SMALL_BLOCK, BLOCKS[columns]) if few else (BLOCKS[columns],):
+        while block.stages > 2 and block.shared(weight, columns) > limits.shared:
+            block = block._replace(stages=block.stages - 1)
+        if block.shared(weight, columns) <= limits.shared:
+            break
     blocks = -(-tiles // (block.r_tiles * block.warps_r))
     splits = _splits(blocks, block.blocks, units // (2 * block.warps_k * block.stages), limits)
     kernel = _kernel(weight, bf16, columns, block, splits)
@@ -580,7 +593,9 @@ def _wide_shape(weight: Weight, columns: int, groups: int, ordered: bool, limits
         wide = Wide(groups, shares, 2, units, ordered)
         while wide.stages < WIDE_STAGES and wide.deeper().shared(weight, columns) <= limits.shared - RESERVED:
             wide = wide.deeper()
-        if 2 * wide.stages >= 5 * shares:
+        if (
+            2 * wide.stages >= 5 * shares
+        ):  # each takes one, another is ready, a third on its way half the time
             break
     return wide
 
