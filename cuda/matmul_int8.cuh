@@ -126,7 +126,7 @@ struct Output {
     };
     if (row >= m || column >= n) return;
     Bits* to = y + static_cast<u64>(row) * n + column;
-    if (n % 2 == 0) {
+    if (n % 2 == 0 && reinterpret_cast<u64>(to) % sizeof(Pair) == 0) {
       if constexpr (sizeof(Bits) == 2) {
         *reinterpret_cast<u32*>(to) = narrow2<Y>(first, second);
       } else {

@@ -19,7 +19,9 @@ constexpr int THREADS = WARP * WARPS_M * WARPS_N * WARPS_K;
 constexpr int M_BLOCKS = M_TILE / (16 * WARPS_M), N_BLOCKS = N_TILE / (8 * WARPS_N);  // of a warp
 constexpr bool GROUPED = FLUSH > 0;
 constexpr int BRACKET = GROUPED ? FLUSH : 1;
-constexpr int SLOTS = !GROUPED ? 0 : BRACKET < STEPS ? WARPS_K * ((STEPS + BRACKET - 1) / BRACKET) : WARPS_K;  // that end in a stage
+// Brackets that end in a slice: the last one may be short, and end behind one that does not end with a stage.
+constexpr int ENDS = BRACKET < STEPS ? (STEPS + BRACKET - 1) / BRACKET : BRACKET % STEPS ? 2 : 1;
+constexpr int SLOTS = GROUPED ? WARPS_K * ENDS : 0;  // of a stage
 constexpr bool SEGMENTED = BRACKET * 32 == 32768;  // whether a group may have more than one bracket
 constexpr bool MEET = GROUPED && WARPS_K > 1;  // whether sums of brackets meet in shared memory
 static_assert(M_BLOCKS * 16 * WARPS_M == M_TILE && N_BLOCKS * 8 * WARPS_N == N_TILE, "whole blocks a warp");

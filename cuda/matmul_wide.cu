@@ -26,6 +26,8 @@ constexpr int REGISTERS = 65536 / THREADS / 8 * 8, OF_COPIES = MULTIPLIERS > 3 *
 constexpr int LEFT = (REGISTERS * THREADS - OF_COPIES * GROUP_THREADS) / MULTIPLIERS / 8 * 8;
 constexpr int OF_PRODUCTS = LEFT < 240 ? LEFT : 240;
 
+static_assert(STAGES > SHARES, "a stage is done with when the next one of its warp group is there");
+
 // What is multiplied at a time, in two parts of steps of 16 columns: while the matrix unit has one, codes are decoded
 // to the operands of the other. With few rows of x, parts are long, as the unit is soon done with them.
 constexpr int BLOCK_HALVES = UNITS == 1 ? 2 : UNITS < 4 || N_TILES > 8 ? 4 : 8;

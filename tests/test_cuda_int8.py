@@ -46,6 +46,8 @@ SCATTERED = (
     Scheme(bits=8, group_size=9),
     Scheme(bits=4, group_size=100, symmetric=False),
     Scheme(bits=4, group_size=96),
+    Scheme(bits=4, group_size=192),  # a short last group ends in the stage in which another one does
+    Scheme(bits=8, group_size=160, symmetric=False),
 )
 BLOCKS = (
     Block(16, 32, 1, 4, 1, 8),
@@ -154,7 +156,7 @@ def test_products_with_a_scale_a_group(only: Block | Groups | Wide, scheme: Sche
 
 @pytest.mark.parametrize("scheme", SCATTERED, ids=str)
 def test_groups_between_the_steps(scheme: Scheme) -> None:
-    for m, n, k in ((1, 1, 1), (5, 33, 257), (40, 70, 600), (300, 20, 288)):
+    for m, n, k in ((1, 1, 1), (5, 33, 257), (3, 40, 192), (9, 40, 4096), (40, 70, 600), (300, 20, 288)):
         assert_same(normal(m, k, seed=m), pack(normal(n, k, seed=n), scheme), scheme)
 
 

@@ -116,6 +116,7 @@ INT8 = (
     (BF16, Scheme(bits=8, group_size=None), 8, int8.Block(16, 32, 1, 1, 4, 4)),
     (F32, Scheme(bits=4, group_size=64), 4, int8.Block(16, 32, 1, 4, 1, 8)),
     (F16, Scheme.nested(group_size=None), 4, int8.Block(64, 64, 2, 2, 1, 6)),
+    (BF16, Scheme(bits=4, group_size=192), 4, int8.Block(16, 32, 1, 4, 1, 8)),
     (BF16, Scheme(bits=4, group_size=64, symmetric=False), 4, int8.Block(16, 32, 1, 1, 8, 3)),
     (BF16, Scheme(bits=8, group_size=128), 8, int8.Block(64, 32, 1, 1, 4, 4)),
     (

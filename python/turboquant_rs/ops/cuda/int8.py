@@ -518,7 +518,7 @@ class Block(NamedTuple):
 
         steps: of a bracket, 0 where it is the row.
         """
-        slots = self.warps_k * max(1, -(-SLICE // STEP // steps)) if steps else 0
+        slots = self.warps_k * _ends(steps) if steps else 0
         terms, meeting = slots * 4 * (2 * self.m_tile + (2 if asymmetric else 1) * self.n_tile), 0
         if steps and self.warps_k > 1:
             # Lines of all slots, of scales as if they were words, of zero points.
@@ -537,6 +537,14 @@ class Block(NamedTuple):
         while shape.stages > 2 and shape.shared(nibbles, steps, asymmetric) > limit:
             shape = shape._replace(stages=shape.stages - 1)
         return shape
+
+
+def _ends(steps: int) -> int:
+    """Brackets of so many steps that end in a slice: a last one may be short, and end behind another."""
+    slice_steps = SLICE // STEP
+    if steps < slice_steps:
+        return -(-slice_steps // steps)
+    return 2 if steps % slice_steps else 1
 
 
 class Groups(NamedTuple):

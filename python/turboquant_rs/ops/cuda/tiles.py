@@ -59,6 +59,9 @@ WIDE_COLUMNS = (4, 8, 16, 24, 32)
 ORDER_THREADS = 256
 """Threads of a block that orders activations, 8 of them each."""
 
+WIDE_ROWS = 65535 * 256
+"""Rows of x that the grid of `wide` has blocks for."""
+
 KEPT_ROWS = 64
 """Rows of x up to which a product keeps its launches: a prompt has any number of them."""
 
@@ -272,6 +275,8 @@ def multiply(
     """
     (m, k), n = x.shape, out.shape[1]
     weight.check(packed, scales, zero_points, n, k)
+    if n == 0:
+        return
     bf16, device = x.dtype == torch.bfloat16, x.get_device()
     packed, scales, zero_points = (
         part if aligned(part) else part.clone() for part in (packed, scales, zero_points)
@@ -456,7 +461,7 @@ class Product:
 
     def _call(self, dtype: torch.dtype, m: int, settled: bool) -> Call | WideCall | None:
         """The launch for m rows of a dtype, if that is all there is to do."""
-        if not self._fits or dtype not in DTYPES or m == 0:
+        if not self._fits or dtype not in DTYPES or m == 0 or self._n == 0:
             return None
         return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device, settled)
 
@@ -508,7 +513,7 @@ def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -
     if m <= STREAM_ROWS:
         return _stream(weight, bf16, m, n, k, limits)
     if limits.hopper:
-        return _wide(weight, bf16, m, n, k, limits)
+        return _wide(weight, bf16, m, n, k, limits) if m <= WIDE_ROWS else None
     return _block(weight, bf16, _columns(m), n, k, limits) if m <= BLOCK_ROWS else None
 
 
