@@ -8,8 +8,7 @@
 // them. FLUSH: brackets end every so many times 32 columns, a divisor or a multiple of 4. SUBTRACTED: where SIGNED, the
 // constant zero point that codes lose on the way; with ASYMMETRIC they lose their own.
 #include "choice.cuh"
-#include "hopper.cuh"
-#include "matmul_int8.cuh"
+#include "matmul_int8_hopper.cuh"
 
 #if !defined(M_TILE) || !defined(CLUSTER) || !defined(FLUSH) || !defined(NIBBLES) || !defined(SUBTRACTED)
 #error "M_TILE: 32, 64 or 128; CLUSTER; FLUSH; NIBBLES; SUBTRACTED"
@@ -26,31 +25,8 @@ constexpr int BATCH = 8;  // groups whose terms are read together
 constexpr int BAND = 8;   // tiles of x that go through the rows of W together, so that L2 serves them
 static_assert(RUN * SLOTS == STEPS && (FLUSH < STEPS || LENGTH * STEPS == FLUSH), "groups end with steps and stages");
 
-// Of x and of W: one argument, the last of the kernel.
-struct TensorMaps {
-  TensorMap x, w;
-};
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// To the same place of every block of the cluster.
-__device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<u16>((1 << CLUSTER) - 1))
-      : "memory");
-}
-
 // The matrix unit -------------------------------------------------------------------------------------------
 
-#define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
-#define FIRST_TEN "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,"
-#define REGISTERS_8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
-                       "+r"(d[i + 6]), "+r"(d[i + 7])
-#define REGISTERS_32(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24)
 #define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more)
 #if SIGNED
 #define MULTIPLY(n) "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 "
@@ -78,12 +54,6 @@ __device__ __forceinline__ void multiply(int (&d)[RESULTS], const u32 (&a)[4], u
                : REGISTERS_8(0), REGISTERS_8(8)
                : OPERANDS);
 #endif
-}
-
-// Keeps what reads sums behind the wait for them.
-__device__ __forceinline__ void settle(int (&d)[RESULTS]) {
-#pragma unroll
-  for (int i = 0; i < RESULTS; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // Codes of W ------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@
 //
 // CLUSTER blocks side by side in m share the rows of W: each copies a part, to all of them.
 #include "choice.cuh"
-#include "hopper.cuh"
-#include "matmul_int8.cuh"
+#include "matmul_int8_hopper.cuh"
 
 #if !defined(N_TILE) || !defined(STAGES) || !defined(CLUSTER)
 #error "N_TILE: 128 or 256; STAGES; CLUSTER"
@@ -22,40 +21,16 @@ struct Constant {
   static constexpr bool value = V;
 };
 
-// Of x and of W: one argument, the last of the kernel.
-struct TensorMaps {
-  TensorMap x, w;
-};
-
 // Barriers --------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
 
 // The threads of one warp group.
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
 }
 
-// Copies ----------------------------------------------------------------------------------------------------
-
-// To the same place of every block of the cluster.
-__device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<u16>((1 << CLUSTER) - 1))
-      : "memory");
-}
-
 // The matrix unit -------------------------------------------------------------------------------------------
 
-#define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
-#define SIXTY "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
-#define REGISTERS_8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
-                       "+r"(d[i + 6]), "+r"(d[i + 7])
-#define REGISTERS_32(i) REGISTERS_8(i), REGISTERS_8(i + 8), REGISTERS_8(i + 16), REGISTERS_8(i + 24)
+#define SIXTY FIRST_TEN TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
 #define REGISTERS_64(i) REGISTERS_32(i), REGISTERS_32(i + 32)
 
 // d = a · b, `more`: + d. 64 rows of x by 32 columns, those columns of N_TILE rows of W.
@@ -74,12 +49,6 @@ __device__ __forceinline__ void multiply(int (&d)[RESULTS], u64 a, u64 b, int mo
                : REGISTERS_64(0)
                : "l"(a), "l"(b), "r"(more));
 #endif
-}
-
-// Keeps reads and writes of sums on their side of what the compiler does not see.
-__device__ __forceinline__ void settle(int (&d)[RESULTS]) {
-#pragma unroll
-  for (int i = 0; i < RESULTS; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // Tiles -----------------------------------------------------------------------------------------------------

@@ -115,5 +115,5 @@ def test_a_kernel_gets_at_most_128_arguments_each_of_64_bits(driver: Driver) -> 
     with pytest.raises(OverflowError):
         call(2**63)
     with pytest.raises(TypeError):
-        call(1.5)  # type: ignore[arg-type]  # what is asked
+        call(1.5)  # type: ignore[arg-type]  # a float is what has to be refused
     assert len(driver.seen) == 1

@@ -216,6 +216,24 @@ mod unit {
     use super::{Operands, RUN, VECTORS};
     use crate::simd::Aligned;
 
+    /// Assembly that writes to tiles.
+    macro_rules! asm_with_tiles {
+        ($($code:tt)*) => {
+            asm!(
+                $($code)*
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                out("tmm3") _,
+                out("tmm4") _,
+                out("tmm5") _,
+                out("tmm6") _,
+                out("tmm7") _,
+                options(nostack),
+            )
+        };
+    }
+
     /// Whether the CPU has AMX for bytes and the system grants it.
     pub(super) fn granted() -> bool {
         static GRANTED: LazyLock<bool> = LazyLock::new(|| has_amx() && request());
@@ -300,7 +318,7 @@ mod unit {
         }
         // SAFETY: a token exists, so the instructions do.
         unsafe {
-            asm!(
+            asm_with_tiles!(
                 "tilezero tmm4",
                 "tilezero tmm5",
                 "tilezero tmm6",
@@ -313,15 +331,6 @@ mod unit {
                 "dec {rounds}",
                 "jnz 2b",
                 rounds = inout(reg) rounds => _,
-                out("tmm0") _,
-                out("tmm1") _,
-                out("tmm2") _,
-                out("tmm3") _,
-                out("tmm4") _,
-                out("tmm5") _,
-                out("tmm6") _,
-                out("tmm7") _,
-                options(nomem, nostack),
             );
         }
     }
@@ -338,7 +347,7 @@ mod unit {
             // SAFETY: `Tiles::multiply` has cut the operands to what the shape of the tiles reads and writes;
             // prefetching never faults. A token exists, so the instructions do.
             unsafe {
-                asm!(
+                asm_with_tiles!(
                     "test {add:e}, {add:e}",
                     "jnz 2f",
                     $($begin,)*
@@ -390,15 +399,6 @@ mod unit {
                     second = const 64 * if $apart { RUN } else { $words },
                     next_step = const 64 * if $apart { 1 } else { VECTORS * $words },
                     next_run = const 64 * if $apart { (16 * VECTORS - 1) * RUN } else { 0 },
-                    out("tmm0") _,
-                    out("tmm1") _,
-                    out("tmm2") _,
-                    out("tmm3") _,
-                    out("tmm4") _,
-                    out("tmm5") _,
-                    out("tmm6") _,
-                    out("tmm7") _,
-                    options(nostack),
                 );
             }
         };

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import Call, Kernel
+from turboquant_rs.ops.cuda.launcher import KEPT_ROWS, Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
@@ -72,9 +72,6 @@ WIDE_THREADS = 384
 
 TERMS_ALIGNMENT = 128
 """Bytes to a multiple of which scales of x begin behind its codes."""
-
-KEPT_ROWS = 64
-"""Rows of x up to which a product keeps its plans: a prompt has any number of them."""
 
 EXPANDED = 4
 """Units of eight codes that a thread expands."""

@@ -31,6 +31,9 @@ DYNAMIC_SHARED_SIZE = 8
 RELAXED_CAPTURE = 2
 """CU_STREAM_CAPTURE_MODE_RELAXED of cuda.h: other streams may do as they please."""
 
+KEPT_ROWS = 64
+"""Rows of x up to which a product keeps its launches: a prompt has any number of them."""
+
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a block may have without asking."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import Call, Kernel, raw_stream
+from turboquant_rs.ops.cuda.launcher import KEPT_ROWS, Call, Kernel, raw_stream
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     ALIGNMENT,
@@ -61,9 +61,6 @@ ORDER_THREADS = 256
 
 WIDE_ROWS = 65535 * 256
 """Rows of x that the grid of `wide` has blocks for."""
-
-KEPT_ROWS = 64
-"""Rows of x up to which a product keeps its launches: a prompt has any number of them."""
 
 BLOCK_ROWS = 128
 """Rows of x up to which `block` is faster than expanding the weight for cuBLAS."""
@@ -598,9 +595,8 @@ def _wide_shape(weight: Weight, columns: int, groups: int, ordered: bool, limits
         wide = Wide(groups, shares, 2, units, ordered)
         while wide.stages < WIDE_STAGES and wide.deeper().shared(weight, columns) <= limits.shared - RESERVED:
             wide = wide.deeper()
-        if (
-            2 * wide.stages >= 5 * shares
-        ):  # each takes one, another is ready, a third on its way half the time
+        # Each share takes one, has another ready, and half the time a third on its way.
+        if 2 * wide.stages >= 5 * shares:
             break
     return wide
 
