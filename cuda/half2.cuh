@@ -5,15 +5,11 @@
 #error "BF16: 1 for bfloat16 activations, 0 for float16"
 #endif
 
-// An integer below 2^MANTISSA in the low bits of MAGIC is the float BASE + integer.
 #if BF16
-constexpr int MANTISSA = 7;
-constexpr u32 MAGIC = 0x43004300, ONES = 0x3f803f80, SIXTEENTH = 0x3d803d80;
+constexpr u32 ONES = 0x3f803f80;
 #else
-constexpr int MANTISSA = 10;
-constexpr u32 MAGIC = 0x64006400, ONES = 0x3c003c00, SIXTEENTH = 0x2c002c00;
+constexpr u32 ONES = 0x3c003c00;
 #endif
-constexpr float BASE = 1 << MANTISSA;
 
 // a · b + c in both halves, rounded once.
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {

@@ -52,8 +52,9 @@ struct Slot {
   int stage = 0;
   u32 parity = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+  // By fewer than STAGES.
+  __device__ __forceinline__ void advance(int by = 1) {
+    if ((stage += by) >= STAGES) stage -= STAGES, parity ^= 1;
   }
 };
 

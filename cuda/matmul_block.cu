@@ -146,9 +146,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
       u32 a[R_TILES][2][4];
 #pragma unroll
       for (int r = 0; r < R_TILES; ++r) {
-        const Offsets offsets = offsets_of(groups[r][half * (FLUSHES - 1)]);
+        const Line line = line_of(groups[r][half * (FLUSHES - 1)]);
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) decode(a[r][odd], codes[r], 2 * half + odd, offsets, mask);
+        for (int odd = 0; odd < 2; ++odd) decode(a[r][odd], codes[r], 2 * half + odd, line, mask);
       }
       const u32 x_here = here + lane / 4 * X_ROW + warp_k * COLUMNS * 2 + half * 64 + lane % 4 * 16;
 #pragma unroll

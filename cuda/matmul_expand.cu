@@ -24,10 +24,11 @@ extern "C" __global__ void matmul_expand(CHOICE const u8* packed, const void* sc
   for (int half = 0; half < 2; ++half) {
     Group group;
     groups.load(group, min(group_of(2 * unit + half), w.groups - 1));
-    const Offsets offsets = offsets_of(group);
+    const Line line = line_of(group);
     u32 a[2][4];
-    decode(a[0], codes, 2 * half, offsets, mask);
-    decode(a[1], codes, 2 * half + 1, offsets, mask);
+    decode(a[0], codes, 2 * half, line, mask);
+    decode(a[1], codes, 2 * half + 1, line, mask);
+    auto weights = [&](u32 codes, int row) { return mul2(scaled(codes, group, row), twice(1 / UNIT)); };
     const int column = unit * COLUMNS + 32 * half + lane % 4 * 8;
     if (column >= k) continue;
 #pragma unroll
@@ -35,10 +36,10 @@ extern "C" __global__ void matmul_expand(CHOICE const u8* packed, const void* sc
       const int at = tile * ROWS + lane / 4 + 8 * row;
       if (at >= n) continue;
       uint4 values;
-      values.x = scaled(a[0][row], group, row);
-      values.y = scaled(a[0][row + 2], group, row);
-      values.z = scaled(a[1][row], group, row);
-      values.w = scaled(a[1][row + 2], group, row);
+      values.x = weights(a[0][row], row);
+      values.y = weights(a[0][row + 2], row);
+      values.z = weights(a[1][row], row);
+      values.w = weights(a[1][row + 2], row);
       *reinterpret_cast<uint4*>(weight + static_cast<u64>(at) * k + column) = values;
     }
   }

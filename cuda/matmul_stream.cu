@@ -15,11 +15,14 @@ constexpr int SLICE_ROWS = ROWS * R_TILES, SLICE_COLS = 8 * N_TILES, STEP_COLUMN
 constexpr int SPAN = HALVES % 4 == 0 && UNITS > 1 ? 4 : HALVES % 2 == 0 ? 2 : 1, SPANS = 2 * UNITS / SPAN;
 
 // A stage: codes, plane ▸ tile ▸ unit ▸ lane ▸ words as in memory; groups, tile ▸ span ▸ scales, zero points; where x
-// comes through the ring, its rows, with a gap behind each so that neighbours are read from different banks.
+// comes through the ring, its rows, of which every other one has its halves of 32 columns swapped two by two, so that
+// neighbours are read from different banks.
 constexpr int UNIT_BYTES = WARP * 4, CODE_BYTES = R_TILES * UNITS * BITS * UNIT_BYTES;
 constexpr int GROUP_CHUNKS = R_TILES * SPANS * GROUP_BYTES / 16;
 constexpr bool X_IN_RING = N_TILES > 1;
-constexpr int X_BEGINS = CODE_BYTES + R_TILES * SPANS * GROUP_BYTES, X_ROW = X_IN_RING ? STEP_COLUMNS * 2 + 64 : 0;
+constexpr int X_BEGINS = CODE_BYTES + R_TILES * SPANS * GROUP_BYTES, X_ROW = X_IN_RING ? STEP_COLUMNS * 2 : 0;
+constexpr int HALF_BYTES = 64;  // of a row of x
+constexpr int STAGE_BYTES = X_BEGINS + SLICE_COLS * X_ROW;
 
 constexpr int plane_in_stage(int plane) { return R_TILES * UNITS * bits_before(plane) * UNIT_BYTES; }
 
@@ -32,7 +35,7 @@ constexpr int copies(int plane) { return (R_TILES * tile_chunks(plane) + WARP - 
 struct Copier {
   static constexpr int GROUP_COPIES = (GROUP_CHUNKS + WARP - 1) / WARP, STRIDE = WARPS * SPLITS;
   static constexpr int X_CHUNKS = STEP_COLUMNS / 8, X_ROWS = WARP / X_CHUNKS;  // rows of x a copy
-  static_assert(X_ROWS > 0, "a copy has whole rows of x");
+  static_assert(!X_IN_RING || X_ROWS % 2 == 0, "what a lane copies is of even rows of x, or of odd ones");
 
   const Matrix& w;
   const int lane, first, steps;
@@ -120,7 +123,8 @@ struct Copier {
   __device__ __forceinline__ void fetch_x(u32 stage, int step) const {
     const u16* from = x + static_cast<u64>(step) * STEP_COLUMNS;
     const bool inside = step * STEP_COLUMNS < x_end;
-    const u32 to = stage + (lane / X_CHUNKS * X_ROW + lane % X_CHUNKS * 16);
+    const int row = lane / X_CHUNKS;
+    const u32 to = stage + row * X_ROW + (lane % X_CHUNKS * 16 ^ row % 2 * HALF_BYTES);
 #pragma unroll
     for (int i = 0; i < SLICE_COLS; i += X_ROWS) {
       if (i >= x_rows) break;
@@ -167,12 +171,13 @@ struct Near {
     }
   }
 
-  // Half `half` of a step in a stage. Lanes without a row read the last one: their sums go nowhere.
-  __device__ __forceinline__ void read(u32 stage, int half, int count, int lane) {
+  // Half `half` of a step in a stage. Sums of rows that are not there go nowhere.
+  __device__ __forceinline__ void read(u32 stage, int half, int lane) {
+    const int row = lane / 4, swapped = (row + half) % 2;
+    const u32 from = stage + row * X_ROW + lane % 4 * 16 + swapped * HALF_BYTES;
 #pragma unroll
     for (int i = 0; i < N_TILES; ++i) {
-      const u32 row = stage + X_BEGINS + min(8 * i + lane / 4, count - 1) * X_ROW + lane % 4 * 16;
-      read_shared(halves[half][i].word, row + half * 64);
+      read_shared(halves[half][i].word, from + (X_BEGINS + 8 * i * X_ROW + half / 2 * (2 * HALF_BYTES)));
     }
   }
 };
@@ -188,23 +193,22 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
   const Matrix w = matrix(packed, scales, zero_points, n, k);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first = blockIdx.y * WARPS + warp;
   const int m0 = blockIdx.z * SLICE_COLS, rows = min(m - m0, SLICE_COLS), steps = (w.units + UNITS - 1) / UNITS;
-  const int stage_bytes = X_BEGINS + rows * X_ROW;
   const u16* x_rows = x + static_cast<u64>(m0) * k;
-  float* sums = reinterpret_cast<float*>(memory + WARPS * STAGES * stage_bytes);
+  float* sums = reinterpret_cast<float*>(memory + WARPS * STAGES * STAGE_BYTES);
 
-  const u32 ring = shared_address(memory) + warp * (STAGES * stage_bytes), end = ring + STAGES * stage_bytes;
+  const u32 ring = shared_address(memory) + warp * (STAGES * STAGE_BYTES), end = ring + STAGES * STAGE_BYTES;
   Copier copier(w, x_rows, rows, k, lane, first);
   // While what is in front may still run: it writes no weight, or this launch would not have been early.
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (copier.more()) copier.fetch(ring + stage * stage_bytes);
+    if (copier.more()) copier.fetch(ring + stage * STAGE_BYTES);
     copies_commit();
   }
   wait_for_last();
   Near near(x_rows, rows, k, lane);
   if constexpr (X_IN_RING) {
     for (int stage = 0, step = first; stage < STAGES - 1; ++stage) {
-      if (first < steps) copier.fetch_x(ring + stage * stage_bytes, step);
+      if (first < steps) copier.fetch_x(ring + stage * STAGE_BYTES, step);
       copies_commit();
       step = step + Copier::STRIDE < steps ? step + Copier::STRIDE : first;
     }
@@ -214,7 +218,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
 
   const Masks mask = masks(n >> 31);
   float total[R_TILES][N_TILES][4];
-  u32 here = ring, ahead = ring + (STAGES - 1) * stage_bytes;
+  u32 here = ring, ahead = ring + (STAGES - 1) * STAGE_BYTES;
   auto take = [&](int next) {
     copies_wait<STAGES - 2>();
     __syncwarp();
@@ -232,17 +236,17 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
       for (int r = 0; r < R_TILES; ++r) read_unit<plane_in_stage, UNITS>(codes[r], here, r, unit, lane);
 #pragma unroll
       for (int half = 2 * unit; half < 2 * unit + 2; ++half) {
-        if (X_IN_RING) near.read(here, half, rows, lane);
+        if (X_IN_RING) near.read(here, half, lane);
 #pragma unroll
         for (int r = 0; r < R_TILES; ++r) {
           if (half % SPAN == 0) {
             read_group(groups[r], here + CODE_BYTES + (r * SPANS + half / SPAN) * GROUP_BYTES, lane);
           }
-          const Offsets offsets = offsets_of(groups[r]);
+          const Line line = line_of(groups[r]);
 #pragma unroll
           for (int odd = 0; odd < 2; ++odd) {
             u32 a[4];
-            decode(a, codes[r], half % 2 * 2 + odd, offsets, mask);
+            decode(a, codes[r], half % 2 * 2 + odd, line, mask);
 #pragma unroll
             for (int i = 0; i < N_TILES; ++i) {
               const u32* words = near.halves[half][i].word + 2 * odd;
@@ -263,7 +267,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(WARPS* WARP, BLOCKS)
     }
     if (!X_IN_RING && !near.whole(next)) near.load_broken(next);
     ahead = here;
-    here = here + stage_bytes == end ? ring : here + stage_bytes;
+    here = here + STAGE_BYTES == end ? ring : here + STAGE_BYTES;
   };
 
   for (int slice = blockIdx.x; slice * R_TILES < w.tiles; slice += gridDim.x) {

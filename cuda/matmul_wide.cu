@@ -122,7 +122,7 @@ __device__ __forceinline__ void put_results(u32 to, const float (&total)[N_TILES
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* sums = total[i + j / 2] + j % 2 * 2;
-      words[j] = round_halves(finish(sums[0], bias[j % 2]), finish(sums[1], bias[j % 2]));
+      words[j] = round_halves(finish(sums[0] * (1 / UNIT), bias[j % 2]), finish(sums[1] * (1 / UNIT), bias[j % 2]));
     }
     const u32 block = at + i * (16 * RESULT_ROWS);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(block), "r"(words[0]),
@@ -146,7 +146,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
   extern __shared__ u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES];
   const Matrix w = matrix(packed, scales, zero_points, n, k);
-  const u32 base = (shared_address(memory) + 1023) & ~1023u, fulls = shared_address(full), empties = shared_address(empty);
+  u32 base = (shared_address(memory) + 1023) & ~1023u, fulls = shared_address(full), empties = shared_address(empty);
+  asm("" : "+r"(base), "+r"(fulls), "+r"(empties));  // or each use works them out again
   const int tile0 = blockIdx.x * BLOCK_TILES, m0 = blockIdx.z * BLOCK_COLS;
   const int stages = (w.units + UNITS - 1) / UNITS;
   const int begin = stages * blockIdx.y / SPLITS, end = stages * (blockIdx.y + 1) / SPLITS;
@@ -226,20 +227,33 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
   };
   u32 a[BLOCK_STEPS][4];
   auto prepare = [&](int first, const Group(&of)[BLOCK_SPANS]) {
+    const int last = first + PART_STEPS;
+    auto group = [&](int step) -> const Group& { return of[step / 2 / SPAN]; };
 #pragma unroll
-    for (int step = first; step < first + PART_STEPS; ++step) {
-      const Group& group = of[step / 2 / SPAN];
-      settle_operand(a[step]);
-      decode(a[step], codes[step / 4], step % 4, offsets_of(group), mask);
+    for (int step = first; step < last; ++step) settle_operand(a[step]);
+    if constexpr (ONE_LINE) {
+      bool one_line = true;
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) a[step][pair] = scaled(a[step][pair], group, pair % 2);
+      for (int step = first; step < last; ++step) one_line &= has_line(group(step));
+      if (one_line) {
+#pragma unroll
+        for (int step = first; step < last; ++step) {
+          decode(a[step], codes[step / 4], step % 4, scaled_line_of(group(step)), mask);
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int step = first; step < last; ++step) {
+      decode(a[step], codes[step / 4], step % 4, line_of(group(step)), mask);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) a[step][pair] = scaled(a[step][pair], group(step), pair % 2);
     }
   };
 
   Slot slot;
   const int first_stage = begin + share;
-#pragma unroll 1
-  for (int i = 0; i < share; ++i) slot.advance();
+  slot.advance(share);
   if (first_stage < end) {
     fetch_groups(now, half_of(first_stage, 0));
     fetch_groups(next, half_of(first_stage, 1));
@@ -252,7 +266,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
   for (int stage = first_stage; stage < end; stage += SHARES) {
     const bool goes_on = stage + SHARES < end;
     const u32 here = base + slot.stage * STAGE_BYTES, empty_here = empties + 8 * slot.stage;
-    const u64 b = descriptor(here);
+    const u64 b = descriptor(__shfl_sync(~0u, here, 0));
 #pragma unroll
     for (int block = 0; block < STAGE_BLOCKS; ++block) {
       const bool ends = block + 1 == STAGE_BLOCKS, last_of_all = ends && !goes_on;
@@ -275,8 +289,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
       prepare(PART_STEPS, now);
       multiply_part(PART_STEPS);
       if (ends && goes_on) {
-#pragma unroll
-        for (int i = 0; i < SHARES; ++i) slot.advance();
+        slot.advance(SHARES);
         barrier_wait(fulls + 8 * slot.stage, slot.parity);
       }
       if (!last_of_all) read_codes(ends ? base + slot.stage * STAGE_BYTES : here, following);

@@ -7,7 +7,7 @@ struct Activations {
   u32 word[4];
 };
 
-// Sums over the columns of one group, before its scale: of products, and of the activations themselves.
+// Sums over the columns of one group, before its scale: of products, UNIT times as large, and of the activations.
 struct GroupSums {
   float products[4];
   float activations[4];  // where the zero point has a fraction
@@ -23,13 +23,13 @@ struct GroupSums {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float sum = products[i];
-      if constexpr (FRACTION) sum = fmaf(-fraction_of_zero(group, i / 2), activations[i], sum);
+      if constexpr (FRACTION) sum = fmaf(-fraction_of_zero(group, i / 2) * UNIT, activations[i], sum);
       total[i] = fmaf(scale_of(group, i / 2), sum, total[i]);
     }
   }
 };
 
-// Writes the sums where `store` expects them, for a tile that begins at row `row0` of `rows`, and `here` rows of x.
+// Writes the sums, UNIT times as large, where `store` expects them, for a tile that begins at row `row0` of `rows`, and `here` rows of x.
 template <int N, int rows>
 __device__ __forceinline__ void put(float* slab, const float (&total)[N][4], int row0, int lane, int here = 8 * N) {
 #pragma unroll
@@ -37,6 +37,6 @@ __device__ __forceinline__ void put(float* slab, const float (&total)[N][4], int
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = row0 + lane / 4 + 8 * (i / 2), col = 8 * n + lane % 4 * 2 + i % 2;
-      if (col < here) slab[col * padded(rows) + row] = total[n][i];
+      if (col < here) slab[col * padded(rows) + row] = total[n][i] * (1 / UNIT);
     }
 }

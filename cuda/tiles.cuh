@@ -160,6 +160,15 @@ __device__ __forceinline__ float scale_of(const Group& group, int row) {
 #endif
 }
 
+// The scale of row `row` in both halves, where it has 16 bits.
+__device__ __forceinline__ u32 scales_of(const Group& group, int row) {
+#if SCALE < 2
+  return __byte_perm(group.scales, 0, row ? 0x3232 : 0x1010);
+#else
+  return 0;
+#endif
+}
+
 // The zero point of the codes read, (z − (2^REST − 1)/2) / 2^REST, is integer + fraction; the integer is taken
 // from every code, exactly, and the fraction, where there is one, from the sums.
 constexpr int UNITS_OF_ZERO = 2 << REST;
@@ -183,40 +192,49 @@ __device__ __forceinline__ float fraction_of_zero(const Group& group, int row) {
 }
 
 // Codes to operands ----------------------------------------------------------------------------------------
+//
+// A field of a code in a half is a float that grows by the same step for every one of the code: field · slope + offset
+// is what the matrix unit takes. In float16 the field comes into the mantissa of BASE. In bfloat16 it is a float as it
+// lies: subnormals and the least of the normal numbers, all that the low byte can be, are 2^-133 apart. No slope leads
+// from there to the code itself, but one does to UNIT times it, which sums make good in the end.
+#if BF16
+constexpr u32 MAGIC = 0;
+constexpr float UNIT = 1.0f / 64, BASE = 0, SLOPE = 0x1p127f;
+#else
+constexpr u32 MAGIC = 0x64006400;
+constexpr float UNIT = 1, BASE = 1024, SLOPE = 1;
+#endif
 
-// What is added to the codes of each row once they are floats.
-struct Offsets {
-  u32 rows[2];
-};
+constexpr bool NIBBLES = BITS <= 4;
+constexpr u32 CODE = (1 << BITS) - 1;
+
+// A nibble of row g + 8 is read where it lies, 16 times as large.
+__device__ __forceinline__ constexpr float slope_of(int row) { return NIBBLES && row ? SLOPE / 16 : SLOPE; }
 
 // Masks of the fields of a code in both halves of a word, in registers: an instruction takes one literal, MAGIC.
 struct Masks {
-  u32 low, high;  // of codes at bit 0, and of nibbles at bit 4 or the highest bit of a byte
+  u32 low, high;  // of codes at bit 0, and of nibbles at bit 4
 };
-
-constexpr bool NIBBLES = BITS <= 4;
-
-// Whether nibbles of odd slots are read in place, 16 times as large: where a mantissa has room for them.
-constexpr bool IN_PLACE = NIBBLES && BITS + 4 <= MANTISSA;
-
-// Bytes in bfloat16 are read in two parts, whose sum is the code less 128: the zero point itself where that is MIDDLE.
-constexpr bool MIDDLE = !ASYMMETRIC && REST == 0 && ZERO == 256;
-constexpr u32 CODE = (1 << BITS) - 1;
 
 // `zero` is 0 in every launch, and the compiler does not know.
 __device__ __forceinline__ Masks masks(u32 zero) {
-  return {(BF16 && BITS == 8 ? 0x007f007fu : CODE * 0x00010001u) + zero,
-          (NIBBLES ? CODE * 0x00100010u : 0x00800080u) + zero};
+  return {CODE * 0x00010001u + (BF16 ? 0 : zero), CODE * 0x00100010u + (BF16 ? 0 : zero)};
 }
 
-__device__ __forceinline__ Offsets offsets_of(const Group& group) {
-  Offsets offsets;
+// From fields to operands, of each row, both halves alike.
+struct Line {
+  u32 slope[2], offset[2];
+};
+
+// To codes less the integer zero point, exact.
+__device__ __forceinline__ Line line_of(const Group& group) {
+  Line line;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float base = BF16 && BITS == 8 ? -128 : IN_PLACE && row ? BASE / 16 : BASE;
-    offsets.rows[row] = twice(-(base + integer_zero(group, row)));
+    line.slope[row] = twice(slope_of(row));
+    line.offset[row] = twice(-(BASE * slope_of(row) + integer_zero(group, row) * UNIT));
   }
-  return offsets;
+  return line;
 }
 
 // (a where the mask is set, else b): one instruction, of which the compiler would make two.
@@ -269,37 +287,18 @@ __device__ __forceinline__ u32 gather(const Words<BITS>& unit, int step, int odd
   return codes >> common;
 }
 
-// The operand of step `step`: codes less the integer zero point, as exact floats.
-__device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int step, const Offsets& offsets,
+// The operand of step `step`.
+__device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int step, const Line& line,
                                        const Masks& masks) {
-  if constexpr (NIBBLES) {
-    const u32 codes = gather(unit, step, 0);
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const u32 offset = offsets.rows[pair % 2];
-      if (IN_PLACE && pair % 2) {
-        a[pair] = fma2(((codes >> (8 * (pair / 2))) & masks.high) | MAGIC, SIXTEENTH, offset);
-      } else {
-        a[pair] = add2(((codes >> (4 * pair)) & masks.low) | MAGIC, offset);
-      }
-    }
-  } else {
+  for (int row = 0; row < 2; ++row) {
+    const u32 codes = gather(unit, step, NIBBLES ? 0 : row);
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const u32 codes = gather(unit, step, odd);
-#pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        const u32 word = codes >> (8 * high);
-        u32& pair = a[odd + 2 * high];
-        if constexpr (BF16 && BITS == 8) {
-          // Seven bits fit a mantissa: 128 + them. The eighth, read in the exponent, makes −128 of −256.
-          const u32 low = (word & masks.low) | MAGIC, high = (~word & masks.high) | (MAGIC | 0x80008000);
-          pair = add2(low, high);
-          if constexpr (!MIDDLE) pair = add2(pair, offsets.rows[odd]);
-        } else {
-          pair = add2((word & masks.low) | MAGIC, offsets.rows[odd]);
-        }
-      }
+    for (int high = 0; high < 2; ++high) {
+      u32 field;
+      if constexpr (BITS == 8) field = __byte_perm(codes, MAGIC, high ? 0x5351 : 0x5250);
+      else field = codes >> 8 * high & (NIBBLES && row ? masks.high : masks.low) | MAGIC;
+      a[row + 2 * high] = fma2(field, line.slope[row], line.offset[row]);
     }
   }
 }
@@ -309,14 +308,36 @@ __device__ __forceinline__ void decode(u32 (&a)[4], const Words<BITS>& unit, int
 constexpr bool OWN_SCALES = SCALE == (BF16 ? 0 : 1) && REST == 0;
 
 // Two columns of row `row` of a group from its codes less the integer zero point: s · (code − zero point), rounded
-// once in float32 and once more to 16 bits, the bits of `unpack`.
+// once in float32 and once more to 16 bits, the bits of `unpack`, times UNIT. (Below 2^-120 the last bits are lost.)
 __device__ __forceinline__ u32 scaled(u32 codes, const Group& group, int row) {
-#if SCALE < 2
   if constexpr (OWN_SCALES) {
-    if constexpr (FRACTION) codes = add2(codes, twice(-fraction_of_zero(group, row)));
-    return mul2(codes, __byte_perm(group.scales, 0, row ? 0x3232 : 0x1010));
+    if constexpr (FRACTION) codes = add2(codes, twice(-fraction_of_zero(group, row) * UNIT));
+    return mul2(codes, scales_of(group, row));
   }
-#endif
-  const float scale = scale_of(group, row), fraction = FRACTION ? fraction_of_zero(group, row) : 0.0f;
+  const float scale = scale_of(group, row), fraction = FRACTION ? fraction_of_zero(group, row) * UNIT : 0.0f;
   return round_halves(__fmul_rn(scale, widen(codes & 0xffff) - fraction), __fmul_rn(scale, widen(codes >> 16) - fraction));
+}
+
+// Whether one line leads from fields to `scaled` operands: s · zero point is exact where that is a power of two, and
+// field · (s · slope) is s · code, exact before it is rounded with the offset.
+constexpr bool ONE_LINE = BF16 && OWN_SCALES && !ASYMMETRIC && !FRACTION && (ZERO & (ZERO - 1)) == 0;
+
+// Whether the slopes of that line are finite: both scales are below 2.
+__device__ __forceinline__ bool has_line(const Group& group) {
+#if SCALE < 2
+  return (group.scales & 0x40004000) == 0;
+#else
+  return false;
+#endif
+}
+
+// The line to `scaled` operands.
+__device__ __forceinline__ Line scaled_line_of(const Group& group) {
+  Line line = line_of(group);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    line.slope[row] = mul2(scales_of(group, row), line.slope[row]);
+    line.offset[row] = mul2(scales_of(group, row), line.offset[row]);
+  }
+  return line;
 }

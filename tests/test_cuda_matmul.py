@@ -117,6 +117,21 @@ def test_rounded_weights_are_those_of_unpack(scheme: Scheme, bits: int, dtype: t
         assert (product(x, tiles, scheme, bits, None) == weight.T[:m]).all()
 
 
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-60, 1.0, 2.0**4, 2.0**60, 2.0**120])
+def test_scales_of_every_size_give_the_weights_of_unpack(size: float) -> None:
+    """Small and large ones come to operands by different ways; in a row they lie side by side."""
+    for scheme in (Scheme(bits=4, group_size=32), Scheme(bits=8), Scheme(bits=2, group_size=64)):
+        arguments, k = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths), 512
+        values = normal(N, k, seed=1) * size
+        values[::3, : k // 2] *= 0.125
+        stored = ops.pack(values.cuda(), *arguments, False)
+        weight = ops.unpack(*stored, *arguments, scheme.bits, (N, k), torch.bfloat16)
+        tiles = ops.to_tiles(*stored, scheme.widths, k)
+        for m in (1, 9, *filter(is_rounded, (17, 40, 200, k))):
+            x = torch.eye(m, k, dtype=torch.bfloat16, device="cuda")
+            assert (product(x, tiles, scheme, scheme.bits, None) == weight.T[:m]).all()
+
+
 def test_blocks_go_on_from_tile_to_tile() -> None:
     """More tiles than blocks that fit at once, and no whole number of them."""
     scheme, n, k = Scheme(bits=4, group_size=64), 20005, 264

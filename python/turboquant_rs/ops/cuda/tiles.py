@@ -56,6 +56,9 @@ WIDE_STAGES = 12
 WIDE_COLUMNS = (4, 8, 16, 24, 32)
 """Eights of rows of x that a block of `wide` takes."""
 
+ORDER_ROWS = 64
+"""Rows of x up to which the matrix unit has so little to do that it shows when codes are exchanged."""
+
 ORDER_THREADS = 256
 """Threads of a block that orders activations, 8 of them each."""
 
@@ -159,7 +162,8 @@ class Stream(NamedTuple):
         span = 1 if halves % 2 else 2 if halves % 4 or self.units == 1 else 4
         group = TILE_ROWS * ((4 if weight.scale == 2 else 2) + weight.asymmetric)
         groups = self.r_tiles * (2 * self.units // span) * group
-        activations = rows * (self.units * UNIT_COLUMNS * 2 + 64) if rows > COLUMNS else 0
+        columns = -(-rows // COLUMNS) * COLUMNS
+        activations = columns * self.units * UNIT_COLUMNS * 2 if rows > COLUMNS else 0
         sums = rows * (self.r_tiles * TILE_ROWS + 4) * 4
         return self.warps * (self.stages * (codes + groups + activations) + sums)
 
@@ -516,15 +520,14 @@ def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -
 
 def _stream(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch:
     columns, tiles = _columns(m), -(-n // TILE_ROWS)
-    rows = min(m, COLUMNS * columns)
     stream = _stream_shape(columns, tiles, k, limits)
-    while stream.blocks * (stream.shared(weight, rows) + RESERVED) > limits.shared + RESERVED:
+    while stream.blocks * (stream.shared(weight, m) + RESERVED) > limits.shared + RESERVED:
         stream = stream.smaller()
     slices, steps = -(-tiles // stream.r_tiles), -(-k // (stream.units * UNIT_COLUMNS))
     splits = _splits(slices, stream.blocks, steps // stream.warps, limits)
     kernel = _kernel(weight, bf16, columns, stream, splits, limits.shared)
     grid = min(slices, max(1, limits.processors * stream.blocks // splits)), splits
-    shared = stream.shared(weight, rows)
+    shared = stream.shared(weight, m)
     return Launch(kernel, grid, 32 * stream.warps, shared, COLUMNS * columns, early=limits.clusters)
 
 
@@ -538,10 +541,10 @@ def _stream_shape(columns: int, tiles: int, k: int, limits: Limits) -> Stream:
     if each <= 2:
         # More tiles share what is read of x; blocks, which then share the columns, have to add their sums.
         shared = limits.clusters and k >= LONG_COLUMNS
-        return Stream(2 * each, 8, 2, 2, 1) if shared else Stream(each, 16, 2, 1, 1)
-    if each <= 8:
-        return Stream(each, 12 if each <= 4 else 8, 2, 1, 1)
-    return Stream(_balanced(tiles, limits), 6, 2, 1, 2)
+        return Stream(2 * each, 8, 2, 2, 1) if shared else Stream(each, 12, 3, 1, 1)
+    if each <= 4:
+        return Stream(each, 8, 2, 2, 1)
+    return Stream(_balanced(tiles, limits), 6, 3, 1, 2)
 
 
 def _balanced(tiles: int, limits: Limits) -> int:
@@ -573,9 +576,10 @@ def _block(weight: Weight, bf16: bool, columns: int, n: int, k: int, limits: Lim
 def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -> Launch:
     blocks = -(-m // (COLUMNS * WIDE_COLUMNS[-1]))
     columns = next(columns for columns in WIDE_COLUMNS if blocks * COLUMNS * columns >= m)
-    # Seconds on an H200: to exchange codes, again for each block of rows of x, or to order x before.
-    exchange, order = 8e-15 * (weight.bits + 4) * n * k * blocks, 1.5e-6 + 1.05e-12 * m * k
-    shapes = [_wide_shape(weight, columns, groups, exchange > order, limits) for groups in (2, 1)]
+    # Seconds on an H200: to exchange codes, which products of more rows of x hide, or to order x before.
+    exchange, order = 3e-15 * (weight.bits + 4) * n * k, 1.5e-6 + 1.05e-12 * m * k
+    ordered = m <= ORDER_ROWS and exchange > order
+    shapes = [_wide_shape(weight, columns, groups, ordered, limits) for groups in (2, 1)]
     wide, splits = min(
         itertools.product(shapes, (1, 2, 4, 8)),
         key=lambda shape: _wide_cost(shape[0], shape[1], blocks, n, k, limits),
