@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import math
@@ -929,6 +930,26 @@ def test_transforms_meet_the_operator(arranged):
     assert torch.equal(torch.vmap(arranged)(x), arranged(x))
     with torch.autograd.forward_ad.dual_level():
         assert asked(arranged, torch.autograd.forward_ad.make_dual(x, x))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda layer, x: torch.vmap(layer)(x),
+        lambda layer, x: make_fx(layer)(x),
+        lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+    ],
+)
+def test_nothing_of_what_transforms_a_first_forward_stays_in_the_layer(first):
+    layer, x = quant_layer(), torch.randn(3, 70)
+    expected = layer.packed.dequantize()
+    first(layer, x)
+    gc.collect()  # a trace holds the packed bytes
+    assert layer._panels is None
+    assert torch.equal(layer(x), layer(x)) and layer._panels is not None
+    assert torch.equal(layer.packed.dequantize(), expected)
 
 
 def test_values_that_are_not_what_lies_in_memory_are_resolved(arranged):

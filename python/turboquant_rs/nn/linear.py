@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from turboquant_rs import ops
 from turboquant_rs.ops.cuda.chosen import Choice, capturing
 from turboquant_rs.ops.cuda.launcher import not_captured
+from turboquant_rs.ops.direct import transformed
 from turboquant_rs.packed import PackedTensor, autocast, check_linear, chosen, matmul, matmul_refined, pack
 from turboquant_rs.panels import Panels
 from turboquant_rs.scheme import Rounding, Scheme
@@ -262,10 +263,10 @@ class QuantLinear(PackedWeight, nn.Linear):
     def arrange(self) -> None:
         """Brings the packed weight to panels, unless it is there, has no such order, or somebody shares it.
 
-        Nothing else changes: values, state_dict and pickles are the same. Every forward does it; before
-        torch.compile it is worth a call, as compiled code does not.
+        Nothing else changes: values, state_dict and pickles are the same. Every forward does it that is not
+        traced or transformed; before torch.compile it is worth a call, as compiled code does not.
         """
-        if not self._has_order():
+        if not self._has_order() or transformed():
             return
         with _REARRANGING:
             if self._panels is None and self._owns_packed():

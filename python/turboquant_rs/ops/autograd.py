@@ -3,19 +3,73 @@
 
 Quantizing gives integers, which have none, like `argmax`: its results do not require grad. Dequantizing is
 differentiable in the scales in principle; here it refuses rather than ignore them.
+
+Forward mode (`torch.func.jvp`, dual numbers) has the same derivatives, in activations and bias; a tangent of
+anything else is refused, as PyTorch would drop it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
-from turboquant_rs.ops.schema import LIBRARY, NAMESPACE, OPS, panels_nbytes
+from turboquant_rs.ops.schema import LIBRARY, OPS, panels_nbytes
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
+
+Tangent = Callable[[Any, tuple[Any, ...], Mapping[int, Tensor]], Tensor]
+"""The tangent of the first result, from all results, the arguments, and the tangents of some, by position."""
+
+_make_dual: Any = forward_ad.make_dual  # untyped in torch
+_unpack_dual: Any = forward_ad.unpack_dual
+
+
+def _register(
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    tangent: Tangent | None = None,
+    differentiable: tuple[int, ...] = (),
+) -> None:
+    """`torch.library.register_autograd`, and the forward mode that it leaves out.
+
+    differentiable: positions of the arguments whose tangents `tangent` knows.
+    """
+    operator = getattr(OPS, name).default
+    reverse = make_autograd_impl(operator, Info(backward, setup_context))
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        found = _duals(args) if forward_ad._current_level >= 0 else None
+        if not found:
+            return reverse(keyset, *args)
+        if tangent is None or not found.keys() <= set(differentiable):
+            refused = [operator._schema.arguments[at].name for at in found if at not in differentiable]
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative in {', '.join(refused)}; detach it, or multiply by "
+                "the packed weight with matmul, which has one in x and bias"
+            )
+        primals = tuple(found[at].primal if at in found else value for at, value in enumerate(args))
+        results = operator(*primals)
+        own = tangent(results, primals, {at: dual.tangent for at, dual in found.items()})
+        if isinstance(results, Tensor):
+            return _make_dual(results, own.to(results.dtype))
+        return _make_dual(results[0], own.to(results[0].dtype)), *results[1:]
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _duals(args: Sequence[Any]) -> dict[int, Any]:
+    """The arguments that have a tangent, each with it, by position."""
+    floats = (
+        (at, _unpack_dual(value))
+        for at, value in enumerate(args)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    )
+    return {at: dual for at, dual in floats if dual.tangent is not None}
 
 
 def _end_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -33,9 +87,9 @@ def _refuse(name: str) -> Callable[..., Any]:
 
 
 for _name in ("pack", "encode", "quantize", "to_panels", "from_panels", "fake_quantize_backward"):
-    register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), setup_context=_end_graph, lib=LIBRARY)
+    _register(_name, _refuse(_name), _end_graph)
 for _name in ("unpack", "dequantize"):
-    register_autograd(f"{NAMESPACE}::{_name}", _refuse(_name), lib=LIBRARY)
+    _register(_name, _refuse(_name))
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,12 +144,32 @@ def _matmul_refined_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[
     return grad_x, None, None, None, _bias_gradient(ctx, grad), *[None] * (len(ctx.args) + 3)
 
 
-register_autograd(f"{NAMESPACE}::matmul", _matmul_backward, setup_context=_keep_weight, lib=LIBRARY)
-register_autograd(
-    f"{NAMESPACE}::matmul_refined",
-    _matmul_refined_backward,
-    setup_context=_keep_weight_and_rows,
-    lib=LIBRARY,
+def _product_tangent(args: tuple[Any, ...], tangents: Mapping[int, Tensor], read_bits: int) -> Tensor:
+    """That of x times the dequantized weight: rounding x to int8 counts as the identity, as backward."""
+    x, *stored, _bias = args[:5]
+    of_x, of_bias = tangents.get(0), tangents.get(4)
+    if of_x is None:
+        return tangents[4].expand(*x.shape[:-1], args[-1])
+    product: Tensor = OPS.matmul.default(of_x, *stored, of_bias, *args[5:21], read_bits, "float", *args[-2:])
+    return product
+
+
+def _matmul_tangent(y: Tensor, args: tuple[Any, ...], tangents: Mapping[int, Tensor]) -> Tensor:
+    return _product_tangent(args, tangents, args[21])
+
+
+def _matmul_refined_tangent(
+    results: tuple[Tensor, Tensor], args: tuple[Any, ...], tangents: Mapping[int, Tensor]
+) -> Tensor:
+    """Each row's with the weight at the bits that the row has read."""
+    low, high = (_product_tangent(args, tangents, bits) for bits in args[21:23])
+    return torch.where(results[1].unsqueeze(-1), high, low)
+
+
+_X_AND_BIAS = (0, 4)
+_register("matmul", _matmul_backward, _keep_weight, _matmul_tangent, _X_AND_BIAS)
+_register(
+    "matmul_refined", _matmul_refined_backward, _keep_weight_and_rows, _matmul_refined_tangent, _X_AND_BIAS
 )
 
 
@@ -122,9 +196,20 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor 
     return grad_x, grad_scales, None, *[None] * len(ctx.args)
 
 
-register_autograd(
-    f"{NAMESPACE}::fake_quantize", _fake_quantize_backward, setup_context=_keep_codes, lib=LIBRARY
-)
+def _fake_quantize_tangent(
+    results: tuple[Tensor, ...], args: tuple[Any, ...], tangents: Mapping[int, Tensor]
+) -> Tensor:
+    """What passes backward passes forward: an element's derivative is 1 or 0."""
+    x, _scales, _zero_points, *scheme_and_rounding, read_bits = args
+    tangent = tangents[0].to(x.dtype)
+    if scheme_and_rounding[7] != "nearest":
+        return tangent
+    stored, scheme = (x, *results[1:]), scheme_and_rounding[:7]
+    passed: Tensor = OPS.fake_quantize_backward.default(tangent, *stored, *scheme, read_bits)[0]
+    return passed
+
+
+_register("fake_quantize", _fake_quantize_backward, _keep_codes, _fake_quantize_tangent, (0,))
 
 
 def _keep_draws(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,6 +237,12 @@ def _inject_noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, grad_widths, None, None, *[None] * len(ctx.rounding)
 
 
-register_autograd(
-    f"{NAMESPACE}::inject_noise", _inject_noise_backward, setup_context=_keep_draws, lib=LIBRARY
-)
+def _inject_noise_tangent(y: Tensor, args: tuple[Any, ...], tangents: Mapping[int, Tensor]) -> Tensor:
+    if args[3]:
+        raise NotImplementedError(
+            'inject_noise has forward-mode derivatives with preserve="mean" only; detach x, or use "mean"'
+        )
+    return tangents[0]
+
+
+_register("inject_noise", _inject_noise_backward, _keep_draws, _inject_noise_tangent, (0,))

@@ -16,14 +16,19 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 
+def transformed() -> bool:
+    """Whether tensors made in this thread now may be those of a mode, a trace or a transform, which end."""
+    return bool(
+        _len_torch_dispatch_stack() or _get_tracing_state() is not None or maybe_current_level() is not None
+    )
+
+
 def observed() -> bool:
     """Whether anything in this thread wants to see the calls of operators."""
     return bool(
-        _len_torch_function_stack()
-        or _len_torch_dispatch_stack()
+        transformed()
+        or _len_torch_function_stack()
         or _is_any_autocast_enabled()
-        or _get_tracing_state() is not None
-        or maybe_current_level() is not None
         or _profiler_enabled()
         or forward_ad._current_level >= 0
     )
