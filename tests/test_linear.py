@@ -564,8 +564,8 @@ def test_transformer_encoder_layer_computes_with_packed_weights():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("weight_zero_point", 255, "a zero point is 255, above 15"),
-        ("weight_scale", math.nan, "a scale is NaN"),
+        ("weight_zero_point", 255, "the zero point of group 0 is 255, above 15"),
+        ("weight_scale", math.nan, "the scale of group 0 is nan, which is not finite"),
     ],
 )
 def test_damaged_packed_state_is_refused(key, value, message):

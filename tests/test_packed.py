@@ -14,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import turboquant_rs as tq
@@ -487,6 +489,53 @@ def test_packed_tensors_are_compared_by_identity():
 def test_parts_that_do_not_fit_each_other_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         tq.PackedTensor(**{**vars(tq.pack(values(4, 70))), **change})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_numbers_that_no_packing_makes_are_refused(bits):
+    """A zero point above the codes would borrow from the fields beside it, where kernels subtract several."""
+    p = tq.pack(values(4, 70), bits, symmetric=False)
+    for name, at, value, message in (
+        (
+            "zero_points",
+            5,
+            2**bits,
+            f"zero point of group 5 is {2**bits}, above {2**bits - 1}, the last code",
+        ),
+        ("zero_points", 2, 255, "zero point of group 2 is 255, above"),
+        ("scales", 7, float("nan"), "scale of group 7 is nan, which is not finite"),
+        ("scales", 0, float("inf"), "scale of group 0 is inf, which is not finite"),
+    ):
+        damaged = getattr(p, name).clone()
+        damaged.view(-1)[at] = value
+        with pytest.raises(
+            ValueError, match=f"the {message}.*: the values are damaged, load or pack the original"
+        ):
+            tq.PackedTensor(**{**vars(p), name: damaged})
+        made = tq.PackedTensor(**{**vars(p), name: damaged}, trusted=True)
+        with pytest.raises(ValueError, match=f"the {message}"):
+            pickle.loads(pickle.dumps(made))
+    mean_var = tq.pack(values(4, 70), bits, rounding=MEAN_VAR)
+    mean_var.zero_points.view(-1)[3] = float("inf")
+    with pytest.raises(ValueError, match="the zero point of group 3 is inf, which is not finite"):
+        tq.PackedTensor(**vars(mean_var))
+    tq.PackedTensor(**vars(tq.pack(values(4, 70), 8, symmetric=False)))  # every byte is a code
+
+
+def test_numbers_are_not_looked_at_where_they_have_no_values_yet():
+    """In what is compiled, traced or transformed, and on the meta device."""
+    p = tq.pack(values(4, 70), symmetric=False)
+    parts = (p.packed, p.scales, p.zero_points)
+
+    def made(packed, scales, zero_points):
+        return tq.PackedTensor(packed, scales, zero_points, p.shape, p.dtype, p.scheme).dequantize()
+
+    assert made(*(part.to("meta") for part in parts)).is_meta
+    with FakeTensorMode() as mode:
+        assert isinstance(made(*map(mode.from_tensor, parts)), FakeTensor)
+    assert torch.equal(make_fx(made)(*parts)(*parts), p.dequantize())
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*parts), p.dequantize())
 
 
 def test_a_blob_of_more_planes_than_are_read_is_cut_without_a_copy():

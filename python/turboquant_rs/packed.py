@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant_rs import ops
+from turboquant_rs.ops.direct import readable
 from turboquant_rs.ops.schema import operator
 from turboquant_rs.scheme import Rounding, Scheme
 
@@ -70,15 +71,25 @@ def check_values(scheme: Scheme, scales: Tensor, zero_points: Tensor | None) -> 
 
     Raises: ValueError for a scale or zero point that is NaN, infinite or above the largest code.
     """
-    if not bool(scales.isfinite().all()):
-        raise ValueError("a scale is NaN or infinite: the values are damaged, load the original")
-    if zero_points is None or not zero_points.numel():
+    _require(scales.isfinite(), "scale", scales, "which is not finite")
+    if zero_points is None:
         return
     if zero_points.dtype != torch.uint8:
-        if not bool(zero_points.isfinite().all()):
-            raise ValueError("a zero point is NaN or infinite: the values are damaged, load the original")
-    elif (highest := int(zero_points.max())) > (top := 2**scheme.bits - 1):
-        raise ValueError(f"a zero point is {highest}, above {top}: the values are damaged, load the original")
+        _require(zero_points.isfinite(), "zero point", zero_points, "which is not finite")
+    elif scheme.bits < 8:
+        top = 2**scheme.bits - 1
+        _require(zero_points <= top, "zero point", zero_points, f"above {top}, the last code")
+
+
+def _require(fits: Tensor, name: str, values: Tensor, what: str) -> None:
+    """Refuses values of which one, the first is named, does not fit. Waits for them."""
+    if bool(fits.all()):
+        return
+    group = int((~fits).flatten().int().argmax())
+    value = values.flatten()[group].item()
+    raise ValueError(
+        f"the {name} of group {group} is {value}, {what}: the values are damaged, load or pack the original"
+    )
 
 
 @dataclass(eq=False, repr=False)
@@ -96,8 +107,10 @@ class PackedTensor:
         rounding: How its codes were rounded, with the bias and variance that come with it.
         bits: How many bits of each code are read: scheme.bits, or a prefix.
         offset: Logical index of the first element, for the dither of a slice.
+        trusted: To make one: the values are those of a packing. Else they are looked at, on a GPU by waiting
+            for them, where that is possible: not in compiled code, and not while a graph is captured.
 
-    Raises: ValueError if the parts do not fit each other.
+    Raises: ValueError if the parts do not fit each other, and for scales and zero points of no packing.
     """
 
     packed: Tensor
@@ -109,11 +122,12 @@ class PackedTensor:
     rounding: Rounding = field(default_factory=Rounding.nearest)
     bits: int = 0
     offset: int = 0
+    trusted: InitVar[bool] = False
 
     # NumPy leaves `array @ p.T` to `__rmatmul__`.
     __array_ufunc__ = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, trusted: bool) -> None:
         self.shape = torch.Size(self.shape)
         self.bits = self.scheme.check_bits(self.bits or None)
         rows, k = self._rows_and_k
@@ -135,6 +149,8 @@ class PackedTensor:
             )
         if self.zero_points is not None and zero_dtype is not None:
             self._check_part("zero_points", self.zero_points, groups, zero_dtype)
+        if not trusted and readable(*self._stored):
+            check_values(self.scheme, self.scales, self.zero_points)
 
     @staticmethod
     def _check_part(name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -246,7 +262,7 @@ class PackedTensor:
                 f"subtractive dither is a fraction of the full code, so {self.bits} bits are read or none; "
                 "pack with another mode to read prefixes"
             )
-        return replace(self, bits=bits)
+        return replace(self, bits=bits, trusted=True)
 
     def to(self, device: torch.device | str | int) -> PackedTensor:
         """This tensor on `device`; `self` if it is there already."""
@@ -257,9 +273,8 @@ class PackedTensor:
         if self.packed.device == torch.empty(0, device=device).device:
             return self
         zero_points = None if self.zero_points is None else self.zero_points.to(device)
-        return replace(
-            self, packed=self.packed.to(device), scales=self.scales.to(device), zero_points=zero_points
-        )
+        packed, scales = self.packed.to(device), self.scales.to(device)
+        return replace(self, packed=packed, scales=scales, zero_points=zero_points, trusted=True)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         raise TypeError(
@@ -305,6 +320,7 @@ class PackedTensor:
             zero_points=None if zero_points is None else zero_points.view(groups),
             shape=shape,
             offset=offset,
+            trusted=True,
         )
 
     def _planes(self) -> list[Tensor]:
@@ -503,7 +519,7 @@ def pack(
         return out
     packed, scales, zero_points = operator("pack", x)(x, *arguments)
     stored = None if rounding.zero_point_dtype(scheme) is None else zero_points
-    return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits)
+    return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits, trusted=True)
 
 
 _OF_BITS = {bits: Scheme(bits=bits) for bits in range(1, 9)}
@@ -527,7 +543,7 @@ def encode(x: Tensor, scheme: Scheme, scales: Tensor, zero_points: Tensor | None
     stored = scales.detach().to(scheme.scale_torch_dtype).contiguous()
     zeros = x.new_empty(0, dtype=torch.uint8) if zero_points is None else zero_points
     packed = ops.encode(x.detach(), stored, zeros, *scheme.op_args(), scheme.widths)
-    return PackedTensor(packed, stored, zero_points, x.shape, x.dtype, scheme)
+    return PackedTensor(packed, stored, zero_points, x.shape, x.dtype, scheme, trusted=True)
 
 
 def _check_out(out: PackedTensor, x: Tensor, scheme: Scheme, rounding: Rounding) -> None:

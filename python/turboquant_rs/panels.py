@@ -73,7 +73,8 @@ class Panels:
             packed, scales, zeros = ops.from_panels(*stored, *self.scheme.op_args(), widths, *self.shape)
         zero_points = zeros if zeros.numel() else None
         shape = torch.Size(self.shape)
-        whole = PackedTensor(packed, scales, zero_points, shape, dtype, self.scheme, self.rounding, self.bits)
+        about = (shape, dtype, self.scheme, self.rounding, self.bits)
+        whole = PackedTensor(packed, scales, zero_points, *about, trusted=True)
         return whole if bits in (None, self.bits) else whole.at(bits)
 
     def matmul(self, x: Tensor, bias: Tensor | None, *, activations: str, bits: int) -> Tensor:

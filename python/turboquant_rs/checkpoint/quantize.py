@@ -209,7 +209,7 @@ def _pack_block(block: Tensor, record: Record, offset: int) -> PackedTensor:
     )
     stored = zero_points if record.zero_point_dtype is not None else None
     return PackedTensor(
-        packed, scales, stored, block.shape, block.dtype, scheme, rounding, scheme.bits, offset
+        packed, scales, stored, block.shape, block.dtype, scheme, rounding, scheme.bits, offset, trusted=True
     )
 
 
@@ -219,7 +219,7 @@ def _empty(record: Record, shape: Sequence[int]) -> PackedTensor:
     packed, scales, *zero_points = memory[:-1]  # the last part is the shape
     return PackedTensor(
         packed, scales, zero_points[0] if zero_points else None, torch.Size(shape), record.dtype,
-        record.scheme, record.rounding, record.bits,
+        record.scheme, record.rounding, record.bits, trusted=True,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from turboquant_rs.formats.records import (
     parse_description,
     parts,
 )
-from turboquant_rs.packed import PackedTensor, as_tensor, check_values
+from turboquant_rs.packed import PackedTensor, as_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -230,21 +230,11 @@ class Store:
         zero_points = None
         if record.zero_point_dtype is not None:
             zero_points = self._owner[name + ZERO_POINT].read(name + ZERO_POINT)
+        about = (torch.Size(shape), record.dtype, record.scheme, record.rounding, wanted, record.offset)
         try:
-            check_values(record.scheme, scales, zero_points)
+            return PackedTensor(packed, scales, zero_points, *about)
         except ValueError as error:
             raise self._bad(name, str(error)) from error
-        return PackedTensor(
-            packed,
-            scales,
-            zero_points,
-            torch.Size(shape),
-            record.dtype,
-            record.scheme,
-            record.rounding,
-            wanted,
-            record.offset,
-        )
 
     def read_elements(self, name: str, begin: int, count: int) -> Tensor:
         """`count` elements of a plain tensor from element `begin` on, flat: large ones come in parts."""

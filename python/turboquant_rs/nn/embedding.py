@@ -167,4 +167,5 @@ def gather_rows(packed: PackedTensor, index: Tensor) -> PackedTensor:
         scheme=packed.scheme,
         rounding=packed.rounding,
         bits=packed.bits,
+        trusted=True,
     )

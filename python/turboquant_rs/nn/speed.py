@@ -196,7 +196,7 @@ Layer = Callable[[Tensor], Tensor]
 def _quantized(packed: PackedTensor, activations: str) -> Layer:
     """A layer with a copy of its own of that matrix, as QuantLinear has it on the CPU."""
     if not Panels.fits(packed):
-        own = replace(packed, packed=packed.packed.clone())
+        own = replace(packed, packed=packed.packed.clone(), trusted=True)
         return lambda x: matmul(x, own, activations=activations)
     panels = Panels.of(packed)
     return lambda x: panels.matmul(x, None, activations=activations, bits=packed.bits)

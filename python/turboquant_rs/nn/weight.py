@@ -221,6 +221,7 @@ class PackedWeight(nn.Module):
             scheme=self.scheme,
             rounding=self.rounding,
             bits=bits,
+            trusted=True,
         )
 
     @property

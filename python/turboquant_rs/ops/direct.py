@@ -23,6 +23,16 @@ def transformed() -> bool:
     )
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether the values of these can be looked at, on a GPU by waiting for them: not in what is compiled,
+    traced or transformed, nor while a graph is captured."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    if any(type(tensor) not in (Tensor, Parameter) or tensor.is_meta for tensor in tensors):
+        return False
+    return not (any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing())
+
+
 def observed() -> bool:
     """Whether anything in this thread wants to see the calls of operators."""
     return bool(
