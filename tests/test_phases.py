@@ -160,6 +160,21 @@ def test_json_gives_back_the_plans():
     record["plans"].pop()
     with pytest.raises(tq.QuantizationFormatError, match="3 intervals, 2 plans"):
         tq.PhasedPlan.from_json(json.dumps(record))
+    for damage, message in (
+        (lambda r: r.update(decode=[0, 3]), "decode must ascend from 0 to None"),
+        (lambda r: r.update(prefill=1), "prefill must be True or False, got 1"),
+        (lambda r: r["forwards"].__setitem__(1, 2.5), r"forwards\[1\] is 2.5 and no whole number"),
+        (lambda r: r.update(forwards=[0, 0, 0]), "forwards are none"),
+        (lambda r: r["plans"][2].update(floor="2"), r'plans\[2\].floor is "2" and no whole number'),
+        (
+            lambda r: r["plans"][1]["sensitivity"]["scheme"].update(group_size=32),
+            r"plans\[1\] is one",
+        ),
+    ):
+        record = json.loads(own.to_json())
+        damage(record)
+        with pytest.raises(tq.QuantizationFormatError, match=message):
+            tq.PhasedPlan.from_json(json.dumps(record))
     assert str(own).startswith(f"{own.effective_bits:.3f} bits a forward")
 
 

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -208,16 +210,71 @@ def test_the_record_can_be_read_by_people():
     assert record["bits"] == plan().bits and record["effective_bits"] == plan().effective_bits
 
 
+LAYER = "sensitivity.layers[0]"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda r: r.pop("bits"), "no record of a Plan"),
+        (lambda s: s["choices"].__setitem__(5, 9), "sensitivity.choices[5] is 9; it must be 1 to 8"),
+        (lambda s: s["choices"].__setitem__(0, 2.5), "sensitivity.choices[0] is 2.5 and no whole number"),
+        (lambda s: s["choices"].reverse(), "sensitivity.choices are (8, 6, 5, 4, 3, 2); numbers of"),
+        (lambda s: s["scheme"].update(color=1), "sensitivity.scheme: a scheme has no 'color'"),
+        (lambda s: s["scheme"].update(group_size=3), "sensitivity.scheme: group_size must be"),
+        (lambda s: s["scheme"].update(levels="nf4"), "sensitivity.choices[0]: levels=\"nf4\" has 16 levels"),
+        (lambda s: s.update(layers=[]), "sensitivity.layers are none"),
+        (lambda s: s["layers"].append(s["layers"][0]), "sensitivity.layers hold 'blocks.0.q_proj' twice"),
+        (lambda s: s["layers"][4]["aliases"].append("blocks.0.q_proj"), "'blocks.0.q_proj' twice, as"),
+        (lambda s: s["layers"][0].pop("name"), f"{LAYER} has no 'name'"),
+        (lambda s: s["layers"][0].update(name=5), f"{LAYER}.name is 5 and no text"),
+        (lambda s: s["layers"][0].update(aliases="abc"), f'{LAYER}.aliases is "abc" and no list'),
+        (lambda s: s["layers"][0].update(shape=[64]), f"{LAYER}.shape has 1 entries, not 2"),
+        (lambda s: s["layers"][0].update(shape=[64, -1]), f"{LAYER}.shape[1] is -1; it must be at least 0"),
+        (lambda s: s["layers"][0].update(rows=[0, 65]), f"{LAYER}.rows[1] is 65; it must be 0 to 64"),
+        (lambda s: s["layers"][0].update(rows=[9, 3]), f"{LAYER}.rows end at 3, before they begin at 9"),
+        (lambda s: s["layers"][0]["scores"].pop(), f"{LAYER}.scores has 5 entries, not 6"),
+        (lambda s: s["layers"][0]["scores"].__setitem__(1, None), f"{LAYER}.scores[1] is null and no finite"),
+        (lambda s: s["layers"][0]["scores"].__setitem__(1, math.nan), f"{LAYER}.scores[1] is NaN and no"),
+        (lambda s: s["layers"].__setitem__(0, [1, 2]), f"{LAYER} is [1, 2] and no object"),
+        (lambda s: s.update(score="taste"), "sensitivity has the score 'taste'; known are fisher"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_its_scores_is_said_when_it_is_read_and_where(damage, message):
+    """Not by the allocation, or a layer, that meets it later."""
+    record = json.loads(plan().to_json())
+    damage(record["sensitivity"])
+    with pytest.raises(tq.QuantizationFormatError, match=re.escape(message)):
+        tq.Plan.from_json(json.dumps(record))
+
+
+def test_an_entry_that_is_there_twice_is_refused():
+    text = plan().to_json(indent=None).replace('"bits": {', '"bits": {"blocks.0.up": 2, ', 1)
+    with pytest.raises(tq.QuantizationFormatError, match=r"the entry 'blocks.0.up' is there twice"):
+        tq.Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r.pop("bits"), "no record of a Plan.*the record has no 'bits'"),
         (lambda r: r.update(floor=float("inf")), "no record of a Plan"),
         (lambda r: r["bits"].pop("blocks.0.up"), "blocks.0.up"),
-        (lambda r: r["bits"].update({"blocks.0.up": 7}), r"bits \[7\] were not scored"),
+        (
+            lambda r: r["bits"].update({"blocks.0.up": 7}),
+            "'blocks.0.up' are 7; scored, in bounds, were",
+        ),
+        (lambda r: r["bits"].update({"blocks.0.up": 99}), "bits.blocks.0.up is 99; it must be 2 to 8"),
+        (lambda r: r["bits"].update({"blocks.0.up": 4.5}), "bits.blocks.0.up is 4.5 and no whole number"),
+        (lambda r: r["bits"].update({"head": 4}), "bits names 'head', which was not scored"),
+        (lambda r: r.update(floor=9), "floor is 9; it must be 1 to 8"),
+        (lambda r: r.update(floor=7), "bits.blocks.0.q_proj is [0-9]; it must be 7 to 8"),
+        (lambda r: r.update(ceiling="8"), 'ceiling is "8" and no whole number'),
+        (lambda r: r["ties"].append([]), r"ties hold \[\], whose bits are not the same"),
+        (lambda r: r.update(ties=[list(range(12))]), "ties hold .* whose bits are not the same"),
+        (lambda r: r["ties"].__setitem__(0, [-1]), r"ties\[0\]\[0\] is -1; it must be at least 0"),
         (lambda r: r["ties"].pop(), "ties do not hold every layer once"),
         (lambda r: r.update(kind="turboquant_rs sensitivity"), "this is no turboquant_rs plan"),
-        (lambda r: r["sensitivity"].pop("layers"), "no record of a Sensitivity"),
+        (lambda r: r["sensitivity"].pop("layers"), "sensitivity has no 'layers'"),
     ],
 )
 def test_damaged_records_are_refused(damage, message):

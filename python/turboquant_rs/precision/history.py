@@ -11,7 +11,7 @@ from typing import Any
 
 from . import picture
 from .policy import SLO, Policy
-from .sensitivity import reading, record_of
+from .record import reading, record_of
 
 KIND, VERSION = "turboquant_rs history", 1
 KEPT = 65_536  # steps, the last ones

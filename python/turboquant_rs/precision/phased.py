@@ -24,7 +24,8 @@ from . import picture
 from .choices import Choices, Cost
 from .phases import Phases, Position
 from .plan import Plan
-from .sensitivity import PhasedSensitivity, reading, record_of
+from .record import Record, reading, record_of
+from .sensitivity import PhasedSensitivity
 
 KIND, VERSION = "turboquant_rs phased plan", 1
 
@@ -105,14 +106,28 @@ class PhasedPlan:
     @classmethod
     def from_json(cls, text: str) -> PhasedPlan:
         """What `to_json` wrote. Raises QuantizationFormatError for anything else."""
-        record: dict[str, Any] = record_of(text, KIND, VERSION)
+        record = Record(record_of(text, KIND, VERSION))
         with reading("PhasedPlan"):
-            phases = Phases(bool(record["prefill"]), tuple(record["decode"]), record["prompt"])
-            plans = tuple(Plan.from_json(json.dumps(plan)) for plan in record["plans"])
-            forwards = tuple(map(int, record["forwards"]))
+            decode = (bound.value for bound in record["decode"].each())
+            phases = Phases(record["prefill"].value, tuple(decode), record["prompt"].value)
+            plans = tuple(Plan.read(plan) for plan in record["plans"].each())
+            forwards = tuple(count.whole(0) for count in record["forwards"].each())
             if not len(phases.names) == len(plans) == len(forwards):
-                raise ValueError(f"{len(phases.names)} intervals, {len(plans)} plans")
+                raise ValueError(
+                    f"{len(phases.names)} intervals, {len(plans)} plans, forwards of {len(forwards)}"
+                )
+            if not sum(forwards):
+                raise ValueError(f"{record['forwards'].name} are none")
+            _require_alike(plans)
             return cls(phases, plans, forwards)
+
+
+def _require_alike(plans: Sequence[Plan]) -> None:
+    """Refuses plans of other layers, or another scheme, than the first one's."""
+    first = plans[0]
+    for at, plan in enumerate(plans):
+        if plan.bits.keys() != first.bits.keys() or plan.scheme != first.scheme:
+            raise ValueError(f"plans[{at}] is one of other layers or another scheme than plans[0]")
 
 
 def allocate_phases(

@@ -20,7 +20,8 @@ from turboquant_rs.table import human_bytes, table
 
 from . import picture
 from .choices import Choices, nbytes
-from .sensitivity import LayerScores, Sensitivity, reading, record_of
+from .record import Record, reading, record_of
+from .sensitivity import LayerScores, Sensitivity
 from .variants import at_bits
 
 KIND, VERSION = "turboquant_rs plan", 1
@@ -156,15 +157,29 @@ class Plan:
         """What `to_json` wrote. Raises QuantizationFormatError for anything else."""
         record = record_of(text, KIND, VERSION)
         with reading("Plan"):
-            found = Sensitivity.from_dict(record["sensitivity"])
-            widths = tuple(int(record["bits"][layer.key]) for layer in found.layers)
-            ties = tuple(tuple(map(int, group)) for group in record["ties"])
-            plan = cls(found, widths, ties, int(record["floor"]), int(record["ceiling"]))
-            if unknown := set(widths) - set(found.choices):
-                raise ValueError(f"bits {sorted(unknown)} were not scored")
-            if sorted(i for group in ties for i in group) != list(range(len(widths))):
-                raise ValueError("ties do not hold every layer once")
-        return plan
+            return cls.read(Record(record))
+
+    @classmethod
+    def read(cls, record: Record) -> Plan:
+        """What `to_dict` gave. Raises TypeError or ValueError that names the entry that is wrong."""
+        found = Sensitivity.read(record["sensitivity"])
+        floor = record["floor"].whole(1, 8)
+        ceiling = record["ceiling"].whole(floor, 8)
+        bits = record["bits"]
+        choices = found.within(floor, ceiling)
+        widths = tuple(bits[layer.key].whole(floor, ceiling) for layer in found.layers)
+        for layer, width in zip(found.layers, widths, strict=True):
+            if width not in choices:
+                raise ValueError(f"bits of {layer.key!r} are {width}; scored, in bounds, were {choices}")
+        if unknown := sorted(set(bits.value) - {layer.key for layer in found.layers}):
+            raise ValueError(f"{bits.name} names {unknown[0]!r}, which was not scored")
+        ties = tuple(tuple(i.whole(0) for i in group.each()) for group in record["ties"].each())
+        if sorted(i for group in ties for i in group) != list(range(len(widths))):
+            raise ValueError(f"{record['ties'].name} do not hold every layer once")
+        for group in ties:
+            if len({widths[i] for i in group}) != 1:
+                raise ValueError(f"{record['ties'].name} hold {list(group)}, whose bits are not the same")
+        return cls(found, widths, ties, floor, ceiling)
 
     # In a model
 

@@ -22,13 +22,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from turboquant_rs.errors import QuantizationFormatError
 from turboquant_rs.nn import quantize_
 from turboquant_rs.progress import Progress
 from turboquant_rs.report import QuantizedLayer, describe_scheme
@@ -38,6 +38,7 @@ from turboquant_rs.table import table
 from . import picture
 from .losses import Categorical, Forward, Loss, call, iterate, resolve
 from .phases import Phases
+from .record import Record, reading, record_of
 from .variants import Variants, at_bits, input_of
 
 CHOICES = (2, 3, 4, 5, 6, 8)
@@ -161,22 +162,21 @@ class Sensitivity:
     def from_dict(cls, record: Mapping[str, Any]) -> Sensitivity:
         """What `to_dict` gave. Raises QuantizationFormatError for anything else."""
         with reading("Sensitivity"):
-            layers = tuple(
-                LayerScores(
-                    str(layer["name"]), _pair(layer["shape"]), _pair(layer["rows"]),
-                    tuple(map(float, layer["scores"])), tuple(map(str, layer["aliases"])),
-                )
-                for layer in record["layers"]
-            )  # fmt: skip
-            choices = tuple(map(int, record["choices"]))
-            found = cls(
-                str(record["model"]), str(record["score"]), Scheme.from_dict(record["scheme"]), choices,
-                layers, int(record["samples"]), float(record["seconds"]),
-            )  # fmt: skip
-            lengths = {len(layer.scores) for layer in layers}
-            if found.score not in SCORES or lengths != {len(choices)}:
-                raise ValueError(f"score {found.score!r}, {len(choices)} choices, {sorted(lengths)} scores")
-        return found
+            return cls.read(Record(dict(record)))
+
+    @classmethod
+    def read(cls, record: Record) -> Sensitivity:
+        """What `to_dict` gave. Raises TypeError or ValueError that names the entry that is wrong."""
+        if (score := record["score"].text()) not in SCORES:
+            raise ValueError(f"{record.name} has the score {score!r}; known are {', '.join(SCORES)}")
+        scheme = _scheme(record["scheme"])
+        choices = tuple(_choice(choice, scheme) for choice in record["choices"].each())
+        if not choices or any(low >= high for low, high in pairwise(choices)):
+            raise ValueError(f"{record['choices'].name} are {choices}; numbers of bits ascend")
+        layers = tuple(_layer(layer, len(choices)) for layer in record["layers"].each())
+        _require_distinct(record["layers"].name, layers)
+        samples, seconds = record["samples"].whole(1), record["seconds"].number()
+        return cls(record["model"].text(), score, scheme, choices, layers, samples, seconds)
 
 
 @dataclass(frozen=True, repr=False)
@@ -536,36 +536,43 @@ def _require_finite(value: float, number: int) -> None:
 # Records
 
 
-def record_of(text: str, kind: str, version: int) -> dict[str, Any]:
-    """A JSON object written by us as `kind`. Raises QuantizationFormatError for anything else."""
+def _scheme(record: Record) -> Scheme:
     try:
-        record = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise QuantizationFormatError(
-            f"this is no JSON ({error}); give the text that to_json() wrote"
-        ) from error
-    if not isinstance(record, dict) or record.get("kind") != kind:
-        raise QuantizationFormatError(f"this is no {kind}; give the text that to_json() wrote")
-    if record.get("version") != version:
-        raise QuantizationFormatError(
-            f"a {kind} of version {record.get('version')!r} cannot be read, only {version}; "
-            "update turboquant-rs"
-        )
-    return record
+        return Scheme.from_dict(record.value)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{record.name}: {error}") from error
 
 
-@contextmanager
-def reading(kind: str) -> Iterator[None]:
-    """Whatever is wrong with the fields that are read in the block is a QuantizationFormatError."""
+def _choice(record: Record, scheme: Scheme) -> int:
+    """A number of bits that the scheme can have."""
+    bits = record.whole(1, 8)
     try:
-        yield
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise QuantizationFormatError(
-            f"this is no record of a {kind} ({type(error).__name__}: {error}); "
-            "give the text that to_json() wrote"
-        ) from error
+        at_bits(scheme, bits)
+    except ValueError as error:
+        raise ValueError(f"{record.name}: {error}") from error
+    return bits
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = map(int, value)
-    return first, second
+def _layer(record: Record, choices: int) -> LayerScores:
+    n, k = (size.whole(0) for size in record["shape"].each(2))
+    first, last = (row.whole(0, n) for row in record["rows"].each(2))
+    if first > last:
+        raise ValueError(f"{record['rows'].name} end at {last}, before they begin at {first}")
+    scores = tuple(score.number() for score in record["scores"].each(choices))
+    aliases = tuple(alias.text() for alias in record["aliases"].each())
+    return LayerScores(record["name"].text(), (n, k), (first, last), scores, aliases)
+
+
+def _require_distinct(name: str, layers: Sequence[LayerScores]) -> None:
+    """Refuses layers that share a name: only the rows of one layer do, and their blocks differ."""
+    if not layers:
+        raise ValueError(f"{name} are none")
+    owners: dict[str, str] = {}
+    keys: set[str] = set()
+    for layer in layers:
+        if layer.key in keys:
+            raise ValueError(f"{name} hold {layer.key!r} twice")
+        keys.add(layer.key)
+        for own in (layer.name, *layer.aliases):
+            if owners.setdefault(own, layer.name) != layer.name:
+                raise ValueError(f"{name} hold {own!r} twice, as {owners[own]!r} and as {layer.name!r}")
