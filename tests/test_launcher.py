@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from turboquant_rs.ops.cuda import launcher
+from turboquant_rs import Rounding, Scheme
+from turboquant_rs.ops.cuda import int8, launcher, quantize, tiles
+from turboquant_rs.ops.cuda import planes as cuda_planes
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
+from turboquant_rs.ops.cuda.limits import Limits
+from turboquant_rs.scheme import NESTED_PLANES, static_planes
 
 EARLY = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h."""
+
+HOPPER = Limits(132, 227 * 1024, (9, 0))
 
 FUNCTION, STREAM = 0x7F0000001000, 0x7F0000002000
 
@@ -104,6 +112,86 @@ def test_what_the_driver_refuses_is_an_error_in_its_words(driver: Driver) -> Non
     driver.code = 400
     with pytest.raises(RuntimeError, match=r"refused to launch Kernel\('any.cu'.*error 400.*no such stream"):
         Call(Kernel("any.cu", "any"), 0, (1,), (32,))(1, 2, 3)
+
+
+STACKS = [*map(static_planes, range(1, 9)), *NESTED_PLANES]
+
+
+@pytest.mark.parametrize("planes", STACKS, ids=str)
+def test_no_kernel_has_more_arguments_than_a_launch_takes(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, planes: tuple[int, ...]
+) -> None:
+    """A tensor map of 16 words for x and for each plane; besides, a graph tells it what chooses it."""
+    monkeypatch.setattr(tiles, "tensor_map", lambda *_: (0,) * 16)
+    monkeypatch.setattr(tiles, "limits_of", lambda _: HOPPER)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(Kernel, "chosen", property(lambda self: self))
+    weight = tiles.Weight(planes, 0, 0, True, 0, 64)
+    call = tiles.call_of.__wrapped__(weight, True, 64, 200, 512, 0)
+    assert isinstance(call, tiles.WideCall)
+    operands = (1, 2, 3, 4, 5, 6, 7, 64, 200, 512)  # x becomes a map
+    driver.arguments = len(operands) - 1 + 16 * (1 + len(planes))
+    call(*operands)
+    assert driver.seen[-1]["arguments"][:9] == list(operands[1:])
+    driver.arguments += 2
+    with launcher.only_if(8, 1):
+        call(*operands)
+    assert driver.seen[-1]["arguments"][:11] == [8, 1, *operands[1:]]
+
+
+@pytest.mark.parametrize(
+    "planes", [(1,) * 8, (1,) * 7, (3, 1), (2, 2), (1, 2), (5,), (16,), (0, 4), ()], ids=str
+)
+def test_planes_that_the_number_format_has_not_are_refused_before_anything_is_launched(
+    planes: tuple[int, ...],
+) -> None:
+    """With the CPU's words. Kernels take widths of 8, 4, 2 and 1, and six of them at most."""
+    bits = sum(planes)
+    expected = rf"planes {re.escape(str(list(planes)))} do not store {bits} bits; use "
+    with pytest.raises(ValueError, match=expected):
+        cuda_planes.kernel.__wrapped__("pack_codes", planes, 1, True)
+    if 1 <= bits <= 8:
+        scheme, nearest = Scheme(bits=bits).op_args(), Rounding.nearest().op_args()
+        key = quantize.plan_key((*scheme, *nearest))
+        with pytest.raises(ValueError, match=expected + r"\["):
+            quantize.pack_plan.__wrapped__(torch.float32, planes, False, False, 4, 64, True, *key)
+        with pytest.raises(ValueError, match=expected + r"\["):
+            quantize.unpack_plan.__wrapped__(torch.float32, planes, bits, 4, 64, True, *key)
+        for m in (1, 64):
+            with pytest.raises(ValueError, match=expected + r"\["):
+                tiles.launch.__wrapped__(tiles.Weight(planes, 0, 0, True, 0, 64), True, m, 64, 64, HOPPER)
+
+
+def test_more_rows_of_x_than_a_grid_has_blocks_for_are_multiplied_in_parts(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid has at most 65535 blocks in y. Only the launches are looked at; nothing is multiplied."""
+    monkeypatch.setattr(int8, "limits_of", lambda _: Limits(108, 163 * 1024, (8, 0)))
+    monkeypatch.setattr(int8, "device_of", lambda *_: 0)
+    rows: list[tuple[int, int, int]] = []
+
+    def run(plan: int8.Plan, scheme: Any, planes: Any, x: torch.Tensor, *operands: Any) -> None:
+        grid = plan.shape.grid(len(x), 4)
+        assert max(grid) <= 65535 and plan.shape.m_tile * grid[1] >= len(x)
+        rows.append((len(x), x.data_ptr(), operands[4].data_ptr()))
+
+    monkeypatch.setattr(int8, "_run", run)
+    scheme, m = Scheme(bits=8, group_size=None), 2 * int8.MOST_ROWS + 5
+    packed, scales, none = (
+        torch.empty(4 * 32, dtype=torch.uint8),
+        torch.empty(4, 1).bfloat16(),
+        torch.empty(0),
+    )
+    stored = (packed, scales, none.byte())
+    x, out = torch.empty(m, 32, dtype=torch.bfloat16), torch.empty(m, 4, dtype=torch.bfloat16)
+    about = quantize.named(quantize.plan_key((*scheme.op_args(), *Rounding.nearest().op_args())))
+    int8.multiply(x, *stored, None, *about, scheme.widths, 8, out)
+    begins = (0, int8.MOST_ROWS, 2 * int8.MOST_ROWS)
+    assert rows == [
+        (min(int8.MOST_ROWS, m - at), x.data_ptr() + 64 * at, out.data_ptr() + 8 * at) for at in begins
+    ]
+    product = int8.Product(4, 32, *scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths, 8)
+    assert product._plan(torch.bfloat16, m, 0, True) is None  # which asks the operator
 
 
 def test_a_kernel_gets_at_most_128_arguments_each_of_64_bits(driver: Driver) -> None:

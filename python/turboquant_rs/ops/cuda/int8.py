@@ -64,6 +64,9 @@ WIDE_ROWS = 128
 GROUPS_ROWS = 128
 """Rows of W of a tile of `groups`."""
 
+MOST_ROWS = 65535 * 128
+"""Rows of x that the grid of `block` has blocks for; more of them are multiplied in parts."""
+
 HOPPER_SHARED = 227 * 1024
 """Bytes of shared memory that a block may have there."""
 
@@ -199,6 +202,10 @@ def multiply(
     Raises: ValueError and TypeError for scales, zero points and codes of another length or dtype than W has.
     """
     (m, k), n = x.shape, out.shape[1]
+    if m > MOST_ROWS:
+        for rows, results in zip(torch.split(x, MOST_ROWS), torch.split(out, MOST_ROWS), strict=True):
+            multiply(rows, packed, scales, zero_points, bias, scheme, rounding, planes, read_bits, results)
+        return
     device = device_of(x, packed, scales, out)
     scheme = scheme._replace(table=tuple(scheme.table))
     planes = tuple(planes)
@@ -269,7 +276,9 @@ class Product:
 
     def _plan(self, dtype: torch.dtype, m: int, device: int, whole: bool) -> Plan | None:
         """That of m rows of a dtype, if they have a kernel; `whole`: on multiples of the widest access."""
-        if not self._fits or m == 0 or dtype not in DTYPES or not limits_of(device).tensor_cores:
+        if not self._fits or m == 0 or m > MOST_ROWS or dtype not in DTYPES:
+            return None
+        if not limits_of(device).tensor_cores:
             return None
         about = (self._scheme, self._rounding, self._planes, self._read_bits)
         return plan_of(*about, m, self._n, self._k, dtype, True, whole, device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from turboquant_rs.ops.reference import LLOYD_MAX
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, packed_nbytes
+from turboquant_rs.scheme import NESTED_PLANES, static_planes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 RULES = {"extreme": 0, "mse": 1, "rms": 2}
@@ -21,8 +22,15 @@ ALIGNMENT = 16
 """Bytes of the widest access."""
 
 
+_STACKS = (*map(static_planes, range(1, 9)), *NESTED_PLANES)
+
+
 def plane_macros(planes: Sequence[int]) -> dict[str, object]:
-    """PLANES."""
+    """PLANES. Raises: ValueError for widths that begin no stack of the number format."""
+    own = tuple(planes)
+    if not own or all(stack[: len(own)] != own for stack in _STACKS):
+        choices = " or ".join(str(list(stack)) for stack in _STACKS if sum(stack) == sum(own))
+        raise ValueError(f"planes {list(own)} do not store {sum(own)} bits; use {choices or '1 to 8 bits'}")
     return {"PLANES": ",".join(map(str, planes))}
 
 
