@@ -11,9 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.compiler.config
 
 from backends import Backend, Specification
 from turboquant_rs import ops
+
+# Garbage is collected before a CUDA graph is captured. In the middle of it, as Python may do, graphs that
+# earlier tests have left in cycles would be destroyed, which ends the capture (pytorch/pytorch#161037).
+torch.compiler.config.force_cudagraph_gc = True
 
 ISAS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "avx512")
 COMPILED = (*(f"cpu:{isa}" for isa in ISAS), "cuda")

@@ -4,7 +4,6 @@ layer gives that is read so from the start, with nothing repacked, allocated or 
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import threading
 
@@ -47,7 +46,6 @@ def linear(
 
 
 def captured(module: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    gc.collect()  # what tests before have left is freed now, not in the capture
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         y = module(x)

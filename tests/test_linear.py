@@ -952,6 +952,21 @@ def test_nothing_of_what_transforms_a_first_forward_stays_in_the_layer(first):
     assert torch.equal(layer.packed.dequantize(), expected)
 
 
+@pytest.mark.parametrize("asks", [lambda layer: layer.state_dict(), lambda layer: layer.weight_packed])
+def test_what_inference_mode_brings_back_to_canonical_order_is_of_use_outside_of_it(asks):
+    layer, x = quant_layer(), torch.randn(2, 70, requires_grad=True)
+    with torch.inference_mode():
+        expected = layer(x)
+        assert layer._panels is not None
+        asks(layer)
+    held = layer.weight_packed  # so that it is not brought to panels again
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, expected) and x.grad is not None
+    layer.load_state_dict(quant_layer().state_dict())
+    assert layer.weight_packed is held
+
+
 def test_values_that_are_not_what_lies_in_memory_are_resolved(arranged):
     x = torch.randn(1, 70)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -170,6 +171,18 @@ def test_counts_are_exact_with_many_threads() -> None:
         for thread in threads:
             thread.join()
     assert layer._rows.counts.tolist() == [201 * rows, 201 * refined] and rows == 5
+
+
+def test_counts_that_inference_mode_began_go_on_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, whose counts are made by the first forward; here the CPU is in its place."""
+    monkeypatch.setattr(tq.nn.rows, "not_captured", nullcontext)
+    with torch.inference_mode():
+        rows = tq.nn.rows.RowPrecision(4, 8, 0.5)
+        kinds = rows._kinds_on(torch.device("cpu"))
+    for _ in range(2):
+        kinds.index_add_(0, torch.tensor([0, 1, 1]), torch.ones(3, dtype=torch.int64))
+        rows.counts.add_(1)
+    assert kinds.tolist() == [2, 4] and rows.counts.tolist() == [2, 2]
 
 
 def test_copies_and_pickles_stay_refined_and_state_dicts_hold_the_weight_alone() -> None:

@@ -282,7 +282,9 @@ class QuantLinear(PackedWeight, nn.Linear):
         with _REARRANGING:
             panels = self._panels
             if panels is not None:
-                packed = panels.to_packed(self.weight_dtype)
+                # Tensors of inference mode could neither be written nor multiplied with gradients afterwards.
+                with torch.inference_mode(False):
+                    packed = panels.to_packed(self.weight_dtype)
                 self._keep(None)
                 for name, part in zip(
                     BUFFERS, (packed.packed, packed.scales, packed.zero_points), strict=True

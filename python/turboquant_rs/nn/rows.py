@@ -14,6 +14,12 @@ from turboquant_rs.ops.cuda.launcher import not_captured
 _COUNTING = threading.Lock()
 
 
+def _zeros(device: torch.device | str) -> Tensor:
+    """Two counts, which forwards within and outside of inference mode add to."""
+    with torch.inference_mode(False):
+        return torch.zeros(2, dtype=torch.int64, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class RowPrecision:
     """Bits for the rows of x whose size is up to `threshold`, and for those above it.
@@ -26,7 +32,7 @@ class RowPrecision:
     read_bits: int
     refined_bits: int
     threshold: float
-    counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    counts: Tensor = field(default_factory=lambda: _zeros("cpu"))
     # On a GPU: rows that were not refined, and those that were.
     _kinds: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
@@ -65,7 +71,7 @@ class RowPrecision:
     def _kinds_on(self, device: torch.device) -> Tensor:
         if device not in self._kinds:
             with _COUNTING, not_captured(device.index):
-                self._kinds.setdefault(device, torch.zeros(2, dtype=torch.int64, device=device))
+                self._kinds.setdefault(device, _zeros(device))
         return self._kinds[device]
 
     def __getstate__(self) -> dict[str, Any]:
