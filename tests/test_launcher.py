@@ -194,6 +194,22 @@ def test_more_rows_of_x_than_a_grid_has_blocks_for_are_multiplied_in_parts(
     assert product._plan(torch.bfloat16, m, 0, True) is None  # which asks the operator
 
 
+def test_what_was_refused_is_forgotten_once_it_is_read_whatever_mode_is_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that refuses is played here. The report is made by the first launch of a thread."""
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *args, pin_memory: full(*args))
+    monkeypatch.setattr(quantize, "wait", lambda device: None)
+    with torch.inference_mode():
+        report = quantize.Report()
+    for _ in range(2):
+        assert report.wait(0) is None
+        ctypes.c_int64.from_address(report.address + 8).value = 5
+        assert report.wait(0) == [2**63 - 1, 5, 2**63 - 1]
+    assert report.wait(0) is None
+
+
 def test_a_kernel_gets_at_most_128_arguments_each_of_64_bits(driver: Driver) -> None:
     call, driver.arguments = Call(Kernel("any.cu", "any"), 0, (1,), (32,)), 128
     call(*range(128))

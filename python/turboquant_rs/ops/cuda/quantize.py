@@ -239,7 +239,7 @@ class Report:
         numbers: list[int] = self._numbers.tolist()
         if numbers == NOTHING_REFUSED:
             return None
-        self._status.fill_(NOTHING_REFUSED[0])
+        self._numbers.fill(NOTHING_REFUSED[0])  # not the tensor, which may be one of inference mode
         return numbers
 
 
