@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from turboquant_rs import Rounding, Scheme
+from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.ops.cuda import int8, launcher, quantize, tiles
 from turboquant_rs.ops.cuda import planes as cuda_planes
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits
+from turboquant_rs.ops.cuda.matmul import matmul_out
+from turboquant_rs.ops.cuda.refined import matmul_refined_out
 from turboquant_rs.scheme import NESTED_PLANES, static_planes
 
 EARLY = 6
@@ -208,6 +211,29 @@ def test_what_was_refused_is_forgotten_once_it_is_read_whatever_mode_is_on(
         ctypes.c_int64.from_address(report.address + 8).value = 5
         assert report.wait(0) == [2**63 - 1, 5, 2**63 - 1]
     assert report.wait(0) is None
+
+
+@pytest.mark.parametrize("at", ["scales", "zero_points", "bias", "packed"])
+@pytest.mark.parametrize("layout", ["canonical", "tiles"])
+def test_a_product_whose_operands_are_here_and_there_is_refused(layout: str, at: str) -> None:
+    """Before a kernel reads what is not in the GPU's memory, after which nothing works there any more."""
+    scheme = Scheme.nested(group_size=32)
+    with FakeTensorMode():
+        operands = {
+            "x": torch.empty(2, 64, dtype=torch.bfloat16, device="cuda"),
+            "packed": torch.empty(ops.tiles.tiles_nbytes(16, 64, 8), dtype=torch.uint8, device="cuda"),
+            "scales": torch.empty(16, 2, dtype=torch.bfloat16, device="cuda"),
+            "zero_points": torch.empty(0, dtype=torch.uint8, device="cuda"),
+            "bias": torch.empty(16, device="cuda"),
+        }
+        operands[at] = torch.empty_like(operands[at], device="cpu")
+        out, refined = torch.empty(2, 16, device="cuda"), torch.empty(2, dtype=torch.bool, device="cuda")
+        args = (*operands.values(), *scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths, 4)
+        for activations in ("float", "int8"):
+            with pytest.raises(ValueError, match="operands are on cuda:0 and cpu; move them to one device"):
+                matmul_out(*args, activations, layout, 16, out)
+        with pytest.raises(ValueError, match="operands are on cuda:0 and cpu; move them to one device"):
+            matmul_refined_out(*args, 8, 0.5, layout, 16, out, refined)
 
 
 def test_a_kernel_gets_at_most_128_arguments_each_of_64_bits(driver: Driver) -> None:

@@ -484,6 +484,10 @@ def test_packed_tensors_are_compared_by_identity():
         ({"rounding": MEAN_VAR}, "zero"),
         ({"shape": torch.Size((4, 72))}, r"packed must be uint8 \(144,\)"),
         ({"bits": 3}, "cannot read 3 of 4 bits"),
+        (
+            {"scales": torch.zeros(4, 2, dtype=torch.bfloat16, device="meta")},
+            "scales is on meta and packed on cpu; move one of them with",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_refused(change, message):

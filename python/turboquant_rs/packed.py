@@ -152,10 +152,13 @@ class PackedTensor:
         if not trusted and readable(*self._stored):
             check_values(self.scheme, self.scales, self.zero_points)
 
-    @staticmethod
-    def _check_part(name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _check_part(self, name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if part.shape != shape or part.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
+        if part.device != self.packed.device:
+            raise ValueError(
+                f"{name} is on {part.device} and packed on {self.packed.device}; move one of them with .to()"
+            )
 
     @property
     def _rows_and_k(self) -> tuple[int, int]:

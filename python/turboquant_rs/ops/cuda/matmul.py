@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import int8, tiles
-from turboquant_rs.ops.cuda.macros import check_written
+from turboquant_rs.ops.cuda.macros import check_written, device_of
 from turboquant_rs.ops.cuda.quantize import unpack_out
 from turboquant_rs.ops.schema import split_args
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
@@ -29,6 +29,7 @@ def matmul_out(
 ) -> None:
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
     scheme, rounding, (planes, read_bits, activations, layout, n, out) = split_args(args)
+    device_of(x, packed, scales, zero_points, out, *(() if bias is None else (bias,)))
     if layout == "tiles":
         if activations == "float" and tiles.takes(x, scheme, rounding):
             check_written(out)

@@ -20,7 +20,7 @@ from torch import Tensor
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import int8
 from turboquant_rs.ops.cuda.launcher import Kernel, only_if
-from turboquant_rs.ops.cuda.macros import check_written
+from turboquant_rs.ops.cuda.macros import check_written, device_of
 from turboquant_rs.ops.schema import split_args
 
 THREADS = 128
@@ -41,6 +41,7 @@ def matmul_refined_out(
     """`matmul_out` with int8 activations, at refined_bits where a row's size is above threshold."""
     scheme, rounding, (planes, read_bits, refined_bits, threshold, layout, n, out, refined) = split_args(args)
     stored = (packed, scales, zero_points)
+    device_of(x, *stored, out, refined, *(() if bias is None else (bias,)))
     if layout != "canonical" or not out.numel() or not int8.takes(x, scheme, rounding):
         reference.matmul_refined_out(x, *stored, bias, *args)
         return
