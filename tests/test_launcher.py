@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turboquant_rs import Rounding, Scheme, ops
-from turboquant_rs.ops.cuda import int8, launcher, quantize, tiles
+from turboquant_rs.ops.cuda import int8, launcher, matmul, quantize, refined, tiles
 from turboquant_rs.ops.cuda import planes as cuda_planes
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
 from turboquant_rs.ops.cuda.limits import Limits
@@ -213,27 +214,66 @@ def test_what_was_refused_is_forgotten_once_it_is_read_whatever_mode_is_on(
     assert report.wait(0) is None
 
 
-@pytest.mark.parametrize("at", ["scales", "zero_points", "bias", "packed"])
-@pytest.mark.parametrize("layout", ["canonical", "tiles"])
-def test_a_product_whose_operands_are_here_and_there_is_refused(layout: str, at: str) -> None:
-    """Before a kernel reads what is not in the GPU's memory, after which nothing works there any more."""
+def operands() -> dict[str, torch.Tensor]:
+    """Those of a product, as far as they can be without a GPU."""
+    cuda = partial(torch.empty, device="cuda")
+    return {
+        "x": cuda(2, 64, dtype=torch.bfloat16),
+        "packed": cuda(ops.tiles.tiles_nbytes(16, 64, 8), dtype=torch.uint8),
+        "scales": cuda(16, 2, dtype=torch.bfloat16),
+        "zero_points": cuda(0, dtype=torch.uint8),
+        "bias": cuda(16),
+    }
+
+
+def multiply(layout: str, activations: str, out: torch.Tensor, **given: torch.Tensor) -> None:
+    """The operators' implementations; `activations` "refined" is the one whose rows choose their bits."""
     scheme = Scheme.nested(group_size=32)
+    given = {**operands(), **given}
+    args = (*given.values(), *scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths, 4)
+    if activations == "refined":
+        refined = torch.empty(2, dtype=torch.bool, device="cuda")
+        matmul_refined_out(*args, 8, 0.5, layout, 16, out, refined)
+    else:
+        matmul_out(*args, activations, layout, 16, out)
+
+
+KINDS = [("canonical", "int8"), ("canonical", "float"), ("canonical", "refined"), ("tiles", "float")]
+
+
+@pytest.mark.parametrize(("layout", "activations"), KINDS)
+def test_a_product_refuses_memory_that_its_kernels_would_reach_beyond(layout: str, activations: str) -> None:
+    """Before one of them does, after which nothing works on that GPU any more; with the CPU's words."""
     with FakeTensorMode():
-        operands = {
-            "x": torch.empty(2, 64, dtype=torch.bfloat16, device="cuda"),
-            "packed": torch.empty(ops.tiles.tiles_nbytes(16, 64, 8), dtype=torch.uint8, device="cuda"),
-            "scales": torch.empty(16, 2, dtype=torch.bfloat16, device="cuda"),
-            "zero_points": torch.empty(0, dtype=torch.uint8, device="cuda"),
-            "bias": torch.empty(16, device="cuda"),
-        }
-        operands[at] = torch.empty_like(operands[at], device="cpu")
-        out, refined = torch.empty(2, 16, device="cuda"), torch.empty(2, dtype=torch.bool, device="cuda")
-        args = (*operands.values(), *scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths, 4)
-        for activations in ("float", "int8"):
+        y = partial(torch.empty, dtype=torch.bfloat16, device="cuda")
+        for name in ("packed", "scales", "zero_points", "bias"):
+            here = torch.empty_like(operands()[name], device="cpu")
             with pytest.raises(ValueError, match="operands are on cuda:0 and cpu; move them to one device"):
-                matmul_out(*args, activations, layout, 16, out)
-        with pytest.raises(ValueError, match="operands are on cuda:0 and cpu; move them to one device"):
-            matmul_refined_out(*args, 8, 0.5, layout, 16, out, refined)
+                multiply(layout, activations, y(2, 16), **{name: here})
+        for out in (y(1, 16), y(3, 16), y(2, 15)):
+            with pytest.raises(ValueError, match=f"out has {out.numel()} elements where rows=2, k=16"):
+                multiply(layout, activations, out)
+        with pytest.raises(ValueError, match="bias has 15 elements where rows=1, k=16 need 16"):
+            multiply(layout, activations, y(2, 16), bias=y(15))
+        with pytest.raises(TypeError, match=r"packed must be torch.uint8, got torch.int32"):
+            multiply(layout, activations, y(2, 16), packed=operands()["packed"].int())
+        with pytest.raises(TypeError, match=r"x must be float32, .* got torch.int32; convert it first"):
+            multiply(layout, activations, y(2, 16), x=torch.empty(2, 64, dtype=torch.int32, device="cuda"))
+
+
+@pytest.mark.parametrize(("layout", "activations"), KINDS)
+def test_results_of_another_dtype_than_x_are_converted(
+    monkeypatch: pytest.MonkeyPatch, layout: str, activations: str
+) -> None:
+    seen: list[torch.dtype] = []
+    for module in (int8, tiles):
+        monkeypatch.setattr(module, "takes", lambda *_: True)
+        monkeypatch.setattr(module, "multiply", lambda *args: seen.append(args[-1].dtype))
+    monkeypatch.setattr(refined, "decide", lambda *_: SimpleNamespace(data_ptr=lambda: 0))
+    monkeypatch.setattr(matmul, "by_dequantized", lambda *args: seen.append(args[-1].dtype))
+    with FakeTensorMode():
+        multiply(layout, activations, torch.empty(2, 16, device="cuda"))
+    assert seen and set(seen) == {torch.bfloat16}
 
 
 def test_a_kernel_gets_at_most_128_arguments_each_of_64_bits(driver: Driver) -> None:

@@ -8,6 +8,7 @@ f64 products are exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import int8, tiles
-from turboquant_rs.ops.cuda.macros import check_written, device_of
-from turboquant_rs.ops.cuda.quantize import unpack_out
+from turboquant_rs.ops.cuda.macros import check_dtype, check_length, check_written, device_of
+from turboquant_rs.ops.cuda.quantize import check_source, unpack_out
 from turboquant_rs.ops.schema import split_args
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
@@ -29,7 +30,12 @@ def matmul_out(
 ) -> None:
     """x `(..., k)` times the transposed packed matrix `(n, k)`, plus bias `(n,)`, into out `(..., n)`."""
     scheme, rounding, (planes, read_bits, activations, layout, n, out) = split_args(args)
-    device_of(x, packed, scales, zero_points, out, *(() if bias is None else (bias,)))
+    check_operands(x, packed, scales, zero_points, bias, n, out)
+    if out.dtype != x.dtype:  # kernels write that of x
+        product = x.new_empty(out.shape)
+        matmul_out(x, packed, scales, zero_points, bias, *args[:-1], product)
+        out.copy_(product)
+        return
     if layout == "tiles":
         if activations == "float" and tiles.takes(x, scheme, rounding):
             check_written(out)
@@ -63,6 +69,28 @@ def matmul_out(
         return weight
 
     by_dequantized(rows, dequantized, bias, out)
+
+
+def check_operands(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    bias: Tensor | None,
+    n: int,
+    *outputs: Tensor,
+) -> None:
+    """Refuses memory of other devices, kinds and lengths than kernels would touch for x (m, k) and W (n, k).
+
+    outputs: the first is y (m, n). How much there is of W is looked at where its order is known.
+    """
+    device_of(x, packed, scales, zero_points, *outputs, *(() if bias is None else (bias,)))
+    check_source(x.dtype)
+    check_dtype("packed", packed, torch.uint8)
+    m = math.prod(x.shape[:-1])
+    check_length("out", outputs[0], m * n, m, n)
+    if bias is not None:
+        check_length("bias", bias, n, 1, n)
 
 
 def by_dequantized(

@@ -10,6 +10,7 @@ not asked, so nothing is waited for.
 
 from __future__ import annotations
 
+import math
 import struct
 from functools import cache
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import int8
 from turboquant_rs.ops.cuda.launcher import Kernel, only_if
-from turboquant_rs.ops.cuda.macros import check_written, device_of
-from turboquant_rs.ops.schema import split_args
+from turboquant_rs.ops.cuda.macros import check_dtype, check_length, check_written
+from turboquant_rs.ops.cuda.matmul import check_operands
+from turboquant_rs.ops.schema import rows_and_k, split_args
 
 THREADS = 128
 
@@ -41,7 +43,14 @@ def matmul_refined_out(
     """`matmul_out` with int8 activations, at refined_bits where a row's size is above threshold."""
     scheme, rounding, (planes, read_bits, refined_bits, threshold, layout, n, out, refined) = split_args(args)
     stored = (packed, scales, zero_points)
-    device_of(x, *stored, out, refined, *(() if bias is None else (bias,)))
+    check_operands(x, *stored, bias, n, out, refined)
+    check_length("refined", refined, math.prod(x.shape[:-1]), *rows_and_k(x.shape))
+    check_dtype("refined", refined, torch.bool)
+    if out.dtype != x.dtype:  # kernels write that of x
+        product = x.new_empty(out.shape)
+        matmul_refined_out(x, *stored, bias, *args[:-2], product, refined)
+        out.copy_(product)
+        return
     if layout != "canonical" or not out.numel() or not int8.takes(x, scheme, rounding):
         reference.matmul_refined_out(x, *stored, bias, *args)
         return
