@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import turboquant_rs as tq
@@ -997,6 +998,15 @@ def test_layers_take_tensors_only(arranged, x):
         pytest.raises(TypeError, match=r"x must be a torch.Tensor, got (ndarray|list|None)"),
     ):
         arranged(x)
+
+
+@pytest.mark.parametrize("x", [np.zeros((1, 64), np.float32), [0.0] * 64, None])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_layers_on_a_gpu_take_tensors_only(activations, x):
+    with FakeTensorMode():
+        layer = tq.nn.QuantLinear(64, 24, device="cuda", activations=activations)
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got (ndarray|list|None)"):
+            layer(x)
 
 
 @pytest.mark.parametrize(

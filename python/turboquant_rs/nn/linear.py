@@ -183,10 +183,12 @@ class QuantLinear(PackedWeight, nn.Linear):
             return matmul(autocast(input), self.packed, bias, activations=self.activations)
         return y
 
-    def _multiplied(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+    def _multiplied(self, input: Any, bias: Tensor | None) -> Tensor | None:
         """The product with the canonical bytes, where kernels read those and nobody would see the call."""
         packed = self._buffers["weight_packed"]
         if packed is None or not packed.is_cuda or self.activations != "int8":
+            return None
+        if not isinstance(input, Tensor):  # which the function refuses in words
             return None
         bits, known = self.read_bits, self._product
         if known is None or known[0] is not self.scheme or known[1] is not self.rounding or known[2] != bits:
