@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from tiny import Ends, quantized_ends
 from tiny import ends_tokens as tokens
 from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.nn import QuantEmbedding, QuantLinear
+from turboquant_rs.ops.cuda.int8 import MOST_ROWS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -397,3 +399,75 @@ def test_gradients_reach_activations_and_bias(activations: str, dtype: torch.dty
         weight = layer.packed.dequantize(dtype=dtype)
         assert_identical(x.grad, grad @ weight)
         assert_identical(layer.bias.grad, grad.reshape(-1, 96).sum(0))
+
+
+@pytest.mark.parametrize(("activations", "dtype"), KINDS)
+def test_tangents_pass_through_layers(activations: str, dtype: torch.dtype) -> None:
+    """Before their weight is brought to tiles, and after."""
+    layer = QuantLinear(256, 96, scheme=Scheme.nested(), dtype=dtype, activations=activations, device="cuda")
+    x, t = (normal(3, 5, 256, seed=seed).to(dtype).cuda() for seed in range(2))
+    for bits in (8, 4, 4):
+        layer.read_bits = bits
+        expected = t.float() @ layer.packed.dequantize(dtype=torch.float32).T
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            y = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, t)))
+            torch.testing.assert_close(y.tangent.float(), expected, rtol=0.02, atol=0.02)
+            assert_identical(y.primal, layer(x))
+
+
+# Values, and what is longer than a grid -------------------------------------------------------------------
+
+
+def test_parts_are_looked_at_unless_a_graph_is_captured() -> None:
+    p = tq.pack(normal(4, 64).cuda(), symmetric=False)
+    p.zero_points[2] = 16
+    with pytest.raises(ValueError, match="the zero point of group 2 is 16, above 15, the last code"):
+        tq.PackedTensor(**vars(p))
+    with pytest.raises(ValueError, match="the zero point of group 2 is 16, above 15, the last code"):
+        copy.deepcopy(p)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert tq.PackedTensor(**vars(p)).dequantize().shape == (4, 64)
+
+
+def test_a_refusal_after_inference_mode_leaves_nothing_behind() -> None:
+    """In a thread whose first launch was made there."""
+    problems: list[object] = []
+
+    def work() -> None:
+        x = normal(4, 64).cuda()
+        with torch.inference_mode():
+            tq.pack(x)
+        x[1, 1] = torch.nan
+        try:
+            tq.pack(x)
+            problems.append("NaN was packed")
+        except ValueError as error:
+            if "NaN" not in str(error):
+                problems.append(error)
+        tq.pack(x.nan_to_num())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert problems == []
+
+
+@pytest.mark.parametrize("group_size", [32, None])
+def test_more_rows_of_x_than_a_grid_has_blocks_for(group_size: int | None) -> None:
+    scheme, m = Scheme(bits=4, group_size=group_size), MOST_ROWS + 300
+    layer = QuantLinear(32, 8, scheme=scheme, dtype=torch.bfloat16, device="cuda", bias=False)
+    x = normal(1000, 32).bfloat16().cuda()
+    many = x.repeat(-(-m // 1000), 1)[:m]
+    with torch.no_grad():
+        expected, got = layer(x), layer(many)
+    assert_identical(got[:1000], expected)
+    assert_identical(got[-300:], layer(many[-300:].clone()).detach())
+
+
+@pytest.mark.parametrize("planes", [[1] * 8, [4, 3, 1], [2, 2]])
+def test_planes_that_the_number_format_has_not_are_refused(planes: list[int]) -> None:
+    bits = sum(planes)
+    scheme = Scheme(bits=bits)
+    with pytest.raises(ValueError, match=f"do not store {bits} bits; use"):
+        ops.pack(normal(4, 64).cuda(), *scheme.op_args(), *NEAREST.op_args(), planes, False)
