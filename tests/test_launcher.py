@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
+import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -274,6 +277,31 @@ def test_results_of_another_dtype_than_x_are_converted(
     with FakeTensorMode():
         multiply(layout, activations, torch.empty(2, 16, device="cuda"))
     assert seen and set(seen) == {torch.bfloat16}
+
+
+def test_what_is_loaded_stays_loaded_when_its_kernel_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may launch it as long as that lives, and unloading ends a capture that goes on meanwhile."""
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            self.cubin = cubin
+
+        def get_function(self, entry: str) -> SimpleNamespace:
+            return SimpleNamespace(module=self)  # as CuPy's, which unloads with the last function
+
+    library = SimpleNamespace(Module=Module, runtime=SimpleNamespace(setDevice=lambda device: None))
+    monkeypatch.setattr(launcher, "cupy", lambda: library)
+    monkeypatch.setattr(launcher, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(launcher, "_unwatched", nullcontext)
+    monkeypatch.setattr(launcher, "_LOADED", [])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(Kernel, "compile", lambda self, arch: b"")
+    kernel = Kernel("any.cu", "any")
+    module = weakref.ref(kernel.load(0).module)
+    assert kernel.load(0).module is module()
+    del kernel
+    gc.collect()
+    assert module() is not None
 
 
 def test_a_kernel_gets_at_most_128_arguments_each_of_64_bits(driver: Driver) -> None:

@@ -49,6 +49,7 @@ class _Thread(threading.local):
 
 _THREAD = _Thread()
 _LOADING = threading.RLock()
+_LOADED: list[Any] = []  # never unloaded: graphs may launch it, and unloading would end a capture
 _Pointer = ctypes.c_void_p
 raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -286,6 +287,7 @@ class Kernel:
                     if self.shared > STATIC_SHARED:
                         cupy().driver.funcSetAttribute(function.ptr, DYNAMIC_SHARED_SIZE, self.shared)
                 self._functions[device] = function
+                _LOADED.append(function)
         return self._functions[device]
 
     def __call__(
