@@ -110,7 +110,7 @@ def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if not isinstance(shape, Block) and not HOPPER:
         pytest.skip("wgmma is Hopper's")
 
-    def shape_for(_m: int, _n: int, columns: Columns, _limits: object) -> Block | Groups | Wide:
+    def shape_for(_m: int, _n: int, columns: Columns, *_: object) -> Block | Groups | Wide:
         """That kernel, or another where it takes no such groups."""
         steps = columns.bracket_steps
         if isinstance(shape, Groups):

@@ -426,8 +426,8 @@ def plan_of(
     check_readable(scheme, rounding, planes, read_bits)
     columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
     bits = bits_read(planes, read_bits)
-    shape = shape_for(m, n, columns, limits)
     stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
+    shape = shape_for(m, n, columns, stored == 4, limits)
     nibbles = stored == 4 and not isinstance(shape, Wide) and k % 32 == 0
     expands = not nibbles and not (stored == 8 and k % 16 == 0)
     row_bytes = columns.stride if expands else k * stored // 8
@@ -669,11 +669,11 @@ class Wide(NamedTuple):
         return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
 
 
-def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Groups | Wide:
-    """The kernel for a product: the fastest of many on a Hopper GPU."""
+def shape_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) -> Block | Groups | Wide:
+    """The kernel for a product: the fastest of many on a Hopper GPU; `halved`: two codes of W a byte."""
     processors = limits.processors
     if columns.grouped:
-        if limits.hopper and (groups := _groups_for(m, n, columns, limits)) is not None:
+        if limits.hopper and (groups := _groups_for(m, n, columns, halved, limits)) is not None:
             return groups
         if (meeting := _meeting_for(m, n, columns, limits)) is not None:
             return meeting
@@ -688,13 +688,13 @@ def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Group
     return _block_for(m, n, columns.grouped, processors)
 
 
-def _groups_for(m: int, n: int, columns: Columns, limits: Limits) -> Groups | None:
+def _groups_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) -> Groups | None:
     """That of the least time, where there is work for most multiprocessors.
 
     A tile takes about as long as one with 70 rows of x more whose rows took no time of their own.
     """
     few = n <= 32 * limits.processors
-    if m <= 16 or (m <= 64 and few):
+    if m <= 16 or (few and m <= (64 if halved else 32)):
         return None
     shapes = [Groups(128, 2), Groups(64, 1), Groups(32, 1)]
     shapes = [shape for shape in shapes if shape.fits(columns) and shape.m_tile < 2 * max(m, 32)]
