@@ -223,7 +223,7 @@ def row_calls() -> dict[str, Call]:
     scheme = Scheme(bits=4, group_size=128)
     args = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
     tiles = ops.to_tiles(*ops.pack(linear.weight.detach(), *args, False), scheme.widths, 1024)
-    product = ops.cuda.Product(*tiles, 1024, *args, 4, "float", "tiles", 1024)
+    product = ops.cuda.Product(*tiles, 1024, *args, 4, "float", "tiles", 1024).__call__
     layers = {how: QuantLinear.from_float(linear, scheme, activations=how) for how in ("float", "int8")}
     return {
         "product of one row": lambda: product(x, bias),

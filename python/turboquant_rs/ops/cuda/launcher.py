@@ -60,6 +60,14 @@ raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
+_only_one = False  # device: that is the current one; known once something was launched
+
+
+def here() -> int:
+    """The current device."""
+    return 0 if _only_one else int(current_device())
+
+
 @cache
 def _driver() -> Any:
     """The driver's library, through which a launch costs less than through CuPy.
@@ -88,7 +96,7 @@ def wait(device: int) -> None:
     """Waits for torch's current stream of a device, if this thread has launched anything there."""
     if _THREAD.device != device:
         return
-    if current_device() != device:
+    if here() != device:
         with torch.cuda.device(device):
             wait(device)
         return
@@ -97,7 +105,7 @@ def wait(device: int) -> None:
 
 def write(address: int, word: int, device: int) -> None:
     """Writes a u32 on torch's current stream of a device."""
-    if current_device() != device:
+    if here() != device:
         with torch.cuda.device(device):
             write(address, word, device)
         return
@@ -112,6 +120,8 @@ def write(address: int, word: int, device: int) -> None:
 def _on(device: int) -> None:
     """Makes the context of the current device that of this thread, if it is not yet."""
     if _THREAD.device != device:
+        global _only_one
+        _only_one = torch.cuda.device_count() == 1
         cupy().runtime.setDevice(device)
         _THREAD.device = device
         _THREAD.choose(_THREAD.choice)
@@ -151,7 +161,7 @@ def _free_stream() -> Any:
 def ready(device: int) -> bool:
     """Whether this thread may queue a launch on a device, and new memory is that device's: it is the current
     one, has a context here, and no number chooses."""
-    return bool(_THREAD.plain == device == current_device())
+    return _THREAD.plain == device and (_only_one or bool(current_device() == device))
 
 
 def captured() -> bool:
@@ -159,7 +169,7 @@ def captured() -> bool:
 
     The stream that is there by itself, 0, cannot be, and to ask for its number takes less than to ask that.
     """
-    return raw_stream(current_device()) != 0 and torch.cuda.is_current_stream_capturing()
+    return raw_stream(here()) != 0 and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -226,7 +236,7 @@ class Call:
                 fields of 8 bytes, an argument each.
         """
         device = self._device
-        if _THREAD.plain == device == current_device():
+        if ready(device):
             code = self.queue(raw_stream(device), args)
             if code:
                 self.refuse(code)
