@@ -271,8 +271,11 @@ class Product:
             return None
         plan, m, sizes, strides = prepared
         out: Tensor = new(sizes, strides, dtype) if ready(device) else x.new_empty(sizes)
-        bias, bias_address, wide = as_bias(bias, dtype)
-        tail = (*addresses[1:3], bias_address, wide, out.data_ptr(), m, self._n)
+        _, scaling, zeros, bias_address = addresses
+        wide = 0
+        if bias is not None and bias.dtype is not dtype:
+            bias, bias_address, wide = as_bias(bias, dtype)
+        tail = (scaling, zeros, bias_address, wide, out.data_ptr(), m, self._n)
         _run(plan, self._scheme, self._planes, address, packed, tail, device)
         return out
 
@@ -357,32 +360,32 @@ def _run(
         packed: Contiguous.
         tail: Addresses of scales, zero points and bias, whether that is f32; of the product; m, n.
     """
-    columns, (*_, m, n) = plan.columns, tail
+    columns, shape = plan.columns, plan.shape
+    m, n = tail[-2:]
     if plan.expands:
         packed = expand(packed, scheme, planes, plan.bits, n, columns, plan.subtracted, device)
 
     # One piece of memory: codes, then what goes with their groups.
     memory = new_bytes(plan.workspace, device)
     codes = memory.data_ptr()
-    x_scales = codes + plan.terms
-    x_sums = x_scales + 4 * columns.groups * m
+    x_scales, x_sums = codes + plan.terms, codes + plan.sums
     plan.quantize(x, codes, x_scales, x_sums, *plan.quantize_sizes)
-    if isinstance(plan.shape, Groups):
-        row = SLICE // 2 if plan.nibbles else SLICE
-        maps = (
-            *tensor_map(codes, m, columns.stride, plan.shape.m_tile // plan.shape.cluster),
-            *tensor_map(packed.data_ptr(), n, plan.row_bytes, GROUPS_ROWS, columns=row),
-        )
-        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
-    elif isinstance(plan.shape, Wide):
-        maps = (
-            *tensor_map(codes, m, columns.stride, WIDE_ROWS),
-            *tensor_map(packed.data_ptr(), n, plan.row_bytes, plan.shape.n_tile // plan.shape.cluster),
-        )
-        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
-    else:
+    if isinstance(shape, Block):
         pointers = (codes, x_scales, x_sums, packed.data_ptr())
         plan.call(*pointers, *tail, columns.stride, plan.row_bytes, columns.groups, columns.segments)
+        return
+    if isinstance(shape, Groups):
+        row = SLICE // 2 if plan.nibbles else SLICE
+        maps = (
+            *tensor_map(codes, m, columns.stride, shape.m_tile // shape.cluster),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, GROUPS_ROWS, columns=row),
+        )
+    else:
+        maps = (
+            *tensor_map(codes, m, columns.stride, WIDE_ROWS),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, shape.n_tile // shape.cluster),
+        )
+    plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
 
 
 class Plan(NamedTuple):
@@ -398,7 +401,8 @@ class Plan(NamedTuple):
     row_bytes: int  # of the weight as the kernel reads it
     quantize: Call  # of x
     quantize_sizes: tuple[int, ...]  # its last arguments
-    terms: int  # bytes of the codes of x; scales and sums of its groups follow
+    terms: int  # bytes of the codes of x; scales of its groups follow
+    sums: int  # where their sums follow
     workspace: int  # bytes of all of these
     call: Call
 
@@ -445,8 +449,9 @@ def plan_of(
     memory = memory_of(scheme, rounding, planes, bits, n, k)
     quantize = _quantize_call(dtype, columns, m, whole_x, nibbles, device)
     terms = -(-m * columns.stride // TERMS_ALIGNMENT) * TERMS_ALIGNMENT
-    workspace = terms + 4 * m * (columns.groups + columns.segments)
-    reading = (quantize, _quantize_sizes(columns, m), terms, workspace)
+    sums = terms + 4 * m * columns.groups
+    workspace = sums + 4 * m * columns.segments
+    reading = (quantize, _quantize_sizes(columns, m), terms, sums, workspace)
     return Plan(columns, shape, bits, memory, nibbles, expands, subtracted, row_bytes, *reading, call)
 
 
