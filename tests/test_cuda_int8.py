@@ -110,7 +110,7 @@ def only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if not isinstance(shape, Block) and not HOPPER:
         pytest.skip("wgmma is Hopper's")
 
-    def shape_for(_m: int, _n: int, columns: Columns, _limits: object) -> Block | Groups | Wide:
+    def shape_for(_m: int, _n: int, columns: Columns, *_: object) -> Block | Groups | Wide:
         """That kernel, or another where it takes no such groups."""
         steps = columns.bracket_steps
         if isinstance(shape, Groups):
@@ -338,3 +338,42 @@ def test_a_call_past_the_dispatcher_gives_what_the_operator_gives(scheme: Scheme
             assert_identical(layer(strided), layer(strided.contiguous()))
     copied = copy.deepcopy(layer)
     assert_identical(copied(x), layer(x))
+
+
+# Past the dispatcher --------------------------------------------------------------------------------------
+
+
+def test_a_weight_and_a_bias_are_looked_at_again_once_they_are_others() -> None:
+    """What a product knows of them it knows of these tensors, on this memory."""
+    scheme, n, k = Scheme(bits=4, group_size=64), 32, 256
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths, 4)
+    x, bias = normal(3, k).cuda(), normal(n, seed=1).cuda()
+    weights = [tuple(part.cuda() for part in pack(normal(n, k, seed=i), scheme)) for i in range(3)]
+    call = int8.Product(n, k, *arguments)
+
+    def same(packed: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
+        got = call(x, packed, scales, None, bias)
+        assert got is not None
+        stored = (packed, scales, packed.new_empty(0))
+        return torch.equal(got, ops.matmul(x, *stored, bias, *arguments, "int8", "canonical", n))
+
+    with torch.no_grad():
+        for packed, scales, _ in weights:
+            assert same(packed, scales, bias) and same(packed, scales, None) and same(packed, scales, bias)
+        packed, scales, _ = weights[0]
+        packed.data = weights[1][0].clone()
+        assert same(packed, scales, bias)
+        bias.data = bias.clone() + 1
+        assert same(packed, scales, bias)
+        for wrong in (
+            (packed[: n * k // 4], scales, bias),
+            (packed, scales.float(), bias),
+            (packed, scales, bias[1:]),
+        ):
+            assert call(x, *wrong[:2], None, wrong[2]) is None
+        assert call(x.cpu(), packed, scales, None, bias) is None
+        assert call(x.to_sparse(), packed, scales, None, bias) is None
+    bias.requires_grad_()
+    assert call(x, packed, scales, None, bias) is None
+    with torch.no_grad():
+        assert same(packed, scales, bias)

@@ -93,8 +93,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(launcher, "_driver", lambda: made)
     monkeypatch.setattr(launcher, "_launch_address", launcher._launch_address.__wrapped__)
     monkeypatch.setattr(launcher, "raw_stream", lambda device: STREAM)
-    monkeypatch.setattr(launcher, "_current_device", lambda: 0)
-    monkeypatch.setattr(launcher, "_on", lambda device: None)
+    monkeypatch.setattr(launcher, "current_device", lambda: 0)
+    monkeypatch.setattr(launcher._THREAD, "device", 0)
+    monkeypatch.setattr(launcher._THREAD, "plain", 0)
     monkeypatch.setattr(Kernel, "load", lambda self, device: SimpleNamespace(ptr=FUNCTION))
     return made
 
@@ -177,10 +178,11 @@ def test_more_rows_of_x_than_a_grid_has_blocks_for_are_multiplied_in_parts(
     monkeypatch.setattr(int8, "device_of", lambda *_: 0)
     rows: list[tuple[int, int, int]] = []
 
-    def run(plan: int8.Plan, scheme: Any, planes: Any, x: torch.Tensor, *operands: Any) -> None:
-        grid = plan.shape.grid(len(x), 4)
-        assert max(grid) <= 65535 and plan.shape.m_tile * grid[1] >= len(x)
-        rows.append((len(x), x.data_ptr(), operands[4].data_ptr()))
+    def run(plan: int8.Plan, scheme: Any, planes: Any, x: int, packed: Any, tail: Any, device: int) -> None:
+        *_, out, m, n = tail
+        grid = plan.shape.grid(m, n)
+        assert max(grid) <= 65535 and plan.shape.m_tile * grid[1] >= m
+        rows.append((m, x, out))
 
     monkeypatch.setattr(int8, "_run", run)
     scheme, m = Scheme(bits=8, group_size=None), 2 * int8.MOST_ROWS + 5
@@ -198,7 +200,7 @@ def test_more_rows_of_x_than_a_grid_has_blocks_for_are_multiplied_in_parts(
         (min(int8.MOST_ROWS, m - at), x.data_ptr() + 64 * at, out.data_ptr() + 8 * at) for at in begins
     ]
     product = int8.Product(4, 32, *scheme.op_args(), *Rounding.nearest().op_args(), scheme.widths, 8)
-    assert product._plan(torch.bfloat16, m, 0, True) is None  # which asks the operator
+    assert product._prepared(torch.bfloat16, x.shape, 0, True) is None  # which asks the operator
 
 
 def test_what_was_refused_is_forgotten_once_it_is_read_whatever_mode_is_on(

@@ -125,7 +125,11 @@ def test_codes_are_fetched_ahead_only_of_a_weight_that_nothing_has_written(
     def launches(stored: tuple[Tensor, ...]) -> Iterator[bool]:
         seen: list[bool] = []
         product = kernels.Product(*stored, 64, *args, 4, "float", "tiles", 32)
-        monkeypatch.setattr(product, "_call", lambda dtype, m, settled: lambda *_: seen.append(settled))
+        monkeypatch.setattr(
+            product,
+            "_prepared",
+            lambda dtype, shape, settled: (lambda *_: seen.append(settled), 2, (2, 32), (32, 1)),
+        )
         while True:
             assert product(x, None) is not None
             yield seen[-1]

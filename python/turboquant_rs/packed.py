@@ -152,6 +152,15 @@ class PackedTensor:
         if not trusted and readable(*self._stored):
             check_values(self.scheme, self.scales, self.zero_points)
 
+    @classmethod
+    def _made(cls, x: Tensor, scheme: Scheme, rounding: Rounding, *parts: Tensor | None) -> PackedTensor:
+        """That of x, of parts that have just been made for it: whether they fit takes long to ask."""
+        made = cls.__new__(cls)
+        made.packed, made.scales, made.zero_points = parts  # type: ignore[assignment]  # the last may be None
+        made.shape, made.dtype, made.scheme, made.rounding = x.shape, x.dtype, scheme, rounding
+        made.bits, made.offset = scheme.bits, 0
+        return made
+
     def _check_part(self, name: str, part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if part.shape != shape or part.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
@@ -522,7 +531,7 @@ def pack(
         return out
     packed, scales, zero_points = operator("pack", x)(x, *arguments)
     stored = None if rounding.zero_point_dtype(scheme) is None else zero_points
-    return PackedTensor(packed, scales, stored, x.shape, x.dtype, scheme, rounding, scheme.bits, trusted=True)
+    return PackedTensor._made(x, scheme, rounding, packed, scales, stored)
 
 
 _OF_BITS = {bits: Scheme(bits=bits) for bits in range(1, 9)}

@@ -52,7 +52,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     _panels: Panels | None = None
     # What CUDA graphs read of it, whatever has become of the layer since.
     _captured: tuple[Panels | PackedTensor, ...] = ()
-    _product: tuple[Scheme, Rounding, int, ops.cuda.CanonicalProduct] | None = None
+    _product: tuple[Scheme, Rounding, int, Callable[..., Tensor | None]] | None = None
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch leaves out the None of bias=False
     activations: str
     transposed: bool
@@ -193,7 +193,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         bits, known = self.read_bits, self._product
         if known is None or known[0] is not self.scheme or known[1] is not self.rounding or known[2] != bits:
             arguments = (*self.scheme.op_args(), *self.rounding.op_args(), self.scheme.widths, bits)
-            product = ops.cuda.CanonicalProduct(*self._weight_shape, *arguments)
+            product = ops.cuda.CanonicalProduct(*self._weight_shape, *arguments).__call__
             known = self._product = (self.scheme, self.rounding, bits, product)
         scales, zero_points = self._buffers["weight_scale"], self._buffers["weight_zero_point"]
         return None if scales is None else known[3](input, packed, scales, zero_points, bias)

@@ -465,16 +465,16 @@ def operator(name: str, *tensors: Tensor) -> Callable[..., Any]:
     return function
 
 
-def register(backend: dict[str, Fill], key: str) -> None:
+def register(backend: dict[str, Callable[..., Any]], key: str) -> None:
     """Registers a backend's `*_out` operators, and the operators that return tensors over them.
 
     Args:
-        backend: An implementation of each of `OUT_OPS`.
+        backend: An implementation of each of `OUT_OPS`, and of what it can do better than over these.
         key: The dispatch key of its tensors.
     """
     every: dict[str, Callable[..., Any]] = {name: backend[name] for name in OUT_OPS}
     for name, (compose, out_op, _rule) in RULES.items():
-        every[name] = partial(compose, backend[out_op])
+        every[name] = backend.get(name) or partial(compose, backend[out_op])
     for name, function in every.items():
         LIBRARY.impl(name, function, key)
     IMPLEMENTATIONS[key.lower()] = every

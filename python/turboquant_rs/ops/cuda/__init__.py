@@ -20,7 +20,7 @@ from turboquant_rs.ops.cuda.fake_quantize import (
 from turboquant_rs.ops.cuda.int8 import Product as CanonicalProduct
 from turboquant_rs.ops.cuda.matmul import matmul_out
 from turboquant_rs.ops.cuda.planes import pack_codes_out, unpack_codes_out
-from turboquant_rs.ops.cuda.quantize import encode_out, pack_out, unpack_out
+from turboquant_rs.ops.cuda.quantize import encode_out, pack, pack_out, unpack_out
 from turboquant_rs.ops.cuda.refined import matmul_refined_out
 from turboquant_rs.ops.cuda.tiles import Product
 from turboquant_rs.ops.schema import register
@@ -29,6 +29,7 @@ __all__ = ["CanonicalProduct", "Product"]
 
 register(
     {
+        "pack": pack,
         "pack_out": pack_out,
         "unpack_out": unpack_out,
         "pack_codes_out": pack_codes_out,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import int8, tiles
-from turboquant_rs.ops.cuda.launcher import not_captured, only_if, write
+from turboquant_rs.ops.cuda.launcher import captured, not_captured, only_if, write
 from turboquant_rs.ops.cuda.macros import aligned
 from turboquant_rs.ops.cuda.matmul import by_dequantized
 from turboquant_rs.ops.cuda.quantize import unpack_out
@@ -43,7 +43,7 @@ def capturing() -> bool:
     """Whether torch's current stream is being captured in a graph, and by eager code."""
     if torch.compiler.is_compiling() or not _is_initialized():
         return False
-    return torch.cuda.is_current_stream_capturing()
+    return captured()
 
 
 class Number:

@@ -11,17 +11,20 @@ are the bits of every other backend, whatever the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.nn import Parameter
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import KEPT_ROWS, Call, Kernel
+from turboquant_rs.ops.cuda.launcher import KEPT_ROWS, Call, Kernel, ready
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
+    ALIGNMENT,
     DTYPES,
     aligned,
     as_bias,
@@ -31,6 +34,7 @@ from turboquant_rs.ops.cuda.macros import (
     scheme_macros,
     table_words,
 )
+from turboquant_rs.ops.cuda.memory import new, new_bytes, row_major
 from turboquant_rs.ops.cuda.planes import bits_read, planes_read
 from turboquant_rs.ops.cuda.quantize import (
     THREADS,
@@ -44,7 +48,7 @@ from turboquant_rs.ops.cuda.quantize import (
     power_of_2,
 )
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
-from turboquant_rs.ops.direct import unseen
+from turboquant_rs.ops.direct import observed
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, groups_per_row, split_args
 
 __all__ = ["Product", "Weight", "multiply", "takes"]
@@ -212,8 +216,10 @@ def multiply(
     whole = aligned(packed), aligned(x)
     plan = plan_of(scheme, rounding, planes, read_bits, m, n, k, x.dtype, *whole, device)
     plan.memory.check_read(packed, scales, zero_points)
-    weight = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
-    _run(plan, scheme, planes, x, *weight, bias, out, device)
+    packed, scales, zero_points = packed.contiguous(), scales.contiguous(), zero_points.contiguous()
+    bias, *term = as_bias(bias, x.dtype)
+    tail = (scales.data_ptr(), zero_points.data_ptr(), *term, out.data_ptr(), m, n)
+    _run(plan, scheme, planes, x.data_ptr(), packed, tail, device)
 
 
 class Product:
@@ -230,7 +236,8 @@ class Product:
         bits = bits_read(planes, self._read_bits)
         self._memory = memory_of(scheme, self._rounding, self._planes, bits, n, k)
         self._fits = n > 0 and k > 0 and fits(k, scheme, self._rounding)
-        self._plans: dict[tuple[torch.dtype, int, int, bool], Plan | None] = {}
+        self._plans: dict[tuple[torch.dtype, torch.Size, int, bool], Prepared] = {}
+        self._known: Known | None = None
 
     def __call__(
         self, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
@@ -238,17 +245,50 @@ class Product:
         """What the operator returns, bit for bit; None where it must be asked.
 
         That is where somebody would see the call (a gradient, a transform, a mode, a trace, a profiler), and
-        where operands are not on one GPU as the kernels take them.
+        where operands are not on one GPU as the kernels take them. What has been asked of a weight and a bias
+        is not asked again while they are the same tensors on the same memory.
         """
-        memory, shape, device, dtype = self._memory, x.shape, x.get_device(), x.dtype
-        if not self._fits or not shape or shape[-1] != self._k or x.layout is not torch.strided or device < 0:
+        if type(x) is not Tensor or observed():
             return None
-        given = (x, packed, scales) if zero_points is None else (x, packed, scales, zero_points)
-        tensors = given if bias is None else (*given, bias)
-        if not unseen(*tensors):
+        try:
+            address, zeros = x.data_ptr(), 0 if zero_points is None else zero_points.data_ptr()
+            addresses = (packed.data_ptr(), scales.data_ptr(), zeros, 0 if bias is None else bias.data_ptr())
+        except RuntimeError:  # sparse: in no memory of its own
             return None
+        if not address or not x.is_contiguous() or x.is_neg():
+            return None
+        tensors = (packed, scales, zero_points, bias)
+        known, device, dtype, shape = self._known, x.get_device(), x.dtype, x.shape
+        if known is None or known.addresses != addresses or not known.are(tensors):
+            known = self._known = self._checked(tensors, addresses)
+        if known is None or known.device != device:
+            return None
+        if is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, *tensors)):
+            return None
+        key = (dtype, shape, device, address % ALIGNMENT == 0)
+        prepared = self._plans.get(key) or self._prepared(*key)
+        if prepared is None:
+            return None
+        plan, m, sizes, strides = prepared
+        out: Tensor = new(sizes, strides, dtype) if ready(device) else x.new_empty(sizes)
+        _, scaling, zeros, bias_address = addresses
+        wide = 0
+        if bias is not None and bias.dtype is not dtype:
+            bias, bias_address, wide = as_bias(bias, dtype)
+        tail = (scaling, zeros, bias_address, wide, out.data_ptr(), m, self._n)
+        _run(plan, self._scheme, self._planes, address, packed, tail, device)
+        return out
+
+    def _checked(self, tensors: Operands, addresses: tuple[int, ...]) -> Known | None:
+        """A weight and a bias as they are, if the kernels take them so."""
+        memory, (packed, scales, zero_points, bias) = self._memory, tensors
+        device = packed.get_device()
         for tensor in tensors:
-            if tensor.get_device() != device or not tensor.is_contiguous():
+            if tensor is None:
+                continue
+            if type(tensor) not in (Tensor, Parameter) or tensor.get_device() != device:
+                return None
+            if not tensor.is_contiguous() or tensor.is_neg() or tensor._is_zerotensor():
                 return None
         if bias is not None and (bias.shape != (self._n,) or bias.dtype not in DTYPES):
             return None
@@ -260,73 +300,92 @@ class Product:
             return None
         if zero_points is not None and zero_points.dtype is not memory.zero_point_dtype:
             return None
-        m, n, whole = x.numel() // self._k, self._n, aligned(x)
-        try:
-            plan = self._plans[dtype, m, device, whole]
-        except KeyError:
-            plan = self._plan(dtype, m, device, whole)
-            if m <= KEPT_ROWS:
-                self._plans[dtype, m, device, whole] = plan
-        if plan is None:
-            return None
-        # Sizes one by one are parsed faster than a tuple of them.
-        out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
-        _run(plan, self._scheme, self._planes, x, packed, scales, zero_points, bias, out, device)
-        return out
+        return Known(device, addresses, tuple(_nothing if part is None else ref(part) for part in tensors))
 
-    def _plan(self, dtype: torch.dtype, m: int, device: int, whole: bool) -> Plan | None:
-        """That of m rows of a dtype, if they have a kernel; `whole`: on multiples of the widest access."""
-        if not self._fits or m == 0 or m > MOST_ROWS or dtype not in DTYPES:
+    def _prepared(self, dtype: torch.dtype, shape: torch.Size, device: int, whole: bool) -> Prepared | None:
+        """What there is to do for x of that shape, if there is a kernel; `whole`: on multiples of the widest
+        access."""
+        n, k, m = self._n, self._k, shape[:-1].numel()
+        if not (self._fits and shape and shape[-1] == k and 0 < m <= MOST_ROWS and dtype in DTYPES):
             return None
-        if not limits_of(device).tensor_cores:
+        if device < 0 or not limits_of(device).tensor_cores:
             return None
         about = (self._scheme, self._rounding, self._planes, self._read_bits)
-        return plan_of(*about, m, self._n, self._k, dtype, True, whole, device)
+        plan, sizes = plan_of(*about, m, n, k, dtype, True, whole, device), (*shape[:-1], n)
+        prepared = plan, m, sizes, row_major(sizes)
+        if m <= KEPT_ROWS:
+            self._plans[dtype, shape, device, whole] = prepared
+        return prepared
+
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A weight and a bias: packed, scales, zero points, bias."""
+
+
+class Known(NamedTuple):
+    """A weight and a bias that have been looked at; they are not kept alive."""
+
+    device: int
+    addresses: tuple[int, ...]
+    tensors: tuple[Callable[[], Tensor | None], ...]
+
+    def are(self, tensors: Operands) -> bool:
+        """Whether these are the same."""
+        packed, scales, zero_points, bias = self.tensors
+        return (
+            packed() is tensors[0]
+            and scales() is tensors[1]
+            and zero_points() is tensors[2]
+            and bias() is tensors[3]
+        )
+
+
+def _nothing() -> None:
+    """Where there is no tensor."""
 
 
 def _run(
     plan: Plan,
     scheme: SchemeArgs,
     planes: tuple[int, ...],
-    x: Tensor,
+    x: int,
     packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
+    tail: tuple[int, ...],
     device: int,
 ) -> None:
-    """Launches what a plan says, on contiguous operands."""
-    columns, n = plan.columns, out.shape[-1]
-    m = out.numel() // n
+    """Launches what a plan says.
+
+    Args:
+        x: Address of rows without gaps.
+        packed: Contiguous.
+        tail: Addresses of scales, zero points and bias, whether that is f32; of the product; m, n.
+    """
+    columns, shape = plan.columns, plan.shape
+    m, n = tail[-2:]
     if plan.expands:
         packed = expand(packed, scheme, planes, plan.bits, n, columns, plan.subtracted, device)
 
     # One piece of memory: codes, then what goes with their groups.
-    memory = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device)
+    memory = new_bytes(plan.workspace, device)
     codes = memory.data_ptr()
-    x_scales = codes + plan.terms
-    x_sums = x_scales + 4 * columns.groups * m
-    plan.quantize(x.data_ptr(), codes, x_scales, x_sums, *plan.quantize_sizes)
-    bias, address, wide_bias = as_bias(bias, x.dtype)
-    zeros = 0 if zero_points is None else zero_points.data_ptr()
-    tail = (scales.data_ptr(), zeros, address, wide_bias, out.data_ptr(), m, n)
-    if isinstance(plan.shape, Groups):
-        row = SLICE // 2 if plan.nibbles else SLICE
-        maps = (
-            *tensor_map(codes, m, columns.stride, plan.shape.m_tile // plan.shape.cluster),
-            *tensor_map(packed.data_ptr(), n, plan.row_bytes, GROUPS_ROWS, columns=row),
-        )
-        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
-    elif isinstance(plan.shape, Wide):
-        maps = (
-            *tensor_map(codes, m, columns.stride, WIDE_ROWS),
-            *tensor_map(packed.data_ptr(), n, plan.row_bytes, plan.shape.n_tile // plan.shape.cluster),
-        )
-        plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
-    else:
+    x_scales, x_sums = codes + plan.terms, codes + plan.sums
+    plan.quantize(x, codes, x_scales, x_sums, *plan.quantize_sizes)
+    if isinstance(shape, Block):
         pointers = (codes, x_scales, x_sums, packed.data_ptr())
         plan.call(*pointers, *tail, columns.stride, plan.row_bytes, columns.groups, columns.segments)
+        return
+    if isinstance(shape, Groups):
+        row = SLICE // 2 if plan.nibbles else SLICE
+        maps = (
+            *tensor_map(codes, m, columns.stride, shape.m_tile // shape.cluster),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, GROUPS_ROWS, columns=row),
+        )
+    else:
+        maps = (
+            *tensor_map(codes, m, columns.stride, WIDE_ROWS),
+            *tensor_map(packed.data_ptr(), n, plan.row_bytes, shape.n_tile // shape.cluster),
+        )
+    plan.call(x_scales, x_sums, *tail, columns.stride, columns.groups, *maps)
 
 
 class Plan(NamedTuple):
@@ -342,9 +401,14 @@ class Plan(NamedTuple):
     row_bytes: int  # of the weight as the kernel reads it
     quantize: Call  # of x
     quantize_sizes: tuple[int, ...]  # its last arguments
-    terms: int  # bytes of the codes of x; scales and sums of its groups follow
+    terms: int  # bytes of the codes of x; scales of its groups follow
+    sums: int  # where their sums follow
     workspace: int  # bytes of all of these
     call: Call
+
+
+Prepared = tuple[Plan, int, tuple[int, ...], tuple[int, ...]]
+"""What there is to do for x of one shape, its rows, and sizes and strides of the result."""
 
 
 @lru_cache(maxsize=4096)
@@ -366,8 +430,8 @@ def plan_of(
     check_readable(scheme, rounding, planes, read_bits)
     columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
     bits = bits_read(planes, read_bits)
-    shape = shape_for(m, n, columns, limits)
     stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
+    shape = shape_for(m, n, columns, stored == 4, limits)
     nibbles = stored == 4 and not isinstance(shape, Wide) and k % 32 == 0
     expands = not nibbles and not (stored == 8 and k % 16 == 0)
     row_bytes = columns.stride if expands else k * stored // 8
@@ -385,8 +449,9 @@ def plan_of(
     memory = memory_of(scheme, rounding, planes, bits, n, k)
     quantize = _quantize_call(dtype, columns, m, whole_x, nibbles, device)
     terms = -(-m * columns.stride // TERMS_ALIGNMENT) * TERMS_ALIGNMENT
-    workspace = terms + 4 * m * (columns.groups + columns.segments)
-    reading = (quantize, _quantize_sizes(columns, m), terms, workspace)
+    sums = terms + 4 * m * columns.groups
+    workspace = sums + 4 * m * columns.segments
+    reading = (quantize, _quantize_sizes(columns, m), terms, sums, workspace)
     return Plan(columns, shape, bits, memory, nibbles, expands, subtracted, row_bytes, *reading, call)
 
 
@@ -609,11 +674,11 @@ class Wide(NamedTuple):
         return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
 
 
-def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Groups | Wide:
-    """The kernel for a product: the fastest of many on a Hopper GPU."""
+def shape_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) -> Block | Groups | Wide:
+    """The kernel for a product: the fastest of many on a Hopper GPU; `halved`: two codes of W a byte."""
     processors = limits.processors
     if columns.grouped:
-        if limits.hopper and (groups := _groups_for(m, n, columns, limits)) is not None:
+        if limits.hopper and (groups := _groups_for(m, n, columns, halved, limits)) is not None:
             return groups
         if (meeting := _meeting_for(m, n, columns, limits)) is not None:
             return meeting
@@ -628,13 +693,13 @@ def shape_for(m: int, n: int, columns: Columns, limits: Limits) -> Block | Group
     return _block_for(m, n, columns.grouped, processors)
 
 
-def _groups_for(m: int, n: int, columns: Columns, limits: Limits) -> Groups | None:
+def _groups_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) -> Groups | None:
     """That of the least time, where there is work for most multiprocessors.
 
     A tile takes about as long as one with 70 rows of x more whose rows took no time of their own.
     """
     few = n <= 32 * limits.processors
-    if m <= 16 or (m <= 64 and few):
+    if m <= 16 or (few and m <= (64 if halved else 32)):
         return None
     shapes = [Groups(128, 2), Groups(64, 1), Groups(32, 1)]
     shapes = [shape for shape in shapes if shape.fits(columns) and shape.m_tile < 2 * max(m, 32)]

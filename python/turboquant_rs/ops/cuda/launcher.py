@@ -23,7 +23,7 @@ import torch
 import turboquant_rs._core as _core
 from turboquant_rs.ops.cuda.compiler import architecture, compile_for, cupy, splice
 
-__all__ = ["Call", "Kernel", "not_captured", "only_if", "wait", "write"]
+__all__ = ["Call", "Kernel", "captured", "not_captured", "only_if", "ready", "wait", "write"]
 
 DYNAMIC_SHARED_SIZE = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of cuda.h."""
@@ -43,8 +43,13 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         # On which it has launched: without that it has no context, whatever device is current.
-        self.device = -1
+        self.device: int | None = None
         self.choice: tuple[int, int, bool] | None = None  # of `only_if`
+        self.plain: int | None = None  # `device` after a launch, where there is no choice
+
+    def choose(self, choice: tuple[int, int, bool] | None) -> None:
+        """What launches depend on from now on."""
+        self.choice, self.plain = choice, self.device if choice is None else None
 
 
 _THREAD = _Thread()
@@ -52,7 +57,15 @@ _LOADING = threading.RLock()
 _LOADED: list[Any] = []  # never unloaded: graphs may launch it, and unloading would end a capture
 _Pointer = ctypes.c_void_p
 raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+
+
+_only_one = False  # device: that is the current one; known once something was launched
+
+
+def here() -> int:
+    """The current device."""
+    return 0 if _only_one else int(current_device())
 
 
 @cache
@@ -83,7 +96,7 @@ def wait(device: int) -> None:
     """Waits for torch's current stream of a device, if this thread has launched anything there."""
     if _THREAD.device != device:
         return
-    if _current_device() != device:
+    if here() != device:
         with torch.cuda.device(device):
             wait(device)
         return
@@ -92,7 +105,7 @@ def wait(device: int) -> None:
 
 def write(address: int, word: int, device: int) -> None:
     """Writes a u32 on torch's current stream of a device."""
-    if _current_device() != device:
+    if here() != device:
         with torch.cuda.device(device):
             write(address, word, device)
         return
@@ -107,8 +120,11 @@ def write(address: int, word: int, device: int) -> None:
 def _on(device: int) -> None:
     """Makes the context of the current device that of this thread, if it is not yet."""
     if _THREAD.device != device:
+        global _only_one
+        _only_one = torch.cuda.device_count() == 1
         cupy().runtime.setDevice(device)
         _THREAD.device = device
+        _THREAD.choose(_THREAD.choice)
 
 
 @contextmanager
@@ -142,6 +158,20 @@ def _free_stream() -> Any:
                 return stream
 
 
+def ready(device: int) -> bool:
+    """Whether this thread may queue a launch on a device, and new memory is that device's: it is the current
+    one, has a context here, and no number chooses."""
+    return _THREAD.plain == device and (_only_one or bool(current_device() == device))
+
+
+def captured() -> bool:
+    """Whether torch's current stream is being captured in a graph; CUDA has been initialized.
+
+    The stream that is there by itself, 0, cannot be, and to ask for its number takes less than to ask that.
+    """
+    return raw_stream(here()) != 0 and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def only_if(number: int, choices: int, early: bool = False) -> Iterator[None]:
     """Within the block, a launch of this thread does nothing unless the number in memory chooses it.
@@ -154,11 +184,12 @@ def only_if(number: int, choices: int, early: bool = False) -> Iterator[None]:
         choices: The numbers that choose the launches, a bit each.
         early: A kernel is in front of them, and they are brought up while it runs (Hopper and later).
     """
-    before, _THREAD.choice = _THREAD.choice, (number, _signed(choices), early)
+    before = _THREAD.choice
+    _THREAD.choose((number, _signed(choices), early))
     try:
         yield
     finally:
-        _THREAD.choice = before
+        _THREAD.choose(before)
 
 
 def _signed(word: int) -> int:
@@ -179,7 +210,7 @@ class Call:
             by itself (`griddepcontrol`).
     """
 
-    __slots__ = ("_chosen", "_device", "_kernel", "_queue", "_shape")
+    __slots__ = ("_chosen", "_device", "_kernel", "_shape", "queue")
 
     def __init__(
         self,
@@ -194,7 +225,8 @@ class Call:
         self._kernel, self._device = kernel, device
         self._chosen: dict[bool, Call] = {}
         sizes = (*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3], shared)
-        self._queue = _core.Launch(_launch_address(), kernel.load(device).ptr, sizes, early).queue
+        # Launches it on a stream, for who has asked whether its device is `ready`; the driver's error code.
+        self.queue = _core.Launch(_launch_address(), kernel.load(device).ptr, sizes, early).queue
 
     def __call__(self, *args: int) -> None:
         """Launches it on torch's current stream.
@@ -203,24 +235,28 @@ class Call:
             args: Pointers and integers, for parameters of 4 or 8 bytes. The last parameter may be a struct of
                 fields of 8 bytes, an argument each.
         """
-        device, thread = self._device, _THREAD
-        if thread.choice is not None:
-            choice, thread.choice = thread.choice, None
+        device = self._device
+        if ready(device):
+            code = self.queue(raw_stream(device), args)
+            if code:
+                self.refuse(code)
+            return
+        choice = _THREAD.choice
+        if choice is not None:
             number, choices, early = choice
+            _THREAD.choose(None)
             try:
                 self._if_chosen(early)(number, choices, *args)
             finally:
-                thread.choice = choice
+                _THREAD.choose(choice)
             return
-        if _current_device() != device:
-            with torch.cuda.device(device):
-                self(*args)
-            return
-        if thread.device != device:
+        with torch.cuda.device(device):
             _on(device)
-        code = self._queue(raw_stream(device), args)
-        if code:
-            _check(code, f"to launch {self._kernel}")
+            self.refuse(self.queue(raw_stream(device), args))
+
+    def refuse(self, code: int) -> None:
+        """Raises: RuntimeError for an error of the driver's, other than 0."""
+        _check(code, f"to launch {self._kernel}")
 
     def _if_chosen(self, early: bool) -> Call:
         """The same launch, of the kernel that asks first."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turboquant_rs.ops import reference
 from turboquant_rs.ops.cuda import planes as plane_kernels
-from turboquant_rs.ops.cuda.launcher import Call, Kernel, wait
+from turboquant_rs.ops.cuda.launcher import Call, Kernel, captured, wait
 from turboquant_rs.ops.cuda.macros import (
     DTYPES,
     FULL_VARIANCE,
@@ -29,6 +29,7 @@ from turboquant_rs.ops.cuda.macros import (
     table_words,
     variance_units,
 )
+from turboquant_rs.ops.cuda.memory import new_on
 from turboquant_rs.ops.reference import check_rounding, refusal_of_scale, refusal_of_value
 from turboquant_rs.ops.schema import (
     BYTE_CODES,
@@ -249,7 +250,7 @@ _THREAD = threading.local()
 def report() -> Report | None:
     """That of this thread, which waits for each kernel that reports; None while a graph is captured, where
     nobody can look."""
-    if torch.cuda.is_current_stream_capturing():
+    if captured():
         return None
     own: Report | None = getattr(_THREAD, "report", None)
     if own is None:
@@ -443,6 +444,19 @@ def pack_out(x: Tensor, *args: Any) -> None:
     if element != NOTHING_REFUSED[0]:
         raise refusal_of_value(element, float(x.view(-1)[element]))
     raise refusal_of_scale(group, args[6])
+
+
+def pack(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`pack_out` into memory of its own."""
+    rows, k = rows_and_k(x.shape)
+    groups, zeros = (*x.shape[:-1], groups_per_row(k, args[1])), zero_point_dtype(args[2], args[13])
+    outputs = (
+        new_on(x, (packed_nbytes(rows, k, args[15]),), torch.uint8),
+        new_on(x, groups, args[6]),
+        new_on(x, (0,) if zeros is None else groups, zeros or torch.uint8),
+    )
+    pack_out(x, *args, *outputs)
+    return outputs
 
 
 def encode_out(x: Tensor, scales: Tensor, zero_points: Tensor, *args: Any) -> None:

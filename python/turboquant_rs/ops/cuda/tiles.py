@@ -20,11 +20,11 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.nn import Parameter
 
 from turboquant_rs.ops import reference
-from turboquant_rs.ops.cuda.launcher import KEPT_ROWS, Call, Kernel, raw_stream
+from turboquant_rs.ops.cuda.launcher import KEPT_ROWS, Call, Kernel, raw_stream, ready
 from turboquant_rs.ops.cuda.limits import Limits, limits_of
 from turboquant_rs.ops.cuda.macros import (
     ALIGNMENT,
@@ -34,6 +34,7 @@ from turboquant_rs.ops.cuda.macros import (
     check_length,
     plane_macros,
 )
+from turboquant_rs.ops.cuda.memory import new, row_major
 from turboquant_rs.ops.cuda.tensor_map import tensor_map
 from turboquant_rs.ops.direct import observed
 from turboquant_rs.ops.schema import RoundingArgs, SchemeArgs, groups_per_row, split_args
@@ -381,6 +382,10 @@ class WideCall:
         self._call(packed, *operands, *maps)
 
 
+Prepared = tuple[Call | WideCall, int, tuple[int, ...], tuple[int, ...]]
+"""The launch for x of one shape, its rows, and sizes and strides of the result."""
+
+
 class Product:
     """x · Wᵀ (+ bias) with one weight in tiles and float activations, called past the dispatcher, which takes
     longer than the GPU for few rows of x.
@@ -392,15 +397,16 @@ class Product:
         """The weight of k columns; `args` are those that follow the bias in the operator's arguments."""
         scheme, rounding, (planes, read_bits, activations, layout, n) = split_args(args)
         self._kind = Weight.of(scheme, planes, read_bits)
-        self._weight = (packed, scales, zero_points)
+        self._packed, self._scales = packed, scales
+        self._zeros = zero_points if self._kind.asymmetric else None
         self._device, self._n, self._k = packed.get_device(), n, k
         whole = (activations, layout) == ("float", "tiles") and k % ALIGNED_COLUMNS == 0
-        whole = whole and aligned(*self._weight)
+        whole = whole and aligned(packed, scales, zero_points)
         self._fits = whole and fits(scheme, rounding) and limits_of(self._device).tensor_cores
         # Writes that had been made, and the stream, at the last launch. None are counted in inference mode.
-        self._counts = not any(part.is_inference() for part in self._weight)
+        self._counts = not any(part.is_inference() for part in (packed, scales, zero_points))
         self._written, self._stream = -1, 0
-        self._calls: dict[tuple[torch.dtype, int, bool], Call | WideCall | None] = {}
+        self._calls: dict[tuple[torch.dtype, torch.Size, bool], Prepared] = {}
         self._bias: tuple[Tensor, int, torch.dtype, int] | None = None
 
     def __call__(
@@ -412,33 +418,29 @@ class Product:
         where x is no plain tensor in the GPU's memory as a kernel takes it, where there are so many rows that
         the weight is expanded, for a `refinement`, and where the operands do not fit.
         """
-        if type(x) is not Tensor or observed() or x.get_device() != self._device:
+        device = self._device
+        if type(x) is not Tensor or observed() or x.get_device() != device:
             return None
-        if x.layout is not torch.strided:
+        try:
+            address = x.data_ptr()
+        except RuntimeError:  # sparse: in no memory of its own
             return None
-        shape, dtype, address, n, k = x.shape, x.dtype, x.data_ptr(), self._n, self._k
-        if not shape or shape[-1] != k or not address or address % ALIGNMENT:
+        if not address or address % ALIGNMENT or not x.is_contiguous() or x.is_neg():
             return None
-        if not x.is_contiguous() or x.is_neg():
+        if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
-        m, (packed, scales, zeros) = x.numel() // k, self._weight
-        settled, written, stream = False, -1, 0
+        dtype, shape, packed, scales, zeros = x.dtype, x.shape, self._packed, self._scales, self._zeros
+        settled, written, stream = False, -1, raw_stream(device)
         if self._counts:
-            written = packed._version + scales._version + zeros._version
-            stream = raw_stream(self._device)
+            written = packed._version + scales._version
+            if zeros is not None:
+                written += zeros._version
             # A graph is launched behind all that is there now, whatever stream it is captured on.
             settled = written == self._written and (
                 stream == self._stream or torch.cuda.is_current_stream_capturing()
             )
-        try:
-            call = self._calls[dtype, m, settled]
-        except KeyError:
-            call = self._call(dtype, m, settled)
-            if m <= KEPT_ROWS:
-                self._calls[dtype, m, settled] = call
-        if call is None or refinement is not None:
+        prepared = self._calls.get((dtype, shape, settled)) or self._prepared(dtype, shape, settled)
+        if prepared is None or refinement is not None:
             return None
         bias_address, wide = 0, 0
         if bias is not None:
@@ -450,21 +452,36 @@ class Product:
                 or known[2] is not bias.dtype
             ):
                 known = self._known(bias)
-            if known is None or (not known[3] and bias.dtype is not dtype):
+            if known is None or (not known[3] and known[2] is not dtype):
                 return None
             _, bias_address, _, wide = known
-        # Sizes one by one are parsed faster than a tuple of them.
-        out = x.new_empty(m, n) if len(shape) == 2 else x.new_empty(*shape[:-1], n)
-        weight = (packed.data_ptr(), scales.data_ptr(), zeros.data_ptr())
-        call(address, *weight, bias_address, wide, out.data_ptr(), m, n, k)
+        call, m, sizes, strides = prepared
+        at_once = ready(device)
+        out = new(sizes, strides, dtype) if at_once else x.new_empty(sizes)
+        codes, scaling, zero = packed.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr()
+        arguments = (address, codes, scaling, zero, bias_address, wide, out.data_ptr(), m, self._n, self._k)
+        if at_once and type(call) is Call:
+            code = call.queue(stream, arguments)
+            if code:
+                call.refuse(code)
+        else:
+            call(*arguments)
         self._written, self._stream = written, stream
         return out, 0
 
-    def _call(self, dtype: torch.dtype, m: int, settled: bool) -> Call | WideCall | None:
-        """The launch for m rows of a dtype, if that is all there is to do."""
-        if not self._fits or dtype not in DTYPES or m == 0 or self._n == 0:
+    def _prepared(self, dtype: torch.dtype, shape: torch.Size, settled: bool) -> Prepared | None:
+        """The launch for x of that shape, and its result, if that is all there is to do."""
+        n, k, m = self._n, self._k, shape[:-1].numel()
+        if not (self._fits and dtype in DTYPES and shape and shape[-1] == k and m and n):
             return None
-        return call_of(self._kind, dtype is torch.bfloat16, m, self._n, self._k, self._device, settled)
+        call = call_of(self._kind, dtype is torch.bfloat16, m, n, k, self._device, settled)
+        if call is None:
+            return None
+        sizes = (*shape[:-1], n)
+        prepared = call, m, sizes, row_major(sizes)
+        if m <= KEPT_ROWS:
+            self._calls[dtype, shape, settled] = prepared
+        return prepared
 
     def _known(self, bias: Tensor) -> tuple[Tensor, int, torch.dtype, int] | None:
         """A bias with its address, its dtype and whether that is f32, if a kernel can take it as it lies."""
