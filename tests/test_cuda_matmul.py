@@ -144,6 +144,27 @@ def test_blocks_go_on_from_tile_to_tile() -> None:
         assert_close(ops.matmul(x, *tiles, None, *arguments, 4, "float", "tiles", n), x, weight, None)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_many_rows_of_x_with_more_tiles_than_blocks(bits: int) -> None:
+    """Numbers of them whose last ones are halved or not; rows that end anywhere."""
+    scheme, k = Scheme(bits=bits, group_size=64), 392
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    arguments = (*scheme.op_args(), *NEAREST.op_args(), scheme.widths)
+    for m, n in (
+        (400, 30 * processors),
+        (400, 64 * processors + 130),
+        (900, 48 * processors + 5),
+        (1500, 64 * processors - 4),
+    ):
+        stored = ops.pack(normal(n, k).cuda(), *arguments, False)
+        weight = ops.unpack(*stored, *arguments, bits, (n, k), torch.bfloat16)
+        tiles, x = ops.to_tiles(*stored, scheme.widths, k), normal(m, k).bfloat16().cuda()
+        bias = normal(n).cuda()
+        got = product(x, tiles, scheme, bits, bias, n)
+        assert_close(got, x, weight, bias)
+        assert_identical(product(x, tiles, scheme, bits, bias, n), got, "again")
+
+
 @pytest.mark.parametrize("m", [4, 20, 40, 100, 200, 600])
 def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_does(m: int) -> None:
     scheme, k = Scheme(bits=4, group_size=64), 520

@@ -54,6 +54,9 @@ LONG_COLUMNS = 8192
 WIDE_STAGES = 12
 """Stages of `wide`, at most."""
 
+WIDE_RESULTS = 1024
+"""Bytes of shared memory through which the results of a tile of W leave."""
+
 WIDE_COLUMNS = (4, 8, 16, 24, 32)
 """Eights of rows of x that a block of `wide` takes."""
 
@@ -62,9 +65,6 @@ ORDER_ROWS = 64
 
 ORDER_THREADS = 256
 """Threads of a block that orders activations, 8 of them each."""
-
-WIDE_ROWS = 65535 * 256
-"""Rows of x that the grid of `wide` has blocks for."""
 
 BLOCK_ROWS = 128
 """Rows of x up to which `block` is faster than expanding the weight for cuBLAS."""
@@ -134,7 +134,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int]
     threads: int
     shared: int
-    rows: int  # of x, a block
+    rows: int  # of x, that a block of each z takes
     early: bool  # may be brought up while the kernel in front runs
     wide: Wide | None = None
 
@@ -205,16 +205,28 @@ class Block(NamedTuple):
 class Wide(NamedTuple):
     """How `matmul_wide.cu` is shaped: macros of the same names."""
 
+    n_tiles: int
     groups: int
     shares: int
     stages: int
     units: int
     ordered: bool
+    halved: bool = False
 
     @property
     def threads(self) -> int:
         """Threads of a block: a warp group that copies, and those that multiply."""
         return 128 * (1 + self.groups * self.shares)
+
+    def stays(self, splits: int) -> bool:
+        """Whether a block takes one tile after the other."""
+        return splits * self.shares == 1
+
+    def halves(self, tiles: int, splits: int, processors: int) -> int:
+        """Tiles that are halved: those left when all blocks have had as many, if there are so few of them."""
+        rest = tiles % processors
+        few = self.n_tiles == WIDE_COLUMNS[-1] and 2 * rest <= processors
+        return rest if few and self.stays(splits) else 0
 
     def deeper(self) -> Wide:
         """With a stage more."""
@@ -225,13 +237,22 @@ class Wide(NamedTuple):
         """Rows of W of a block."""
         return 64 * self.groups
 
+    @property
+    def box(self) -> int:
+        """Rows of x that are copied at a time."""
+        return COLUMNS * self.n_tiles // (2 if self.halved else 1)
+
     def shared(self, weight: Weight, columns: int) -> int:
-        """Bytes of shared memory: of the stages, on a multiple of 1024, or of the sums in the end."""
+        """Bytes of shared memory: of the stages, on a multiple of 1024, and of results that leave meanwhile;
+        or, in the end, of sums that meet, within the block and then in the cluster."""
         stage_columns = self.units * UNIT_COLUMNS
         codes = self.rows * stage_columns * weight.bits // 8
         stage = COLUMNS * columns * stage_columns * 2 + -(-codes // 1024) * 1024
-        sums = self.shares * COLUMNS * columns * (self.rows + 4) * 4
-        return max(self.stages * stage, sums) + 1024
+        results, sums = self.rows // TILE_ROWS * WIDE_RESULTS, COLUMNS * columns * (self.rows + 4) * 4
+        if self.shares > 1:
+            sums += COLUMNS * columns * self.rows * 4
+            return max(self.stages * stage, sums) + 1024
+        return max(self.stages * stage + results, sums) + 1024
 
 
 Shape = Stream | Block | Wide
@@ -359,7 +380,7 @@ class WideCall:
             blocks = -(-m * self._columns // (8 * ORDER_THREADS))
             self._order = Call(order(), device, (blocks,), (ORDER_THREADS,))
         # Behind the kernel that orders x, which has waited, every weight is settled.
-        self._call, self._rows = launch.on(device, m, settled or wide.ordered), launch.rows
+        self._call, self._box = launch.on(device, m, settled or wide.ordered), wide.box
         # Of each plane: where it begins, what a tile has of it, and what a stage has of a tile.
         self._planes, at = [], 0
         for width in weight.planes:
@@ -376,7 +397,7 @@ class WideCall:
             address = ordered.data_ptr()
             self._order(x, address, m, k, self._columns)
             x = address
-        maps = tensor_map(x, m, 2 * self._columns, self._rows)
+        maps = tensor_map(x, m, 2 * self._columns, self._box)
         for at, shape in self._planes:
             maps += tensor_map(packed + at, *shape)
         self._call(packed, *operands, *maps)
@@ -531,7 +552,7 @@ def launch(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) -
     if m <= STREAM_ROWS:
         return _stream(weight, bf16, m, n, k, limits)
     if limits.hopper:
-        return _wide(weight, bf16, m, n, k, limits) if m <= WIDE_ROWS else None
+        return _wide(weight, bf16, m, n, k, limits)
     return _block(weight, bf16, _columns(m), n, k, limits) if m <= BLOCK_ROWS else None
 
 
@@ -601,9 +622,18 @@ def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) ->
         itertools.product(shapes, (1, 2, 4, 8)),
         key=lambda shape: _wide_cost(shape[0], shape[1], blocks, n, k, limits),
     )
-    kernel = _kernel(weight, bf16, columns, wide, splits)
-    grid = -(-n // wide.rows), splits
-    return Launch(kernel, grid, wide.threads, kernel.shared, COLUMNS * columns, early=True, wide=wide)
+    return _wide_launch(weight, bf16, wide, splits, m, n, limits)
+
+
+def _wide_launch(
+    weight: Weight, bf16: bool, wide: Wide, splits: int, m: int, n: int, limits: Limits
+) -> Launch:
+    tiles, processors = -(-n // wide.rows) * -(-m // (COLUMNS * wide.n_tiles)), limits.processors
+    if wide.stays(splits):
+        halves = wide.halves(tiles, splits, processors)
+        wide, tiles = wide._replace(halved=halves > 0), min(tiles + halves, processors)
+    kernel = _kernel(weight, bf16, wide.n_tiles, wide, splits)
+    return Launch(kernel, (tiles, splits), wide.threads, kernel.shared, m, early=True, wide=wide)
 
 
 def _wide_shape(weight: Weight, columns: int, groups: int, ordered: bool, limits: Limits) -> Wide:
@@ -613,7 +643,7 @@ def _wide_shape(weight: Weight, columns: int, groups: int, ordered: bool, limits
         # A copy has 2048 bytes of a tile at most.
         if units == 4 and (columns > 8 or groups > 1 or max(weight.planes) == 8):
             continue
-        wide = Wide(groups, shares, 2, units, ordered)
+        wide = Wide(columns, groups, shares, 2, units, ordered)
         while wide.stages < WIDE_STAGES and wide.deeper().shared(weight, columns) <= limits.shared - RESERVED:
             wide = wide.deeper()
         # Each share takes one, has another ready, and half the time a third on its way.
@@ -626,14 +656,18 @@ def _wide_cost(wide: Wide, splits: int, blocks: int, n: int, k: int, limits: Lim
     """What a product costs with such blocks, in columns that a warp group multiplies.
 
     The constants are those of an H200: with half as many rows of W twice as much of x is read; sums of a
-    cluster have to meet, and clusters of more than two leave multiprocessors idle.
+    cluster have to meet, and clusters of more than two leave multiprocessors idle; half a tile costs more
+    than half of one, as its codes are those of a whole one.
     """
-    count = -(-n // wide.rows) * blocks * splits
-    if splits > 1 and count > limits.processors * (8 if splits == 2 else 7) // 8:
+    tiles, processors = -(-n // wide.rows) * blocks, limits.processors
+    if splits > 1 and tiles * splits > processors * (8 if splits == 2 else 7) // 8:
         return math.inf
-    columns = max(k / splits, 8 * wide.units * UNIT_COLUMNS)
+    columns = max(k / splits, wide.shares * wide.units * UNIT_COLUMNS)
     one = columns * 1.15 if wide.groups == 1 else 2 * columns
-    return -(-count // limits.processors) * (one + 800 * (splits > 1))
+    rounds = float(-(-tiles * splits // processors))
+    if wide.halves(tiles, splits, processors):
+        rounds -= 0.4
+    return rounds * (one + (0 if splits == 1 else 800 + 50 * (splits - 2)))
 
 
 def _splits(blocks: int, resident: int, most: int, limits: Limits) -> int:
