@@ -419,9 +419,11 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
       if (lane == 0) barrier_arrive(empty_before);
       if (number + gridDim.x < tiles.count) take(tiles[number + gridDim.x]);
       store_results(base + STAGES * STAGE_BYTES + tile_of_warp * RESULT_BYTES, sums, out, row0, tile.m0, lane);
-    } else if constexpr (SHARES == 1) {
+    } else if constexpr (SPLITS > 1) {
       all_here();  // no stage is read any more
-      put<N, BLOCK_ROWS>(slab, sums, tile_of_warp * ROWS, lane);
+      put<N, BLOCK_ROWS>(slab + share * (BLOCK_COLS * padded(BLOCK_ROWS)), sums, tile_of_warp * ROWS, lane);
+      all_here();
+      store<BLOCK_ROWS, BLOCK_COLS, SHARES, MULTIPLIERS>(slab, out, tile.first * ROWS, tile.m0);
     } else {
       // Of two warps that have multiplied the same rows each finishes half of the rows of x.
       constexpr int HALF = N / 2, SLAB_BYTES = HALF * MULTIPLIERS * 16;
@@ -442,20 +444,11 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
           to[0] += from.x, to[1] += from.y, to[2] += from.z, to[3] += from.w;
         }
         const auto& finished = reinterpret_cast<const float(&)[HALF][4]>(sums[own]);
-        if constexpr (SPLITS == 1) {
-          const u32 way = base + SLAB_BYTES + threadIdx.x / WARP * RESULT_BYTES;
-          store_results(way, finished, out, row0, tile.m0 + 8 * own, lane);
-        } else {
-          slab += SLAB_BYTES / 4;
-          put<HALF, BLOCK_ROWS>(slab + 8 * own * padded(BLOCK_ROWS), finished, tile_of_warp * ROWS, lane);
-        }
+        const u32 way = base + SLAB_BYTES + threadIdx.x / WARP * RESULT_BYTES;
+        store_results(way, finished, out, row0, tile.m0 + 8 * own, lane);
       };
       if (share == 0) meet(Constant<0>{});
       else meet(Constant<1>{});
-    }
-    if constexpr (SPLITS > 1) {
-      all_here();
-      store<BLOCK_ROWS, BLOCK_COLS, 1, MULTIPLIERS>(slab, out, tile.first * ROWS, tile.m0);
     }
   };
   take(begins);

@@ -29,7 +29,8 @@ struct GroupSums {
   }
 };
 
-// Writes the sums, UNIT times as large, where `store` expects them, for a tile that begins at row `row0` of `rows`, and `here` rows of x.
+// Writes the sums, UNIT times as large, where `store` expects them, for a tile that begins at row `row0` of `rows`, and
+// `here` rows of x.
 template <int N, int rows>
 __device__ __forceinline__ void put(float* slab, const float (&total)[N][4], int row0, int lane, int here = 8 * N) {
 #pragma unroll

@@ -226,12 +226,19 @@ struct Line {
   u32 slope[2], offset[2];
 };
 
-// To codes less the integer zero point, exact.
+// To codes less the integer zero point, exact. One that is stored is a field too.
 __device__ __forceinline__ Line line_of(const Group& group) {
   Line line;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     line.slope[row] = twice(slope_of(row));
+#if ASYMMETRIC
+    if constexpr (REST == 0) {
+      const u32 field = __byte_perm(group.zero_points, MAGIC, row ? 0x5151 : 0x5050);
+      line.offset[row] = fma2(field, twice(-SLOPE), twice(BASE - BASE * slope_of(row)));
+      continue;
+    }
+#endif
     line.offset[row] = twice(-(BASE * slope_of(row) + integer_zero(group, row) * UNIT));
   }
   return line;
@@ -315,7 +322,8 @@ __device__ __forceinline__ u32 scaled(u32 codes, const Group& group, int row) {
     return mul2(codes, scales_of(group, row));
   }
   const float scale = scale_of(group, row), fraction = FRACTION ? fraction_of_zero(group, row) * UNIT : 0.0f;
-  return round_halves(__fmul_rn(scale, widen(codes & 0xffff) - fraction), __fmul_rn(scale, widen(codes >> 16) - fraction));
+  const float low = widen(codes & 0xffff) - fraction, high = widen(codes >> 16) - fraction;
+  return round_halves(__fmul_rn(scale, low), __fmul_rn(scale, high));
 }
 
 // Whether one line leads from fields to `scaled` operands: s · zero point is exact where that is a power of two, and

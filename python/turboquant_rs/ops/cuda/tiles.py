@@ -244,14 +244,12 @@ class Wide(NamedTuple):
 
     def shared(self, weight: Weight, columns: int) -> int:
         """Bytes of shared memory: of the stages, on a multiple of 1024, and of results that leave meanwhile;
-        or, in the end, of sums that meet, within the block and then in the cluster."""
+        or, in the end, of sums that meet."""
         stage_columns = self.units * UNIT_COLUMNS
         codes = self.rows * stage_columns * weight.bits // 8
         stage = COLUMNS * columns * stage_columns * 2 + -(-codes // 1024) * 1024
-        results, sums = self.rows // TILE_ROWS * WIDE_RESULTS, COLUMNS * columns * (self.rows + 4) * 4
-        if self.shares > 1:
-            sums += COLUMNS * columns * self.rows * 4
-            return max(self.stages * stage, sums) + 1024
+        results = self.rows // TILE_ROWS * WIDE_RESULTS if self.shares == 1 else 0
+        sums = self.shares * COLUMNS * columns * (self.rows + 4) * 4
         return max(self.stages * stage + results, sums) + 1024
 
 
