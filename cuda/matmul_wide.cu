@@ -196,7 +196,7 @@ struct Tiles {
   __device__ __forceinline__ void set(int m, int n) {
     const int rows = (n + BLOCK_ROWS - 1) / BLOCK_ROWS;
     columns = (m + BLOCK_COLS - 1) / BLOCK_COLS;
-    band.set(BAND * rows), last.set((columns - 1) % BAND + 1);
+    if (columns > 1) band.set(BAND * rows), last.set((columns - 1) % BAND + 1);
     const int tiles = rows * columns, halves = HALVED ? tiles % gridDim.x : 0;
     whole = tiles - halves, count = tiles + halves;
   }
@@ -217,6 +217,7 @@ struct Tiles {
   __device__ __forceinline__ Tile operator[](int number) const {
     const bool half = HALVED && number >= whole;
     const int tile = half ? (whole + number) / 2 : number, second = half && (number - whole) % 2 ? BLOCK_COLS / 2 : 0;
+    if (columns == 1) return {tile * BLOCK_TILES, second, half};
     const int bands = band.quotient(tile), within = tile - bands * band.by, height = min(BAND, columns - bands * BAND);
     const int row = height == BAND ? within / BAND : last.quotient(within);
     return {row * BLOCK_TILES, (bands * BAND + within - row * height) * BLOCK_COLS + second, half};
@@ -243,11 +244,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
   __shared__ Tiles tiles;
   const int stages = (w.units + UNITS - 1) / UNITS;
   const int begin = stages * blockIdx.y / SPLITS, end = stages * (blockIdx.y + 1) / SPLITS;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(fulls + 8 * stage, 2);
-      barrier_init(empties + 8 * stage, BLOCK_TILES);
-    }
+  if (threadIdx.x < STAGES) {
+    barrier_init(fulls + 8 * threadIdx.x, 2);
+    barrier_init(empties + 8 * threadIdx.x, BLOCK_TILES);
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
   }
   if (threadIdx.x == WARP) tiles.set(m, n);
