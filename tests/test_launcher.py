@@ -203,6 +203,31 @@ def test_more_rows_of_x_than_a_grid_has_blocks_for_are_multiplied_in_parts(
     assert product._prepared(torch.bfloat16, x.shape, 0, True) is None  # which asks the operator
 
 
+@pytest.mark.parametrize(
+    ("scheme", "m", "expected"),
+    [
+        (Scheme(bits=8, group_size=128), 32, int8.Block),
+        (Scheme(bits=8, group_size=128), 33, int8.Groups),
+        (Scheme(bits=6, group_size=128), 33, int8.Groups),
+        (Scheme(bits=8, group_size=128, symmetric=False), 64, int8.Block),
+        (Scheme(bits=4, group_size=128), 64, int8.Block),
+        (Scheme(bits=4, group_size=128), 65, int8.Groups),
+        (Scheme(bits=4, group_size=32), 17, int8.Groups),
+        (Scheme(bits=4, group_size=32), 16, int8.Block),
+        (Scheme(bits=4, group_size=256), 33, int8.Groups),
+    ],
+    ids=str,
+)
+def test_where_w_has_few_rows_its_bytes_decide_which_kernel_multiplies_integers(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, scheme: Scheme, m: int, expected: type
+) -> None:
+    monkeypatch.setattr(int8, "limits_of", lambda _: HOPPER)
+    about = quantize.named(quantize.plan_key((*scheme.op_args(), *Rounding.nearest().op_args())))
+    sizes = (m, 4096, 4096, torch.bfloat16, True, True, 0)
+    plan = int8.plan_of.__wrapped__(*about, tuple(scheme.widths), scheme.bits, *sizes)
+    assert type(plan.shape) is expected
+
+
 def test_what_was_refused_is_forgotten_once_it_is_read_whatever_mode_is_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -431,11 +431,13 @@ def plan_of(
     columns, limits = Columns.of(k, scheme.group_size), limits_of(device)
     bits = bits_read(planes, read_bits)
     stored = planes[0] if planes[0] == bits and not scheme.table and whole and columns.dense else 0
-    shape = shape_for(m, n, columns, stored == 4, limits)
-    nibbles = stored == 4 and not isinstance(shape, Wide) and k % 32 == 0
-    expands = not nibbles and not (stored == 8 and k % 16 == 0)
-    row_bytes = columns.stride if expands else k * stored // 8
     weight, subtracted, zero = Weight.of(scheme, read_bits, columns), 0, 0
+    halved, bytes_ = stored == 4 and k % 32 == 0, stored == 8 and k % 16 == 0
+    signed = not halved and weight.loses_zero(False, not bytes_)
+    shape = shape_for(m, n, columns, signed, limits)
+    nibbles = halved and not isinstance(shape, Wide)
+    expands = not nibbles and not bytes_
+    row_bytes = columns.stride if expands else k * stored // 8
     if isinstance(shape, Block):
         shape = shape.within(limits.shared, nibbles, columns.bracket_steps, weight.asymmetric)
     elif isinstance(shape, Groups):
@@ -674,13 +676,18 @@ class Wide(NamedTuple):
         return self.stages * SLICE * (WIDE_ROWS + self.n_tile) + 1024
 
 
-def shape_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) -> Block | Groups | Wide:
-    """The kernel for a product: the fastest of many on a Hopper GPU; `halved`: two codes of W a byte."""
+def shape_for(m: int, n: int, columns: Columns, signed: bool, limits: Limits) -> Block | Groups | Wide:
+    """The kernel for a product: the fastest of many on a Hopper GPU; `signed`: W is bytes without their zero
+    point, whose brackets `groups` converts fastest."""
     processors = limits.processors
     if columns.grouped:
-        if limits.hopper and (groups := _groups_for(m, n, columns, halved, limits)) is not None:
-            return groups
-        if (meeting := _meeting_for(m, n, columns, limits)) is not None:
+        meeting = _meeting_for(m, n, columns, limits)
+        few = n <= 32 * processors and m <= (32 if signed else 64)
+        if limits.hopper and not (few and meeting is not None):
+            groups = _groups_for(m, n, columns, limits)
+            if groups is not None:
+                return groups
+        if meeting is not None:
             return meeting
     elif m > 64 and limits.hopper:
         cluster = 2 if m > WIDE_ROWS else 1
@@ -693,13 +700,12 @@ def shape_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) ->
     return _block_for(m, n, columns.grouped, processors)
 
 
-def _groups_for(m: int, n: int, columns: Columns, halved: bool, limits: Limits) -> Groups | None:
-    """That of the least time, where there is work for most multiprocessors.
+def _groups_for(m: int, n: int, columns: Columns, limits: Limits) -> Groups | None:
+    """That of the least time, for more than a few rows of x.
 
     A tile takes about as long as one with 70 rows of x more whose rows took no time of their own.
     """
-    few = n <= 32 * limits.processors
-    if m <= 16 or (few and m <= (64 if halved else 32)):
+    if m <= 16:
         return None
     shapes = [Groups(128, 2), Groups(64, 1), Groups(32, 1)]
     shapes = [shape for shape in shapes if shape.fits(columns) and shape.m_tile < 2 * max(m, 32)]
