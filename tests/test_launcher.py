@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turboquant_rs import Rounding, Scheme, ops
+from turboquant_rs.errors import BackendUnavailable
 from turboquant_rs.ops.cuda import int8, launcher, matmul, quantize, refined, tiles
 from turboquant_rs.ops.cuda import planes as cuda_planes
 from turboquant_rs.ops.cuda.launcher import Call, Kernel
@@ -114,6 +115,12 @@ def test_the_driver_gets_sizes_stream_arguments_and_whether_the_kernel_may_start
             "arguments": [FUNCTION, -(2**63), 2**63 - 1],
         }
     ]
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_driver", object)
+    with pytest.raises(BackendUnavailable, match="R520"):
+        launcher._launch_address.__wrapped__()
 
 
 def test_what_the_driver_refuses_is_an_error_in_its_words(driver: Driver) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import turboquant_rs._core as _core
+from turboquant_rs.errors import BackendUnavailable
 from turboquant_rs.ops.cuda.compiler import architecture, compile_for, cupy, splice
 
 __all__ = ["Call", "Kernel", "captured", "not_captured", "only_if", "ready", "wait", "write"]
@@ -79,8 +80,15 @@ def _driver() -> Any:
 
 @cache
 def _launch_address() -> int:
-    """The address of the driver's function that launches."""
-    return ctypes.cast(_driver().cuLaunchKernelEx, _Pointer).value or 0
+    """The address of the driver's function that launches. Raises: BackendUnavailable for one before R520."""
+    try:
+        function = _driver().cuLaunchKernelEx
+    except AttributeError:
+        raise BackendUnavailable(
+            "the CUDA driver has no cuLaunchKernelEx; install one of R520 (CUDA 11.8) or later, or move the "
+            "tensor with .cpu()"
+        ) from None
+    return ctypes.cast(function, _Pointer).value or 0
 
 
 def _check(code: int, what: object) -> None:

@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from turboquant_rs.ops.cuda.compiler import cupy
+
 __all__ = ["Limits", "limits_of"]
+
+MAX_SHARED = 97
+"""cudaDevAttrMaxSharedMemoryPerBlockOptin of driver_types.h."""
 
 
 class Limits(NamedTuple):
@@ -37,6 +42,7 @@ class Limits(NamedTuple):
 def limits_of(device: int) -> Limits:
     """Those of a device, by its index."""
     found = torch.cuda.get_device_properties(device)
-    return Limits(
-        found.multi_processor_count, found.shared_memory_per_block_optin, (found.major, found.minor)
-    )
+    shared = getattr(found, "shared_memory_per_block_optin", None)  # not in every torch
+    if shared is None:
+        shared = cupy().runtime.deviceGetAttribute(MAX_SHARED, device)
+    return Limits(found.multi_processor_count, shared, (found.major, found.minor))
