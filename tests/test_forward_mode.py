@@ -169,3 +169,47 @@ def test_what_has_no_tangent_is_left_alone() -> None:
 
     one = torch.tensor(1.0)
     assert torch.equal(tangent(forward, (one, one)), forward(one))
+
+
+def test_compiled_code_has_the_tangents_of_eager_code() -> None:
+    """It begins a transform, and dual numbers, without a word to Python's part of them."""
+    p, x, t = tq.pack(normal(5, 64, seed=1)), normal(3, 64), normal(3, 64, seed=2)
+
+    def product(x: Tensor) -> Tensor:
+        return tq.matmul(x, p, activations="float") + x[:, :5]
+
+    def transformed(x: Tensor, t: Tensor) -> Tensor:
+        found: Tensor = torch.func.jvp(product, (x,), (t,))[1]
+        return found
+
+    def dual(x: Tensor, t: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(product(forward_ad.make_dual(x, t))).tangent
+        assert found is not None
+        return found
+
+    expected = t @ p.dequantize().T + t[:, :5]
+    torch._dynamo.reset()
+    for function in (transformed, dual):
+        torch.testing.assert_close(torch.compile(function, backend="eager")(x, t), expected)
+    compiled = torch.compile(product, backend="eager")
+    torch.testing.assert_close(transformed(x, t), expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, t))).tangent
+    torch.testing.assert_close(found, expected)
+
+
+def test_memory_that_is_filled_has_no_tangent() -> None:
+    """Neither do operators drop that of what they read, nor leave an old one where they have written."""
+    p, x, out = tq.pack(normal(4, 64)), normal(4, 64, seed=1), torch.empty(4, 4)
+    tail = (*p._op_args(), 4, "float", "canonical", 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="pack_out has no forward-mode derivative in x; detach"):
+            tq.pack(dual, out=p)
+        with pytest.raises(NotImplementedError, match="matmul_out has no forward-mode derivative in x; de"):
+            ops.matmul_out(dual, *p._stored, None, *tail, out)
+        with pytest.raises(NotImplementedError, match="matmul_out has no forward-mode derivative in out; de"):
+            ops.matmul_out(x, *p._stored, None, *tail, forward_ad.make_dual(out, out))
+        ops.matmul_out(x, *p._stored, None, *tail, out)
+    assert torch.equal(out, tq.matmul(x, p, activations="float"))

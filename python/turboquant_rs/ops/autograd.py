@@ -15,14 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from turboquant_rs.ops.schema import LIBRARY, OPS, panels_nbytes
+from turboquant_rs.ops.schema import LIBRARY, OPS, OUT_OPS, panels_nbytes
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 Tangent = Callable[[Any, tuple[Any, ...], Mapping[int, Tensor]], Tensor]
 """The tangent of the first result, from all results, the arguments, and the tangents of some, by position."""
+
+LEVEL = 0
+"""Of dual numbers: PyTorch has one, which transforms share."""
 
 _make_dual: Any = forward_ad.make_dual  # untyped in torch
 _unpack_dual: Any = forward_ad.unpack_dual
@@ -40,32 +44,65 @@ def _register(
     differentiable: positions of the arguments whose tangents `tangent` knows.
     """
     operator = getattr(OPS, name).default
+    arguments = [argument.name for argument in operator._schema.arguments]
     reverse = make_autograd_impl(operator, Info(backward, setup_context))
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        found = _duals(args) if forward_ad._current_level >= 0 else None
+        found = _duals(args) if _dual_level() else None
         if not found:
             return reverse(keyset, *args)
-        if tangent is None or not found.keys() <= set(differentiable):
-            refused = [operator._schema.arguments[at].name for at in found if at not in differentiable]
-            raise NotImplementedError(
-                f"{name} has no forward-mode derivative in {', '.join(refused)}; detach it, or multiply by "
-                "the packed weight with matmul, which has one in x and bias"
-            )
+        _require_derivative(name, arguments, found, differentiable)
+        assert tangent is not None  # as something is differentiable
         primals = tuple(found[at].primal if at in found else value for at, value in enumerate(args))
         results = operator(*primals)
         own = tangent(results, primals, {at: dual.tangent for at, dual in found.items()})
         if isinstance(results, Tensor):
-            return _make_dual(results, own.to(results.dtype))
-        return _make_dual(results[0], own.to(results[0].dtype)), *results[1:]
+            return _make_dual(results, own.to(results.dtype), level=LEVEL)
+        return _make_dual(results[0], own.to(results[0].dtype), level=LEVEL), *results[1:]
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _register_out(name: str) -> None:
+    """An operator that fills its last arguments: those have no derivative, as PyTorch's `out=`."""
+    operator = getattr(OPS, name).default
+    arguments = [argument.name for argument in operator._schema.arguments]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if _dual_level():
+            _require_derivative(name, arguments, _duals(args), ())
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _require_derivative(
+    name: str, arguments: Sequence[str], found: Mapping[int, Any], known: Sequence[int]
+) -> None:
+    """Refuses tangents of other arguments than those known, and what compiled code would drop."""
+    if refused := [arguments[at] for at in found if at not in known]:
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative in {', '.join(refused)}; detach it, or multiply by "
+            "the packed weight with matmul, which has one in x and bias"
+        )
+    if found and torch.compiler.is_compiling() and maybe_current_level() is None:
+        raise NotImplementedError(
+            f"{name} has no derivative in dual numbers that compiled code makes; use torch.func.jvp, or "
+            "make them around the compiled function"
+        )
+
+
+def _dual_level() -> bool:
+    """Whether there may be dual numbers. Code that was compiled enters a transform without a word to
+    `forward_ad`."""
+    return bool(forward_ad._current_level >= 0 or maybe_current_level() is not None)
 
 
 def _duals(args: Sequence[Any]) -> dict[int, Any]:
     """The arguments that have a tangent, each with it, by position."""
     floats = (
-        (at, _unpack_dual(value))
+        (at, _unpack_dual(value, level=LEVEL))
         for at, value in enumerate(args)
         if isinstance(value, Tensor) and value.is_floating_point()
     )
@@ -90,6 +127,8 @@ for _name in ("pack", "encode", "quantize", "to_panels", "from_panels", "fake_qu
     _register(_name, _refuse(_name), _end_graph)
 for _name in ("unpack", "dequantize"):
     _register(_name, _refuse(_name))
+for _name in OUT_OPS:
+    _register_out(_name)
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
