@@ -165,6 +165,7 @@ def test_json_gives_back_the_plans():
         (lambda r: r.update(prefill=1), "prefill must be True or False, got 1"),
         (lambda r: r["forwards"].__setitem__(1, 2.5), r"forwards\[1\] is 2.5 and no whole number"),
         (lambda r: r.update(forwards=[0, 0, 0]), "forwards are none"),
+        (lambda r: r["forwards"].__setitem__(1, 10**400), r"forwards\[1\] is 10+…; it must be 0 to"),
         (lambda r: r["plans"][2].update(floor="2"), r'plans\[2\].floor is "2" and no whole number'),
         (
             lambda r: r["plans"][1]["sensitivity"]["scheme"].update(group_size=32),

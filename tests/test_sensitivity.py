@@ -366,6 +366,11 @@ def test_json_gives_back_what_was_scored():
         (lambda record: "{", "this is no JSON"),
         (lambda record: "[]", "this is no turboquant_rs sensitivity"),
         (lambda record: json.dumps(record | {"version": 2}), "of version 2 cannot be read"),
+        (lambda record: json.dumps(record | {"version": True}), "of version true cannot be read"),
+        (
+            lambda record: json.dumps(record | {"seconds": 10**400}),
+            "seconds is 10+…, more than a float holds",
+        ),
         (lambda record: json.dumps(record | {"layers": 3}), "no record of a Sensitivity"),
         (lambda record: json.dumps(record | {"choices": [2, 3]}), r"layers\[0\].scores has 6 entries, not 2"),
         (lambda record: json.dumps(record | {"scheme": {"bits": 99}}), "bits must be 1 to 8"),
@@ -374,6 +379,33 @@ def test_json_gives_back_what_was_scored():
 def test_damaged_records_are_refused(damage, message):
     with pytest.raises(tq.QuantizationFormatError, match=message):
         tq.Sensitivity.from_json(damage(scored().to_dict()))
+
+
+@pytest.mark.parametrize(
+    "value", [{2, 3}, torch.ones(1), [torch.ones(1)], 10**5000], ids=lambda v: type(v).__name__
+)
+def test_what_is_no_json_is_named_too(value):
+    message = rf"choices(\[0\])? is a value of type {type(value).__name__} and no"
+    if isinstance(value, list):
+        message = r"choices\[0\] is a value of type Tensor and no whole number"
+    with pytest.raises(tq.QuantizationFormatError, match=message):
+        tq.Sensitivity.from_dict(scored().to_dict() | {"choices": value})
+
+
+@pytest.mark.parametrize("entry", ["version", "layers", "seconds"])
+def test_lists_in_lists_are_refused_however_deep(entry):
+    """Also where they can be read, and not be written again."""
+    text = json.dumps(scored().to_dict() | {entry: "@"})
+    for depth in (*range(100, 900, 100), *range(900, 1000)):
+        with pytest.raises(tq.QuantizationFormatError):
+            tq.Sensitivity.from_json(text.replace('"@"', "[" * depth + "]" * depth))
+
+
+def test_an_entry_that_is_there_twice_is_found_among_many():
+    """In a moment: to count each name by itself would take minutes."""
+    entries = ", ".join(f'"{i}": 0' for i in range(100_000))
+    with pytest.raises(tq.QuantizationFormatError, match="the entry '99999' is there twice"):
+        tq.Sensitivity.from_json("{" + entries + ', "99999": 1}')
 
 
 def test_it_prints_as_a_table_with_a_line_a_layer():

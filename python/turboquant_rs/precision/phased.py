@@ -29,6 +29,9 @@ from .sensitivity import PhasedSensitivity
 
 KIND, VERSION = "turboquant_rs phased plan", 1
 
+MOST_FORWARDS = 2**63 - 1
+"""Forwards that a record counts, at most: means over more are no floats."""
+
 
 @dataclass(frozen=True, repr=False)
 class PhasedPlan:
@@ -111,7 +114,7 @@ class PhasedPlan:
             decode = (bound.value for bound in record["decode"].each())
             phases = Phases(record["prefill"].value, tuple(decode), record["prompt"].value)
             plans = tuple(Plan.read(plan) for plan in record["plans"].each())
-            forwards = tuple(count.whole(0) for count in record["forwards"].each())
+            forwards = tuple(count.whole(0, MOST_FORWARDS) for count in record["forwards"].each())
             if not len(phases.names) == len(plans) == len(forwards):
                 raise ValueError(
                     f"{len(phases.names)} intervals, {len(plans)} plans, forwards of {len(forwards)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +52,12 @@ class Record:
     def number(self) -> float:
         """A finite number."""
         value = self.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise TypeError(f"{self.name} is {_shown(value)} and no finite number")
-        return float(value)
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise TypeError(f"{self.name} is {_shown(value)} and no finite number")
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{self.name} is {_shown(value)}, more than a float holds") from None
 
     def text(self) -> str:
         """Text."""
@@ -63,7 +67,10 @@ class Record:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # no JSON, too many digits, nested too deeply
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
@@ -77,10 +84,10 @@ def record_of(text: str, kind: str, version: int) -> dict[str, Any]:
         ) from error
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise QuantizationFormatError(f"this is no {kind}; give the text that to_json() wrote")
-    if record.get("version") != version:
+    found = record.get("version")
+    if isinstance(found, bool) or found != version:
         raise QuantizationFormatError(
-            f"a {kind} of version {record.get('version')!r} cannot be read, only {version}; "
-            "update turboquant-rs"
+            f"a {kind} of version {_shown(found)} cannot be read, only {version}; update turboquant-rs"
         )
     return record
 
@@ -89,8 +96,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object none of whose entries is hidden by another of its name."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"the entry {twice!r} is there twice")
     return found
 
@@ -102,7 +109,7 @@ def reading(kind: str) -> Iterator[None]:
         yield
     except QuantizationFormatError:
         raise
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise QuantizationFormatError(
             f"this is no record of a {kind} ({type(error).__name__}: {error}); "
             "give the text that to_json() wrote"
