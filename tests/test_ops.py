@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import turboquant_rs as tq
 from backends import NEAREST, assert_identical
 from turboquant_rs import Rounding, Scheme, ops
 from turboquant_rs.ops import schema
@@ -217,3 +218,24 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 def test_a_forked_child_has_threads_of_its_own() -> None:
     """Data loaders fork: a child that waited for its parent's threads would wait for ever."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
+
+
+def test_autograd_is_told_of_what_is_written() -> None:
+    """What it has kept of memory that was filled again gives no gradient, instead of a wrong one."""
+    p, w = tq.pack(torch.randn(4, 64)), torch.randn(4, 64, requires_grad=True)
+    kept = torch.randn(4, 64)
+    for write in (
+        lambda: tq.unpack(p, out=kept),
+        lambda: ops.unpack_out(*p._stored, *p._op_args(), 4, kept),
+    ):
+        loss = (w * kept).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    y = tq.matmul(w, p)
+    tq.pack(torch.randn(4, 64), out=p)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.inference_mode():
+        assert torch.equal(tq.unpack(p, out=torch.empty(4, 64)), p.dequantize())
+        ops.unpack_out(*p._stored, *p._op_args(), 4, kept)

@@ -19,7 +19,7 @@ from torch._C._functorch import maybe_current_level
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from turboquant_rs.ops.schema import LIBRARY, OPS, OUT_OPS, panels_nbytes
+from turboquant_rs.ops.schema import LIBRARY, OPS, OUT_OPS, count_writes, panels_nbytes, written_by
 from turboquant_rs.ops.tiles import from_tiles, prefix_of
 
 Tangent = Callable[[Any, tuple[Any, ...], Mapping[int, Tensor]], Tensor]
@@ -67,12 +67,14 @@ def _register_out(name: str) -> None:
     """An operator that fills its last arguments: those have no derivative, as PyTorch's `out=`."""
     operator = getattr(OPS, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
+    written = written_by(name)
 
-    def kernel(keyset: Any, *args: Any) -> Any:
+    def kernel(keyset: Any, *args: Any) -> None:
         if _dual_level():
             _require_derivative(name, arguments, _duals(args), ())
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        count_writes(args, written)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.library import register_fake
 
 from turboquant_rs.ops.direct import unseen
@@ -477,7 +478,31 @@ def register(backend: dict[str, Callable[..., Any]], key: str) -> None:
         every[name] = backend.get(name) or partial(compose, backend[out_op])
     for name, function in every.items():
         LIBRARY.impl(name, function, key)
-    IMPLEMENTATIONS[key.lower()] = every
+    IMPLEMENTATIONS[key.lower()] = every | {name: _counted(name, every[name]) for name in OUT_OPS}
+
+
+def written_by(name: str) -> tuple[int, ...]:
+    """Positions of the arguments that an operator writes."""
+    arguments = getattr(OPS, name).default._schema.arguments
+    return tuple(at for at, argument in enumerate(arguments) if argument.is_write)
+
+
+def count_writes(args: Sequence[Any], written: Sequence[int]) -> None:
+    """Tells autograd, which may have kept what was there."""
+    for at in written:
+        if not args[at].is_inference():
+            increment_version(args[at])
+
+
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What fills memory, with what the dispatcher's way to it does besides."""
+    written = written_by(name)
+
+    def call(*args: Any) -> Any:
+        function(*args)
+        count_writes(args, written)
+
+    return call
 
 
 for _name, (_compose, _out_op, _shape_rule) in RULES.items():
