@@ -28,7 +28,10 @@ extern "C" __global__ void matmul_expand(CHOICE const u8* packed, const void* sc
     u32 a[2][4];
     decode(a[0], codes, 2 * half, line, mask);
     decode(a[1], codes, 2 * half + 1, line, mask);
-    auto weights = [&](u32 codes, int row) { return mul2(scaled(codes, group, row), twice(1 / UNIT)); };
+    auto weights = [&](u32 codes, int row) {
+      const u32 values = scaled(codes, group, row);
+      return UNIT == 1 ? values : mul2(values, twice(1 / UNIT));
+    };
     const int column = unit * COLUMNS + 32 * half + lane % 4 * 8;
     if (column >= k) continue;
 #pragma unroll

@@ -118,12 +118,6 @@ __device__ __forceinline__ void settle_operand(u32 (&a)[4]) {
 
 constexpr int RESULT_BYTES = 2 * ROWS * WARP;  // of a warp at a time: ROWS rows of W, WARP of x
 
-// `finish` in fewer instructions, for as many results as a tile has: what is added is the bias, or NaN.
-__device__ __forceinline__ float result(float sum, float bias) {
-  sum *= 1 / UNIT;
-  return sum + __fmaf_rn(sum, 0.0f, bias);
-}
-
 // The results of a warp to y, from row `row0` of W and `m0` of x on, by way of shared memory of its own.
 template <int N>
 __device__ __forceinline__ void store_results(u32 own, const float (&sums)[N][4], const Output& out, int row0, int m0,
@@ -145,7 +139,7 @@ __device__ __forceinline__ void store_results(u32 own, const float (&sums)[N][4]
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* pair = sums[i + 2 * half + j / 2] + j % 2 * 2;
-        words[j] = round_halves(result(pair[0], bias[j % 2]), result(pair[1], bias[j % 2]));
+        words[j] = round_halves(finish(pair[0] * (1 / UNIT), bias[j % 2]), finish(pair[1] * (1 / UNIT), bias[j % 2]));
       }
       asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
                        to + half * (RESULT_BYTES / 2)),

@@ -48,10 +48,9 @@ __device__ __forceinline__ float bias_of(const Output& out, int row) {
   return out.bias_f32 ? static_cast<const float*>(out.bias)[row] : widen(static_cast<const u16*>(out.bias)[row]);
 }
 
-// A result before it is rounded: NaN or ±Inf among the activations has reached every sum of its row.
-__device__ __forceinline__ float finish(float sum, float bias) {
-  return (isfinite(sum) ? sum : __int_as_float(0x7fffffff)) + bias;
-}
+// A result before it is rounded: NaN or ±Inf among the activations has reached every sum of its row. What is added is
+// the bias where the sum is finite, else NaN.
+__device__ __forceinline__ float finish(float sum, float bias) { return sum + __fmaf_rn(sum, 0.0f, bias); }
 
 // `count` results of row `m` of x from row `n` of W on, halves in `words`: at once where they fit.
 template <int count>

@@ -249,7 +249,7 @@ def test_what_is_wrong_with_its_scores_is_said_when_it_is_read_and_where(damage,
 
 def test_an_entry_that_is_there_twice_is_refused():
     text = plan().to_json(indent=None).replace('"bits": {', '"bits": {"blocks.0.up": 2, ', 1)
-    with pytest.raises(tq.QuantizationFormatError, match=r"the entry 'blocks.0.up' is there twice"):
+    with pytest.raises(tq.QuantizationFormatError, match=r"the key 'blocks.0.up' is given twice"):
         tq.Plan.from_json(text)
 
 

@@ -404,7 +404,7 @@ def test_lists_in_lists_are_refused_however_deep(entry):
 def test_an_entry_that_is_there_twice_is_found_among_many():
     """In a moment: to count each name by itself would take minutes."""
     entries = ", ".join(f'"{i}": 0' for i in range(100_000))
-    with pytest.raises(tq.QuantizationFormatError, match="the entry '99999' is there twice"):
+    with pytest.raises(tq.QuantizationFormatError, match="the key '99999' is given twice"):
         tq.Sensitivity.from_json("{" + entries + ', "99999": 1}')
 
 

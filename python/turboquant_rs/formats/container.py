@@ -418,7 +418,7 @@ class Reader:
         while len(text) < length and (part := self._file.read(length - len(text))):
             text += part
         try:
-            header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+            header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
         except (ValueError, RecursionError) as error:
             raise self._bad(f"the header is no JSON ({error})") from error
         if not isinstance(header, dict):
@@ -470,7 +470,8 @@ def _naturals(values: Any) -> bool:
     )
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json.loads`. Raises: ValueError for a key that would hide another."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

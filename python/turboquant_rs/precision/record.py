@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from turboquant_rs.errors import QuantizationFormatError
+from turboquant_rs.formats.container import without_duplicates
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _shown(value: Any) -> str:
 def record_of(text: str, kind: str, version: int) -> dict[str, Any]:
     """A JSON object written by us as `kind`. Raises QuantizationFormatError for anything else."""
     try:
-        record = json.loads(text, object_pairs_hook=_distinct)
+        record = json.loads(text, object_pairs_hook=without_duplicates)
     except (TypeError, ValueError, RecursionError) as error:
         raise QuantizationFormatError(
             f"this is no JSON ({error}); give the text that to_json() wrote"
@@ -90,16 +90,6 @@ def record_of(text: str, kind: str, version: int) -> dict[str, Any]:
             f"a {kind} of version {_shown(found)} cannot be read, only {version}; update turboquant-rs"
         )
     return record
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object none of whose entries is hidden by another of its name."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"the entry {twice!r} is there twice")
-    return found
 
 
 @contextmanager

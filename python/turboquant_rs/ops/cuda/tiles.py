@@ -620,18 +620,12 @@ def _wide(weight: Weight, bf16: bool, m: int, n: int, k: int, limits: Limits) ->
         itertools.product(shapes, (1, 2, 4, 8)),
         key=lambda shape: _wide_cost(shape[0], shape[1], blocks, n, k, limits),
     )
-    return _wide_launch(weight, bf16, wide, splits, m, n, limits)
-
-
-def _wide_launch(
-    weight: Weight, bf16: bool, wide: Wide, splits: int, m: int, n: int, limits: Limits
-) -> Launch:
-    tiles, processors = -(-n // wide.rows) * -(-m // (COLUMNS * wide.n_tiles)), limits.processors
+    grid = -(-n // wide.rows) * blocks
     if wide.stays(splits):
-        halves = wide.halves(tiles, splits, processors)
-        wide, tiles = wide._replace(halved=halves > 0), min(tiles + halves, processors)
-    kernel = _kernel(weight, bf16, wide.n_tiles, wide, splits)
-    return Launch(kernel, (tiles, splits), wide.threads, kernel.shared, m, early=True, wide=wide)
+        halves = wide.halves(grid, splits, limits.processors)
+        wide, grid = wide._replace(halved=halves > 0), min(grid + halves, limits.processors)
+    kernel = _kernel(weight, bf16, columns, wide, splits)
+    return Launch(kernel, (grid, splits), wide.threads, kernel.shared, m, early=True, wide=wide)
 
 
 def _wide_shape(weight: Weight, columns: int, groups: int, ordered: bool, limits: Limits) -> Wide:
